@@ -1,0 +1,7 @@
+"""Decoders: what they look like, their tensors, their forward pass, and how they are loaded."""
+
+from ramp_jax.models.load import Model, load_model
+from ramp_jax.models.names import Tensor, allocatable, lookup, tensors
+from ramp_jax.models.spec import DecoderSpec
+
+__all__ = ["DecoderSpec", "Model", "Tensor", "allocatable", "load_model", "lookup", "tensors"]

@@ -1,0 +1,159 @@
+"""One Flax decoder for the dense families, scanned over layers.
+
+Axes: B batch, T time, S time of keys, D model width, N query heads, K key/value heads, G query heads per key/value
+head, H head size, V vocabulary, L layers. The residual stream and all accumulation are f32; matrix products take
+their operands in the dtype of the weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from ramp_jax.models.names import block_shapes
+from ramp_jax.models.spec import DecoderSpec
+
+Params = dict[str, Any]
+Tap = Callable[[jax.Array], Any]
+
+_QUERY_BLOCK = 128  # queries that attend together; each group meets only the keys of its causal prefix
+_UNINITIALIZED = nn.initializers.zeros_init()  # weights are loaded, never drawn
+
+
+def matmul(x: Float[Array, "... I"], w: Float[Array, "O I"]) -> Float[Array, "... O"]:
+    """x · wᵀ with operands in the weights' dtype, accumulated in f32."""
+    return jnp.einsum("...i,oi->...o", x.astype(w.dtype), w, preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """x / rms(x) · gain."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * gain
+
+
+def rotate(x: Float[Array, "B T N H"], theta: float) -> Float[Array, "B T N H"]:
+    """Rotary position embedding; dimension i turns with dimension i + H/2 (HF order)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency[None, None, :]  # [T, 1, H/2]
+    cos, sin = jnp.cos(angle)[None], jnp.sin(angle)[None]
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], dtype: Any
+) -> Float[Array, "B T NH"]:
+    """Grouped-query attention; operands of the products in `dtype`, softmax in f32.
+
+    Queries go in blocks that meet only their causal prefix, and the query heads of one key/value head are folded into
+    rows, so that every product is one large matrix product.
+    """
+    batch, time, heads, size = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    q = (q * size**-0.5).reshape(batch, time, kv_heads, group, size).astype(dtype)
+    k, v = k.astype(dtype), v.astype(dtype)
+    outputs = []
+    for start in range(0, time, _QUERY_BLOCK):
+        stop = min(start + _QUERY_BLOCK, time)
+        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q[:, start:stop], k[:, :stop], preferred_element_type=jnp.float32)
+        visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]  # [T, S]
+        weights = nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1).astype(dtype)
+        outputs.append(jnp.einsum("BKGTS,BSKH->BTKGH", weights, v[:, :stop], preferred_element_type=jnp.float32))
+    return jnp.concatenate(outputs, axis=1).reshape(batch, time, heads * size)
+
+
+class Block(nn.Module):
+    """One layer: attention and gated MLP, each behind a norm and added to the residual stream.
+
+    With `tap`, the collection "taps" receives `tap(x)` of each linear's input and of what is written to the stream.
+    """
+
+    spec: DecoderSpec
+    tap: Tap | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states after the layer."""
+        spec = self.spec
+        w = {key: self.param(key, _UNINITIALIZED, shape) for key, shape in block_shapes(spec).items()}
+        batch, time, _ = x.shape
+
+        self._tap("residual", x)
+        h = self._tap("attn_in", rms_norm(x, w["attn_norm"], spec.norm_eps))
+        q = matmul(h, w["attn_q"]).reshape(batch, time, spec.n_heads, spec.head_size)
+        k = matmul(h, w["attn_k"]).reshape(batch, time, spec.n_kv_heads, spec.head_size)
+        v = matmul(h, w["attn_v"]).reshape(batch, time, spec.n_kv_heads, spec.head_size)
+        q, k = rotate(q, spec.rope_theta), rotate(k, spec.rope_theta)
+        mixed = self._tap("attn_mid", causal_attention(q, k, v, w["attn_q"].dtype))
+        x = x + self._tap("attn_out", matmul(mixed, w["attn_output"]))
+
+        h = self._tap("ffn_in", rms_norm(x, w["ffn_norm"], spec.norm_eps))
+        gated = self._tap("ffn_mid", nn.silu(matmul(h, w["ffn_gate"])) * matmul(h, w["ffn_up"]))
+        return x + self._tap("ffn_out", matmul(gated, w["ffn_down"]))
+
+    def _tap(self, name: str, x: jax.Array) -> jax.Array:
+        if self.tap is not None:
+            self.sow("taps", name, self.tap(x), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return x
+
+
+class Decoder(nn.Module):
+    """Embedding, `L` blocks under one scan, final norm. The head is `head_weights`, applied by the caller in chunks."""
+
+    spec: DecoderSpec
+    tap: Tap | None = None
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Normed hidden states, ready for the head."""
+        spec = self.spec
+        embedding = self.param("token_embd", _UNINITIALIZED, (spec.vocab_size, spec.d_model))
+        gain = self.param("output_norm", _UNINITIALIZED, (spec.d_model,))
+        if not spec.tied:
+            self.param("output", _UNINITIALIZED, (spec.vocab_size, spec.d_model))
+        layers = nn.scan(
+            lambda block, x, _: (block(x), None),
+            variable_axes={"params": 0, "taps": 0},
+            split_rngs={"params": True},
+            length=spec.n_layers,
+        )
+        x = embedding[ids].astype(jnp.float32)
+        x, _ = layers(Block(spec, self.tap, name="blk"), x, None)
+        x = rms_norm(x, gain, spec.norm_eps)
+        if self.tap is not None:
+            self.sow("taps", "head_in", self.tap(x), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return x
+
+
+def head_weights(params: Params) -> Float[Array, "V D"]:
+    """The matrix that maps normed hidden states to logits: `output`, or the tied embedding."""
+    return params.get("output", params["token_embd"])
+
+
+def hidden_states(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Normed hidden states f32 of the last layer."""
+    return Decoder(spec).apply({"params": params}, ids)
+
+
+def logits(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Logits f32 of every position."""
+    return matmul(hidden_states(spec, params, ids), head_weights(params))
+
+
+def block_forward(spec: DecoderSpec, layer: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """One layer on its own; `layer` is `params["blk"]` at one index of the stacked axis."""
+    return Block(spec).apply({"params": layer}, x)
+
+
+def cast_weights(params: Params, dtype: Any) -> Params:
+    """Matrices in `dtype` (the dtype of all matrix products); norms stay f32."""
+    gains = {"attn_norm", "ffn_norm", "output_norm"}
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return jnp.asarray(leaf, jnp.float32 if path[-1].key in gains else dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

