@@ -18,6 +18,7 @@ from ramp_jax.models.spec import DecoderSpec
 
 Params = dict[str, Any]
 Tap = Callable[[jax.Array], Any]
+Rope = tuple[Float[Array, "T H/2"], Float[Array, "T H/2"]]
 
 _QUERY_BLOCK = 128  # queries that attend together; each group meets only the keys of its causal prefix
 _UNINITIALIZED = nn.initializers.zeros_init()  # weights are loaded, never drawn
@@ -33,13 +34,18 @@ def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> 
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * gain
 
 
-def rotate(x: Float[Array, "B T N H"], theta: float) -> Float[Array, "B T N H"]:
+def rope_tables(spec: DecoderSpec, time: int) -> Rope:
+    """Cosines and sines of the rotary angles of positions 0..time − 1."""
+    half = spec.head_size // 2
+    frequency = spec.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.arange(time, dtype=jnp.float32)[:, None] * frequency[None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
     """Rotary position embedding; dimension i turns with dimension i + H/2 (HF order)."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency[None, None, :]  # [T, 1, H/2]
-    cos, sin = jnp.cos(angle)[None], jnp.sin(angle)[None]
-    first, second = x[..., :half], x[..., half:]
+    cos, sin = (table[None, :, None, :] for table in rope)
+    first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -48,22 +54,26 @@ def causal_attention(
 ) -> Float[Array, "B T NH"]:
     """Grouped-query attention; operands of the products in `dtype`, softmax in f32.
 
-    Queries go in blocks that meet only their causal prefix, and the query heads of one key/value head are folded into
-    rows, so that every product is one large matrix product.
+    Queries go in blocks that meet only the keys of their causal prefix. The query heads of one key/value head are
+    folded into rows, and the softmax is normalized after the product with the values, where there is less to divide.
     """
     batch, time, heads, size = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    q = (q * size**-0.5).reshape(batch, time, kv_heads, group, size).astype(dtype)
-    k, v = k.astype(dtype), v.astype(dtype)
+    q = (q * size**-0.5).astype(dtype).reshape(batch, time, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
+    k, v = k.astype(dtype).transpose(0, 2, 3, 1), v.astype(dtype).transpose(0, 2, 1, 3)  # [B, K, H, S], [B, K, S, H]
     outputs = []
     for start in range(0, time, _QUERY_BLOCK):
         stop = min(start + _QUERY_BLOCK, time)
-        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q[:, start:stop], k[:, :stop], preferred_element_type=jnp.float32)
-        visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]  # [T, S]
-        weights = nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1).astype(dtype)
-        outputs.append(jnp.einsum("BKGTS,BSKH->BTKGH", weights, v[:, :stop], preferred_element_type=jnp.float32))
-    return jnp.concatenate(outputs, axis=1).reshape(batch, time, heads * size)
+        rows = q[:, :, :, start:stop].reshape(batch, kv_heads, -1, size)  # [B, K, G·T, H]
+        scores = jnp.einsum("BKTH,BKHS->BKTS", rows, k[..., :stop], preferred_element_type=jnp.float32)
+        visible = jnp.tile(jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :], (group, 1))
+        scores = jnp.where(visible[None, None], scores, -jnp.inf)
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = jnp.einsum("BKTS,BKSH->BKTH", weights.astype(dtype), v[:, :, :stop], preferred_element_type=jnp.float32)
+        outputs.append((mixed / total).reshape(batch, kv_heads, group, -1, size))
+    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * size)
 
 
 class Block(nn.Module):
@@ -76,7 +86,7 @@ class Block(nn.Module):
     tap: Tap | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], rope: Rope) -> Float[Array, "B T D"]:
         """Hidden states after the layer."""
         spec = self.spec
         w = {key: self.param(key, _UNINITIALIZED, shape) for key, shape in block_shapes(spec).items()}
@@ -87,7 +97,7 @@ class Block(nn.Module):
         q = matmul(h, w["attn_q"]).reshape(batch, time, spec.n_heads, spec.head_size)
         k = matmul(h, w["attn_k"]).reshape(batch, time, spec.n_kv_heads, spec.head_size)
         v = matmul(h, w["attn_v"]).reshape(batch, time, spec.n_kv_heads, spec.head_size)
-        q, k = rotate(q, spec.rope_theta), rotate(k, spec.rope_theta)
+        q, k = rotate(q, rope), rotate(k, rope)
         mixed = self._tap("attn_mid", causal_attention(q, k, v, w["attn_q"].dtype))
         x = x + self._tap("attn_out", matmul(mixed, w["attn_output"]))
 
@@ -116,13 +126,14 @@ class Decoder(nn.Module):
         if not spec.tied:
             self.param("output", _UNINITIALIZED, (spec.vocab_size, spec.d_model))
         layers = nn.scan(
-            lambda block, x, _: (block(x), None),
+            lambda block, x, rope: (block(x, rope), None),
+            in_axes=nn.broadcast,
             variable_axes={"params": 0, "taps": 0},
             split_rngs={"params": True},
             length=spec.n_layers,
         )
         x = embedding[ids].astype(jnp.float32)
-        x, _ = layers(Block(spec, self.tap, name="blk"), x, None)
+        x, _ = layers(Block(spec, self.tap, name="blk"), x, rope_tables(spec, ids.shape[1]))
         x = rms_norm(x, gain, spec.norm_eps)
         if self.tap is not None:
             self.sow("taps", "head_in", self.tap(x), reduce_fn=lambda _, new: new, init_fn=lambda: None)
@@ -146,7 +157,7 @@ def logits(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> Float[A
 
 def block_forward(spec: DecoderSpec, layer: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """One layer on its own; `layer` is `params["blk"]` at one index of the stacked axis."""
-    return Block(spec).apply({"params": layer}, x)
+    return Block(spec).apply({"params": layer}, x, rope_tables(spec, x.shape[1]))
 
 
 def cast_weights(params: Params, dtype: Any) -> Params:

@@ -46,7 +46,9 @@ def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
     }
     for what, present in unsupported.items():
         if present:
-            raise ValueError(f"config.json asks for {what}, which this decoder does not compute; use another checkpoint.")
+            raise ValueError(
+                f"config.json asks for {what}, which this decoder does not compute; use another checkpoint."
+            )
     heads = config["num_attention_heads"]
     return DecoderSpec(
         architecture="llama",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -71,6 +71,11 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
         }.items()
         if key in fields
     }
+    if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        bos = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=fields.get("tokenizer.chat_template"), **special
     )
@@ -85,7 +90,7 @@ def gguf_from_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> 
         tokenizer.save_pretrained(folder)
         saved = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
     if saved["model"]["type"] != "BPE" or saved["model"].get("byte_fallback"):
-        raise ValueError("only byte-level BPE tokenizers can be exported; convert this checkpoint with llama.cpp first.")
+        raise ValueError("only byte-level BPE tokenizers can be exported; convert this checkpoint to GGUF first.")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [_USER_DEFINED] * vocab_size
     for token, i in saved["model"]["vocab"].items():

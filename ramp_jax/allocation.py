@@ -1,0 +1,209 @@
+"""An allocation: which format every weight matrix gets, and what the finished file then weighs.
+
+Three sizes, never mixed: code bits (mean nominal level), linear bpw (allocated tensors with their scales) and file
+bpw (the whole GGUF over all parameters). Byte counts are exact: every tensor of a GGUF is padded to the alignment, so
+the file is a fixed part plus one term per allocated tensor.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+from jaxtyping import Bool, Int
+
+from ramp_jax.formats import format_for, get_format
+from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, tensors
+from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
+
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+STORED = "F32"
+"""Format of the tensors that are never allocated (norms)."""
+
+# llama.cpp's `llama_ftype`, by the type of most weights
+_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q5_0": 8, "Q8_0": 7}
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """Tensor name → format name for every allocatable tensor of `spec`; `metadata` is the source model's."""
+
+    spec: DecoderSpec
+    metadata: Metadata
+    formats: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        expected = {tensor.name for tensor in allocatable(self.spec)}
+        if wrong := expected ^ set(self.formats):
+            side = "lacks" if wrong & expected else "names unknown"
+            raise ValueError(f"the allocation {side} tensor {min(wrong)}; it was made for another model.")
+        for tensor in allocatable(self.spec):
+            get_format(self.formats[tensor.name]).row_bytes(tensor.shape[-1])
+
+    @functools.cached_property
+    def file_bytes(self) -> int:
+        """Size of the exported GGUF."""
+        data = sum(tensor_bytes(tensor, self.format_of(tensor)) for tensor in tensors(self.spec))
+        return header_bytes(self.spec, export_metadata(self)) + data
+
+    @property
+    def linear_bpw(self) -> float:
+        """Stored bits per allocated weight."""
+        bits = sum(8 * tensor_bytes(tensor, self.format_of(tensor)) for tensor in allocatable(self.spec))
+        return bits / sum(tensor.size for tensor in allocatable(self.spec))
+
+    @property
+    def file_bpw(self) -> float:
+        """Bits of the whole file per parameter."""
+        return 8 * self.file_bytes / sum(tensor.size for tensor in tensors(self.spec))
+
+    @property
+    def code_bits(self) -> float:
+        """Mean nominal level per allocated weight (what papers count), 16 or 32 for float formats."""
+        members = allocatable(self.spec)
+        levels = [_nominal_bits(self.formats[tensor.name]) * tensor.size for tensor in members]
+        return sum(levels) / sum(tensor.size for tensor in members)
+
+    def format_of(self, tensor: Tensor) -> str:
+        """Format name of any tensor of the file."""
+        return self.formats[tensor.name] if tensor.allocatable else STORED
+
+    def save(self, path: str | Path, **notes: Any) -> None:
+        """Write JSON: the formats, the sizes, and `notes`."""
+        content = {
+            "file_bytes": self.file_bytes,
+            "linear_bpw": self.linear_bpw,
+            "file_bpw": self.file_bpw,
+            "code_bits": self.code_bits,
+            **notes,
+            "formats": dict(self.formats),
+        }
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model) -> "Allocation":
+        """Read what `save` wrote; raises `ValueError` where it is not an allocation of `model`."""
+        try:
+            formats = json.loads(Path(path).read_text(encoding="utf-8"))["formats"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not an allocation; make one with launch/allocate.py.") from error
+        return cls(model.spec, model.metadata, formats)
+
+
+class Costs(NamedTuple):
+    """What each level costs: `fixed` bytes, and per allocatable tensor and level the padded bytes, 0 where masked."""
+
+    fixed: int
+    per_level: Int[np.ndarray, "T A"]
+
+    @property
+    def valid(self) -> Bool[np.ndarray, "T A"]:
+        """Which levels a tensor can take."""
+        return self.per_level > 0
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the smallest reachable file."""
+        return self.fixed + int(np.where(self.valid, self.per_level, np.iinfo(np.int64).max).min(axis=1).sum())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest reachable file."""
+        return self.fixed + int(self.per_level.max(axis=1).sum())
+
+
+def from_levels(model: Model, levels: Iterable[int]) -> Allocation:
+    """Allocation from one level per allocatable tensor; raises `ValueError` for a masked level."""
+    formats = {}
+    for tensor, level in zip(allocatable(model.spec), levels, strict=True):
+        fmt = format_for(level, tensor.shape[-1])
+        if fmt is None:
+            raise ValueError(f"{tensor.name} has rows of {tensor.shape[-1]} weights, which level {level} cannot hold.")
+        formats[tensor.name] = fmt.name
+    return Allocation(model.spec, model.metadata, formats)
+
+
+def costs(model: Model, levels: tuple[int, ...]) -> Costs:
+    """Byte costs of every allocatable tensor at every level."""
+    members = allocatable(model.spec)
+    table = np.zeros((len(members), len(levels)), np.int64)
+    for i, tensor in enumerate(members):
+        for a, level in enumerate(levels):
+            fmt = format_for(level, tensor.shape[-1])
+            table[i, a] = tensor_bytes(tensor, fmt.name) if fmt else 0
+        if not table[i].any():
+            raise ValueError(f"no level of {levels} can hold {tensor.name} with rows of {tensor.shape[-1]} weights.")
+    cheapest = from_levels(model, [levels[int(np.argmax(row > 0))] for row in table])
+    chosen = sum(tensor_bytes(tensor, cheapest.formats[tensor.name]) for tensor in members)
+    return Costs(cheapest.file_bytes - chosen, table)
+
+
+def check_budget(table: Costs, budget_bytes: int) -> None:
+    """Raise `ValueError` with the reachable range where no allocation is that small or that large."""
+    if not table.smallest <= budget_bytes <= table.largest:
+        side = "below the smallest" if budget_bytes < table.smallest else "above the largest"
+        raise ValueError(
+            f"a budget of {budget_bytes:,} bytes is {side} reachable file; "
+            f"choose between {table.smallest:,} and {table.largest:,} bytes."
+        )
+
+
+def tensor_bytes(tensor: Tensor, fmt: str) -> int:
+    """Bytes of a tensor's data in a file, padding included."""
+    rows = tensor.size // tensor.shape[-1]
+    return _padded(rows * get_format(fmt).row_bytes(tensor.shape[-1]))
+
+
+def header_bytes(spec: DecoderSpec, metadata: Metadata) -> int:
+    """Bytes before the first tensor's data: magic, version, two counts, pairs, tensor descriptions, padding."""
+    infos = sum(8 + len(tensor.name) + 4 + 8 * len(tensor.shape) + 4 + 8 for tensor in tensors(spec))
+    return _padded(4 + 4 + 8 + 8 + metadata_bytes(metadata) + infos)
+
+
+def export_metadata(allocation: Allocation) -> Metadata:
+    """The pairs of the exported file: the source's, the file's type, and the recipe in `ramp.*`.
+
+    Their size does not depend on which formats were chosen.
+    """
+    members = allocatable(allocation.spec)
+    weight_of = collections.Counter()
+    for tensor in members:
+        weight_of[allocation.formats[tensor.name]] += tensor.size
+    dominant = weight_of.most_common(1)[0][0]
+    kept = {
+        name: pair
+        for name, pair in allocation.metadata.items()
+        if not name.startswith(("ramp.", "quantize.")) and name != "general.alignment"
+    }
+    types = [int(get_format(allocation.formats[tensor.name]).ggml_type) for tensor in members]
+    return kept | typed(
+        {
+            "general.file_type": np.uint32(_FILE_TYPES[dominant]),
+            "general.quantization_version": np.uint32(gguf.GGML_QUANT_VERSION),
+            "general.quantized_by": "RAMP-JAX",
+            "ramp.recipe": np.asarray(types, np.int32),
+        }
+    )
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file or none: to a temporary name beside it, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _nominal_bits(fmt: str) -> float:
+    known = get_format(fmt)
+    return known.level or known.bits_per_weight
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,73 @@
+"""Scale Folding: move activation outliers into the weights before they are quantized.
+
+For a norm with gain γ that feeds linears W_j, γ' = γ / s and W_j' = W_j · diag(s) leave the output unchanged, while
+the quantizer sees other magnitudes. s_c = rms(x_c)^α, scaled to geometric mean 1; α is searched per layer and group.
+The search follows AWQ (Lin et al. 2024), the grouping the paper's Scale Folding.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ramp_jax.formats import format_for, round_trip
+from ramp_jax.models import Model
+from ramp_jax.progress import track
+from ramp_jax.quantization.calibrate import Stats
+
+GROUPS = {
+    "attn_in": ("attn_norm", ("attn_q", "attn_k", "attn_v")),
+    "ffn_in": ("ffn_norm", ("ffn_gate", "ffn_up")),
+}
+"""tap: (norm that produces it, linears that read it)."""
+
+ALPHAS = tuple(round(0.1 * i, 1) for i in range(8))
+"""The grid of α; 0 leaves the group as it is, so folding never raises the objective."""
+
+_SMALLEST_RMS = 1e-4  # of the group's largest; a dead channel keeps a finite scale
+_LARGEST_SCALE = 64.0
+
+
+def fold(model: Model, stats: Stats, level: int, alphas: tuple[float, ...] = ALPHAS) -> Model:
+    """The same function with scales chosen for quantization at `level`, to be calibrated weights' rounding.
+
+    Per layer and group, α minimizes the activation-weighted squared error of the fake-quantized linears. Raises
+    `ValueError` where the level cannot hold the rows.
+    """
+    fmt = format_for(level, model.spec.d_model)
+    if fmt is None:
+        raise ValueError(f"level {level} cannot hold rows of {model.spec.d_model} weights; fold at another level.")
+    square = {tap: stats.under(model.folding).moments[tap].square for tap in GROUPS}
+    folding, blk = dict(model.folding), dict(model.params["blk"])
+    for tap, (norm, linears) in GROUPS.items():
+        scales = []
+        for layer in track(range(model.spec.n_layers), f"folding {norm}", "layer"):
+            group = [blk[name][layer].astype(jnp.float32) for name in linears]
+            scales.append(_best_scale(group, square[tap][layer], alphas, fmt.name))
+        s = jnp.stack(scales)  # [L, D]
+        blk[norm] = blk[norm] / s
+        blk |= {name: (blk[name] * s[:, None, :]).astype(blk[name].dtype) for name in linears}
+        folding[tap] = folding.get(tap, 1.0) * s
+    return dataclasses.replace(model, params={**model.params, "blk": blk}, folding=folding)
+
+
+@functools.partial(jax.jit, static_argnames=("alphas", "fmt"))
+def _best_scale(
+    group: list[Float[Array, "O D"]], square: Float[Array, " D"], alphas: tuple[float, ...], fmt: str
+) -> Float[Array, " D"]:
+    candidates = jax.vmap(functools.partial(_scale, square))(jnp.asarray(alphas, jnp.float32))  # [α, D]
+
+    def error(s: Float[Array, " D"]) -> Float[Array, ""]:
+        return sum(jnp.sum(jnp.square(round_trip(w * s, fmt) / s - w) * square) for w in group)
+
+    return candidates[jnp.argmin(jax.lax.map(error, candidates))]
+
+
+def _scale(square: Float[Array, " D"], alpha: Any) -> Float[Array, " D"]:
+    rms = jnp.sqrt(square)
+    log_s = alpha * jnp.log(jnp.maximum(rms, _SMALLEST_RMS * jnp.maximum(jnp.max(rms), 1e-30)))
+    s = jnp.exp(log_s - jnp.mean(log_s))
+    return jnp.clip(s, 1 / _LARGEST_SCALE, _LARGEST_SCALE)
