@@ -5,19 +5,20 @@ bpw (the whole GGUF over all parameters). Byte counts are exact: every tensor of
 the file is a fixed part plus one term per allocated tensor.
 """
 
+import base64
 import collections
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
+from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import format_for, get_format
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, tensors
 from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
@@ -32,11 +33,15 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q5_0": 8, "Q8_0": 7}
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """Tensor name → format name for every allocatable tensor of `spec`; `metadata` is the source model's."""
+    """Tensor name → format name for every allocatable tensor of `spec`; `metadata` is the source model's.
+
+    `folding` are the scales of Scale Folding with which the weights are meant to be quantized (see `Model.folding`).
+    """
 
     spec: DecoderSpec
     metadata: Metadata
     formats: Mapping[str, str]
+    folding: Mapping[str, Float[np.ndarray, "L C"]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         expected = {tensor.name for tensor in allocatable(self.spec)}
@@ -75,7 +80,8 @@ class Allocation:
         return self.formats[tensor.name] if tensor.allocatable else STORED
 
     def save(self, path: str | Path, **notes: Any) -> None:
-        """Write JSON: the formats, the sizes, and `notes`."""
+        """Write JSON: the formats, the sizes, `notes`, and the folding as base64 of little-endian f32."""
+        folding = {tap: np.asarray(scales, "<f4") for tap, scales in self.folding.items()}
         content = {
             "file_bytes": self.file_bytes,
             "linear_bpw": self.linear_bpw,
@@ -83,17 +89,21 @@ class Allocation:
             "code_bits": self.code_bits,
             **notes,
             "formats": dict(self.formats),
+            "folding": {tap: base64.b64encode(scales.tobytes()).decode() for tap, scales in folding.items()},
         }
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> "Allocation":
         """Read what `save` wrote; raises `ValueError` where it is not an allocation of `model`."""
         try:
-            formats = json.loads(Path(path).read_text(encoding="utf-8"))["formats"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not an allocation; make one with launch/allocate.py.") from error
-        return cls(model.spec, model.metadata, formats)
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            formats = dict(content["formats"])
+            flat = {tap: np.frombuffer(base64.b64decode(text), "<f4") for tap, text in content["folding"].items()}
+            folding = {tap: scales.reshape(model.spec.n_layers, -1) for tap, scales in flat.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not an allocation of this model; make one with launch/allocate.py.") from error
+        return cls(model.spec, model.metadata, formats, folding)
 
 
 class Costs(NamedTuple):
@@ -126,7 +136,7 @@ def from_levels(model: Model, levels: Iterable[int]) -> Allocation:
         if fmt is None:
             raise ValueError(f"{tensor.name} has rows of {tensor.shape[-1]} weights, which level {level} cannot hold.")
         formats[tensor.name] = fmt.name
-    return Allocation(model.spec, model.metadata, formats)
+    return Allocation(model.spec, model.metadata, formats, {tap: np.asarray(s) for tap, s in model.folding.items()})
 
 
 def costs(model: Model, levels: tuple[int, ...]) -> Costs:
@@ -190,14 +200,6 @@ def export_metadata(allocation: Allocation) -> Metadata:
             "ramp.recipe": np.asarray(types, np.int32),
         }
     )
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or none: to a temporary name beside it, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _nominal_bits(fmt: str) -> float:

@@ -31,7 +31,8 @@ def matmul(x: Float[Array, "... I"], w: Float[Array, "O I"]) -> Float[Array, "..
 
 def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """x / rms(x) · gain."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * gain
+    normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return normed * jnp.broadcast_to(gain, x.shape)
 
 
 def rope_tables(spec: DecoderSpec, time: int) -> Rope:

@@ -38,7 +38,7 @@ _PRE_TOKENIZERS = {
 } | {name: _split(pattern) for name, pattern in _SPLITS.items()}
 
 # llama.cpp's token types
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
@@ -56,7 +56,8 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
         raise ValueError(f"{path}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(_PRE_TOKENIZERS)}.")
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, fuse_unk=False))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=pre == "llama-bpe"))
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]
     backend.decoder = decoders.ByteLevel()
     added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
@@ -92,7 +93,7 @@ def gguf_from_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> 
     if saved["model"]["type"] != "BPE" or saved["model"].get("byte_fallback"):
         raise ValueError("only byte-level BPE tokenizers can be exported; convert this checkpoint to GGUF first.")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    types = [_USER_DEFINED] * vocab_size
+    types = [_UNUSED] * vocab_size
     for token, i in saved["model"]["vocab"].items():
         tokens[i], types[i] = token, _NORMAL
     for added in saved["added_tokens"]:

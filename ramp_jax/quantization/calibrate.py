@@ -13,6 +13,8 @@ from ramp_jax.models import DecoderSpec, Model
 from ramp_jax.models.decoder import Decoder, Params
 from ramp_jax.progress import track
 
+_LAYER_TAPS = ("residual", "attn_in", "attn_mid", "attn_out", "ffn_in", "ffn_mid", "ffn_out")  # in forward order
+
 
 class Moments(NamedTuple):
     """Per channel of one activation, `[L, C]` inside the blocks and `[C]` outside: E[x²], E[x⁴] and max |x|."""
@@ -53,8 +55,8 @@ def calibrate(model: Model, windows: Int[np.ndarray, "W T"]) -> Stats:
     total: dict[str, Moments] = {}
     for i, window in enumerate(track(windows, "calibrating", "window")):
         sums = _window_sums(model.spec, model.params, window[None])
+        _check_finite(sums, i)
         for tap, new in sums.items():
-            _check_finite(tap, new, i)
             old = total.get(tap, Moments(*(jnp.zeros_like(leaf) for leaf in new)))
             total[tap] = Moments(
                 old.square + new.square, old.fourth + new.fourth, jnp.maximum(old.abs_max, new.abs_max)
@@ -75,11 +77,13 @@ def _sums(x: Float[Array, "B T C"]) -> Moments:
     return Moments(jnp.sum(jnp.square(x), axis=(0, 1)), jnp.sum(x**4, axis=(0, 1)), jnp.max(jnp.abs(x), axis=(0, 1)))
 
 
-def _check_finite(tap: str, sums: Moments, window: int) -> None:
-    finite = np.isfinite(np.asarray(sums.fourth)).all(axis=-1)
-    if not finite.all():
-        layer = f"layer {int(np.argmin(finite))}" if finite.ndim else "the last layer"
+def _check_finite(sums: dict[str, Moments], window: int) -> None:
+    """Raise for the first activation of the forward pass that is not finite."""
+    finite = {tap: np.isfinite(np.asarray(moments.fourth)).all(axis=-1) for tap, moments in sums.items()}
+    broken = [(int(np.argmin(finite[tap])), i, tap) for i, tap in enumerate(_LAYER_TAPS) if not finite[tap].all()]
+    if broken or not finite["head_in"]:
+        layer, _, tap = min(broken, default=("last", 0, "head_in"))
         raise ValueError(
-            f"activation {tap} of {layer} is not finite in calibration window {window}; "
+            f"activation {tap} of layer {layer} is not finite in calibration window {window}; "
             f"load the model with dtype=float32, or check its weights."
         )

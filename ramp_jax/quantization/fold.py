@@ -7,10 +7,12 @@ The search follows AWQ (Lin et al. 2024), the grouping the paper's Scale Folding
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ramp_jax.formats import format_for, round_trip
@@ -32,7 +34,7 @@ _LARGEST_SCALE = 64.0
 
 
 def fold(model: Model, stats: Stats, level: int, alphas: tuple[float, ...] = ALPHAS) -> Model:
-    """The same function with scales chosen for quantization at `level`, to be calibrated weights' rounding.
+    """The same function with scales chosen for quantization at `level`.
 
     Per layer and group, α minimizes the activation-weighted squared error of the fake-quantized linears. Raises
     `ValueError` where the level cannot hold the rows.
@@ -41,15 +43,41 @@ def fold(model: Model, stats: Stats, level: int, alphas: tuple[float, ...] = ALP
     if fmt is None:
         raise ValueError(f"level {level} cannot hold rows of {model.spec.d_model} weights; fold at another level.")
     square = {tap: stats.under(model.folding).moments[tap].square for tap in GROUPS}
-    folding, blk = dict(model.folding), dict(model.params["blk"])
+    blk, scales = model.params["blk"], {}
     for tap, (norm, linears) in GROUPS.items():
-        scales = []
+        per_layer = []
         for layer in track(range(model.spec.n_layers), f"folding {norm}", "layer"):
             group = [blk[name][layer].astype(jnp.float32) for name in linears]
-            scales.append(_best_scale(group, square[tap][layer], alphas, fmt.name))
-        s = jnp.stack(scales)  # [L, D]
+            per_layer.append(_best_scale(group, square[tap][layer], alphas, fmt.name))
+        scales[tap] = jnp.stack(per_layer)  # [L, D]
+    return _scaled(model, scales)
+
+
+def refold(model: Model, folding: Mapping[str, Any]) -> Model:
+    """The same function with exactly the scales of `folding`, whatever the model was folded with before.
+
+    Raises `ValueError` where a scale has another shape than the model's activation.
+    """
+    if not folding and not model.folding:
+        return model
+    shape = (model.spec.n_layers, model.spec.d_model)
+    scales = {}
+    for tap in GROUPS:
+        target = jnp.asarray(folding.get(tap, np.ones(shape)), jnp.float32)
+        if target.shape != shape:
+            raise ValueError(f"the folding of {tap} has shape {target.shape}, this model needs {shape}.")
+        scales[tap] = target / model.folding.get(tap, 1.0)
+    return _scaled(model, scales)
+
+
+def _scaled(model: Model, scales: dict[str, Float[Array, "L D"]]) -> Model:
+    """Divide the activations of each tap by its scales, and multiply the linears that read them."""
+    folding, blk = dict(model.folding), dict(model.params["blk"])
+    for tap, s in scales.items():
+        norm, linears = GROUPS[tap]
         blk[norm] = blk[norm] / s
-        blk |= {name: (blk[name] * s[:, None, :]).astype(blk[name].dtype) for name in linears}
+        widened = {name: blk[name].astype(jnp.float32) * s[:, None, :] for name in linears}
+        blk |= {name: w.astype(blk[name].dtype) for name, w in widened.items()}
         folding[tap] = folding.get(tap, 1.0) * s
     return dataclasses.replace(model, params={**model.params, "blk": blk}, folding=folding)
 
@@ -61,7 +89,8 @@ def _best_scale(
     candidates = jax.vmap(functools.partial(_scale, square))(jnp.asarray(alphas, jnp.float32))  # [α, D]
 
     def error(s: Float[Array, " D"]) -> Float[Array, ""]:
-        return sum(jnp.sum(jnp.square(round_trip(w * s, fmt) / s - w) * square) for w in group)
+        column, weight = s[None, :], square[None, :]
+        return sum(jnp.sum(jnp.square(round_trip(w * column, fmt) / column - w) * weight) for w in group)
 
     return candidates[jnp.argmin(jax.lax.map(error, candidates))]
 

@@ -1,0 +1,56 @@
+"""Whole states in one file, written atomically; PRNG keys included."""
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import serialization
+
+T = TypeVar("T")
+
+
+def save(path: str | Path, tree: Any) -> None:
+    """Write a pytree of arrays, keys, numbers, strings, dicts and named tuples; the file is whole or not there."""
+    write_bytes(path, serialization.to_bytes(jax.tree.map(_plain, tree)))
+
+
+def load(path: str | Path, like: T) -> T:
+    """Read what `save` wrote into the structure of `like`, bit for bit.
+
+    Raises `ValueError` where the file is damaged or holds another structure.
+    """
+    try:
+        plain = serialization.from_bytes(jax.tree.map(_plain, like), Path(path).read_bytes())
+        return jax.tree.map(_restore, like, plain)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of this run ({error}); delete it to start afresh.") from error
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a whole file or none: to a temporary name beside it, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Any) -> Any:
+    if _is_key(leaf):
+        return np.asarray(jax.random.key_data(leaf))
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def _restore(like: Any, leaf: Any) -> Any:
+    if _is_key(like):
+        return jax.random.wrap_key_data(leaf)
+    if isinstance(like, jax.Array) and (leaf.shape != like.shape or leaf.dtype != like.dtype):
+        raise ValueError(f"an array is {leaf.dtype}{list(leaf.shape)}, expected {like.dtype}{list(like.shape)}")
+    return jax.numpy.asarray(leaf) if isinstance(like, jax.Array) else leaf

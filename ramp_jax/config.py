@@ -1,0 +1,52 @@
+"""What a run is made of: frozen, and readable from the dictionaries in `configs/`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ramp_jax.policy.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowsConfig:
+    """`count` windows of `context` tokens from `data` (`builtin`, a text file, or `hf:NAME:CONFIG:SPLIT`)."""
+
+    data: str = "builtin"
+    context: int = 512
+    count: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A training run: the model, its calibration and sensitivity windows, the levels, and the learner."""
+
+    model: str = "smollm2-135m"
+    dtype: str = "auto"
+    seed: int = 0
+    levels: tuple[int, ...] = (4, 5, 8)
+    fold_level: int = 4
+    calibration: WindowsConfig = WindowsConfig()
+    sensitivity: WindowsConfig = WindowsConfig(context=128, count=2)
+    train: TrainConfig = TrainConfig()
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, as in a config file or JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any], cls: type = RunConfig) -> Any:
+    """Inverse of `as_dict`; fields that are left out keep their defaults.
+
+    Raises `ValueError` for a name that the config does not have.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"the config has no {unknown[0]!r}; it has {', '.join(fields)}.")
+    return cls(**{name: _value(fields[name].type, value) for name, value in values.items()})
+
+
+def _value(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_dict(value, kind)
+    return tuple(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,139 @@
+"""The 11 numbers by which the policy knows a weight matrix, comparable across models of any family and scale.
+
+| # | name | meaning |
+|---|---|---|
+| 0 | act_outlier | log₁₀(max / rms) of the input activation |
+| 1 | act_spread | standard deviation over channels of log₁₀ channel rms |
+| 2 | act_kurtosis | log(1 + excess kurtosis) of the input activation |
+| 3 | act_written | log₁₀ of the energy that the sub-block writes, over the residual stream's |
+| 4 | weight_outlier | log₁₀(max / standard deviation) |
+| 5 | weight_kurtosis | log(1 + excess kurtosis) |
+| 6 | weight_error | log₁₀ of the activation-weighted relative squared error of 3-bit rounding in blocks of 32 |
+| 7 | depth | l / (L − 1); 0 for the embedding, 1 for the head |
+| 8 | share | log₁₀ of the tensor's share of the allocatable weights |
+| 9 | fan | log₁₀(out / in) |
+| 10 | role | place in the forward pass: q, k, v, attention output, gate, up, down, head |
+
+Every number is a ratio, a log or a position, moved by a fixed map to the order of 1: nothing is fitted to a model, so
+one tensor can be embedded without looking at the others.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ramp_jax.formats.rounding import blocks_of, flatten_blocks, reciprocal, round_half_away
+from ramp_jax.models import Model, Tensor, allocatable, lookup
+from ramp_jax.models.names import LINEARS
+from ramp_jax.progress import track
+from ramp_jax.quantization.calibrate import Moments, Stats
+
+VERSION = 1
+"""Raised whenever a number changes its meaning; a policy refuses embeddings of another version."""
+
+NAMES = (
+    "act_outlier",
+    "act_spread",
+    "act_kurtosis",
+    "act_written",
+    "weight_outlier",
+    "weight_kurtosis",
+    "weight_error",
+    "depth",
+    "share",
+    "fan",
+    "role",
+)
+
+# (value − center) / width: the ranges seen over layers of small and large decoders
+_CENTER = np.array([1.2, 0.3, 3.0, -1.5, 1.0, 0.7, -1.4, 0.5, -2.5, 0.0, 0.5], np.float32)
+_WIDTH = np.array([0.5, 0.2, 2.0, 0.7, 0.3, 0.7, 0.3, 0.35, 0.7, 0.5, 0.35], np.float32)
+
+_WRITTEN_BY = {"attn_in": "attn_out", "attn_mid": "attn_out", "ffn_in": "ffn_out", "ffn_mid": "ffn_out"}
+_ROLES = {key: i / len(LINEARS) for i, key in enumerate(LINEARS)} | {"token_embd": 1.0, "output": 1.0}
+_NO_INPUT = "token"  # tap of an embedding that is only looked up
+_TINY = 1e-12
+
+
+def embed(model: Model, stats: Stats) -> Float[np.ndarray, "T 11"]:
+    """Embeddings of the allocatable tensors in forward order, of the model as it is (folded or not).
+
+    Raises `KeyError` where `stats` lacks the taps of the model.
+    """
+    members = allocatable(model.spec)
+    total = sum(tensor.size for tensor in members)
+    stats = stats.under(model.folding)
+    rows = [
+        [*_activation(stats, tensor), *_weight(model, stats, tensor), *_structure(model, tensor, total)]
+        for tensor in track(members, "embedding tensors", "tensor")
+    ]
+    return (np.asarray(rows, np.float32) - _CENTER) / _WIDTH
+
+
+def _activation(stats: Stats, tensor: Tensor) -> list[float]:
+    if tensor.tap == _NO_INPUT:
+        return _CENTER[:4].tolist()
+    x = _moments(stats, tensor.tap, tensor.layer)
+    mean_square = float(x.square.mean())
+    rms = np.sqrt(np.maximum(x.square, _TINY * mean_square + _TINY))
+    written = _WRITTEN_BY.get(tensor.tap)
+    share = 1.0
+    if written is not None:
+        residual = _moments(stats, "residual", tensor.layer).square.mean()
+        share = float(_moments(stats, written, tensor.layer).square.mean() / (residual + _TINY))
+    return [
+        float(np.log10(x.abs_max.max() / (np.sqrt(mean_square) + _TINY) + _TINY)),
+        float(np.log10(rms).std()),
+        _log_kurtosis(float(x.fourth.mean()) / (mean_square**2 + _TINY)),
+        float(np.log10(share + _TINY)),
+    ]
+
+
+def _weight(model: Model, stats: Stats, tensor: Tensor) -> list[float]:
+    w = lookup(model.params, tensor).astype(jnp.float32)
+    if tensor.tap == _NO_INPUT:
+        square = np.ones(tensor.shape[-1], np.float32)
+    else:
+        square = _moments(stats, tensor.tap, tensor.layer).square
+    outlier, kurtosis, error = (float(x) for x in _weight_numbers(w, square))
+    return [float(np.log10(outlier + _TINY)), _log_kurtosis(kurtosis), float(np.log10(error + _TINY))]
+
+
+def _structure(model: Model, tensor: Tensor, total: int) -> list[float]:
+    last = max(model.spec.n_layers - 1, 1)
+    depth = tensor.layer / last if tensor.layer is not None else float(tensor.key == "output")
+    n_out, n_in = tensor.shape
+    return [depth, float(np.log10(tensor.size / total)), float(np.log10(n_out / n_in)), _ROLES[tensor.key]]
+
+
+def _moments(stats: Stats, tap: str, layer: int | None) -> Moments:
+    moments = stats.moments[tap]
+    return Moments(*(np.asarray(leaf if layer is None else leaf[layer]) for leaf in moments))
+
+
+def _log_kurtosis(kurtosis: float) -> float:
+    """log(1 + excess), for a fourth moment over the squared second one; at least that of two values ±1."""
+    return float(np.log(max(kurtosis - 2.0, 0.1)))
+
+
+@jax.jit
+def _weight_numbers(w: Float[Array, "O I"], square: Float[Array, " I"]) -> Any:
+    """max / std, fourth moment / squared second, activation-weighted relative error of 3-bit rounding."""
+    centered = w - jnp.mean(w)
+    variance = jnp.mean(jnp.square(centered)) + _TINY
+    kurtosis = jnp.mean(jnp.square(jnp.square(centered))) / jnp.square(variance)
+    error = jnp.sum(jnp.square(_round_3_bits(w) - w) * square[None, :]) / (
+        jnp.sum(jnp.square(w) * square[None, :]) + _TINY
+    )
+    return jnp.max(jnp.abs(w)) / jnp.sqrt(variance), kurtosis, error
+
+
+def _round_3_bits(w: Float[Array, "O I"]) -> Float[Array, "O I"]:
+    """Codes −4..3 in blocks of 32, the largest magnitude at −4: the plainest low-bit grid, the same for every row length."""
+    blocks = blocks_of(w, 32)
+    largest = jnp.take_along_axis(blocks, jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True), axis=-1)
+    d = largest / -4
+    return flatten_blocks(jnp.clip(round_half_away(blocks * reciprocal(d)), -4, 3) * d)

@@ -1,0 +1,89 @@
+"""The decision process: one step per weight matrix in forward order, the action is its level.
+
+Everything is an array; nothing here knows a model. T tensors, A levels, O numbers in an observation. Sizes are in units
+of a GGUF file's alignment (32 bytes; every tensor's data is padded to it), so int32 holds files of 64 GiB exactly.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+UNIT_BYTES = 32
+CONTEXT = 4  # numbers that an observation holds beyond the embedding
+
+
+class Problem(NamedTuple):
+    """What the policy may know of a model, plus nothing that needs an evaluation of it."""
+
+    embedding: Float[Array, "T E"]
+    weights: Float[Array, " T"]
+    """Weights per tensor."""
+    cost: Int[Array, "T A"]
+    """Units of the tensor's data at each level, 0 where the level is masked."""
+    bits: Float[Array, " A"]
+    """Nominal bits of each level."""
+
+
+class Episode(NamedTuple):
+    """One finished allocation, step by step. `left` are the units of the budget that remain at the end."""
+
+    observation: Float[Array, "T O"]
+    mask: Bool[Array, "T A"]
+    action: Int[Array, " T"]
+    left: Int[Array, ""]
+
+
+Choose = Callable[[PRNGKeyArray, Float[Array, " O"], Bool[Array, " A"]], Int[Array, ""]]
+
+
+def valid_levels(problem: Problem) -> Bool[Array, "T A"]:
+    """Which levels can hold each tensor."""
+    return problem.cost > 0
+
+
+def cheapest_completion(problem: Problem) -> Int[Array, "T+1"]:
+    """Units of the smallest completion from each step on; 0 at the end."""
+    cheapest = jnp.min(jnp.where(valid_levels(problem), problem.cost, jnp.iinfo(jnp.int32).max), axis=1)
+    return jnp.append(jnp.flip(jnp.cumsum(jnp.flip(cheapest))), 0)
+
+
+def budget_range(problem: Problem) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Units of the smallest and of the largest allocation."""
+    return cheapest_completion(problem)[0], jnp.sum(jnp.max(problem.cost, axis=1))
+
+
+def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGKeyArray) -> Episode:
+    """One episode under `choose(key, observation, mask)`.
+
+    A level after which even the cheapest completion exceeds the budget is masked, so an episode whose budget is at
+    least the smallest allocation always fits.
+    """
+    steps = problem.cost.shape[0]
+    completion = cheapest_completion(problem)
+    weights_left = jnp.flip(jnp.cumsum(jnp.flip(problem.weights)))
+    target = _bits_per_weight(budget, weights_left[0])
+
+    def step(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+        left, last = carry
+        cost = problem.cost[t]
+        mask = (cost > 0) & (cost <= left - completion[t + 1])
+        context = [target, _bits_per_weight(left, weights_left[t]), last, 2 * t.astype(jnp.float32) / steps - 1]
+        observation = jnp.concatenate([problem.embedding[t], jnp.stack(context)])
+        action = choose(jax.random.fold_in(key, t), observation, mask)
+        return (left - cost[action], _centered(problem.bits[action])), (observation, mask, action)
+
+    start = (jnp.asarray(budget, jnp.int32), jnp.float32(0.0))
+    (left, _), (observation, mask, action) = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
+    return Episode(observation, mask, action, left)
+
+
+def _bits_per_weight(units: jax.Array, weights: jax.Array) -> jax.Array:
+    return _centered(units.astype(jnp.float32) * (8 * UNIT_BYTES) / weights)
+
+
+def _centered(bits: jax.Array) -> jax.Array:
+    """Bits per weight to the order of 1; clipped, since the last tensors of an episode may have far more than enough."""
+    return jnp.clip((bits - 5.0) / 2.0, -2.0, 2.0)

@@ -1,0 +1,96 @@
+"""A trained policy: how it is saved, and how it allocates for a model it may never have seen."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization
+
+from ramp_jax.allocation import ALIGNMENT, Allocation, Costs, check_budget, costs, from_levels
+from ramp_jax.checkpoint import write_bytes
+from ramp_jax.models import Model, allocatable
+from ramp_jax.policy import embedding
+from ramp_jax.policy.env import Problem
+from ramp_jax.policy.train import greedy
+from ramp_jax.quantization import Stats
+
+POLICY_FILE = "policy.msgpack"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """An actor and what it was trained for. `trained_on` names the models, `fold_level` the level of Scale Folding."""
+
+    actor: Any
+    hidden: tuple[int, ...]
+    levels: tuple[int, ...]
+    fold_level: int
+    trained_on: tuple[str, ...]
+    embedding_version: int = embedding.VERSION
+
+    def save(self, folder: str | Path) -> None:
+        """Write `policy.msgpack` into `folder`."""
+        content = {**vars(self), "actor": jax.tree.map(np.asarray, self.actor)}
+        tuples = {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
+        write_bytes(Path(folder) / POLICY_FILE, serialization.msgpack_serialize(content | tuples))
+
+
+def load_policy(source: str | Path) -> Policy:
+    """The policy in a training run's workdir.
+
+    Raises `FileNotFoundError` where there is none, `ValueError` for a damaged file or another embedding version.
+    """
+    path = Path(source) / POLICY_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} holds no {POLICY_FILE}; train one with launch/train.py --workdir={source}.")
+    try:
+        content = serialization.msgpack_restore(path.read_bytes())
+        tuples = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+        policy = Policy(**{**content, **tuples, "actor": jax.tree.map(jnp.asarray, content["actor"])})
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); train the policy again.") from error
+    if policy.embedding_version != embedding.VERSION:
+        raise ValueError(
+            f"the policy in {source} was trained on version {policy.embedding_version} of the embedding, this program "
+            f"computes version {embedding.VERSION}; train it again."
+        )
+    return policy
+
+
+def problem(model: Model, stats: Stats, levels: tuple[int, ...], table: Costs | None = None) -> Problem:
+    """The decision process of `model`, whose tensors are embedded as they are (fold first)."""
+    table = costs(model, levels) if table is None else table
+    return Problem(
+        jnp.asarray(embedding.embed(model, stats)),
+        jnp.asarray([tensor.size for tensor in allocatable(model.spec)], jnp.float32),
+        jnp.asarray(table.per_level // ALIGNMENT, jnp.int32),
+        jnp.asarray(levels, jnp.float32),
+    )
+
+
+def allocate(policy: Policy, model: Model, stats: Stats, *, budget_bytes: int) -> Allocation:
+    """The policy's allocation of `model` (folded as it is to be quantized) for a file of at most `budget_bytes`.
+
+    Nothing of the model is evaluated. Raises `ValueError` with the reachable range where no file of that size exists.
+    """
+    table = costs(model, policy.levels)
+    check_budget(table, budget_bytes)
+    units = jnp.int32((min(budget_bytes, table.largest) - table.fixed) // ALIGNMENT)
+    action = greedy(policy.actor, problem(model, stats, policy.levels, table), units, policy.hidden)
+    return from_levels(model, [policy.levels[a] for a in np.asarray(action)])
+
+
+def check_levels(policy: Policy, levels: tuple[int, ...]) -> None:
+    """Raise `ValueError` where a policy chooses among other levels than those asked for."""
+    if policy.levels != levels:
+        raise ValueError(
+            f"the policy was trained for levels {_list(policy.levels)}, not {_list(levels)}; "
+            f"ask for its levels or train a policy with --config.levels={_list(levels)}."
+        )
+
+
+def _list(levels: tuple[int, ...]) -> str:
+    return ",".join(map(str, levels))

@@ -1,0 +1,215 @@
+"""Training: scans of interaction and updates, seeds side by side, checkpoints between scans.
+
+`learn` is pure: arrays in, arrays out. `run` is the loop around it that scores, logs, saves and resumes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ramp_jax import checkpoint
+from ramp_jax.policy import networks, replay, reward, sac
+from ramp_jax.policy.env import Episode, Problem, budget_range, rollout
+from ramp_jax.policy.networks import masked_log_softmax
+from ramp_jax.policy.sac import SacConfig
+from ramp_jax.progress import track
+
+Metrics = dict[str, Float[Array, " S"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long the policy learns: each iteration plays `episodes` and makes `updates` gradient steps, per seed.
+
+    `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`); without it, rewards
+    are the plain ones, which take many times longer to learn from.
+    """
+
+    iterations: int = 150
+    episodes: int = 16
+    updates: int = 32
+    replay_episodes: int = 1024
+    seeds: int = 2
+    log_every: int = 10
+    potential: bool = True
+    sac: SacConfig = SacConfig()
+
+
+PROBES = 8
+"""Budgets at which a policy is scored while it learns."""
+
+_LOW_BUDGETS = 2.0  # power of the uniform draw: small files are what people ask for, and where choices matter
+
+
+class Task(NamedTuple):
+    """What is learned on: a model's problem, and what each level of each tensor loses (nats per token)."""
+
+    problem: Problem
+    loss: Float[Array, "T A"]
+
+
+class TrainState(NamedTuple):
+    """Everything a run consists of between two scans."""
+
+    learner: sac.Learner
+    replay: replay.Replay
+    key: PRNGKeyArray
+    iteration: Int[Array, ""]
+
+
+def initial_state(key: PRNGKeyArray, task: Task, config: TrainConfig) -> TrainState:
+    """A fresh run of one seed."""
+    n_observation, n_actions = observation_size(task.problem), task.loss.shape[1]
+    learner_key, key = jax.random.split(key)
+    learner = sac.init(learner_key, config.sac, n_observation, n_actions)
+    steps, _ = jax.eval_shape(functools.partial(_interact, task, config), learner, key)
+    stored = replay.empty(config.replay_episodes, steps)
+    return TrainState(learner, stored, key, jnp.int32(0))
+
+
+def observation_size(problem: Problem) -> int:
+    """O for the embeddings of `problem`."""
+    episode = jax.eval_shape(lambda: rollout(problem, jnp.int32(0), lambda *_: jnp.int32(0), jax.random.key(0)))
+    return episode.observation.shape[-1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "iterations"))
+def learn(
+    state: TrainState, task: Task, config: TrainConfig, iterations: int
+) -> tuple[TrainState, dict[str, Float[Array, "..."]]]:
+    """`iterations` of interaction and updates for every seed of `state` (leading axis S); metrics are `[S]` means."""
+
+    def iteration(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.key, state.iteration)
+        play_key, update_key = jax.random.split(key)
+        steps, returns = _interact(task, config, state.learner, play_key)
+        stored = replay.add(state.replay, steps)
+
+        def one_update(learner: sac.Learner, key: jax.Array) -> tuple[sac.Learner, dict[str, jax.Array]]:
+            return sac.update(learner, replay.sample(stored, key, config.sac.batch_size), config.sac)
+
+        keys = jax.random.split(update_key, config.updates)
+        learner, metrics = jax.lax.scan(one_update, state.learner, keys)
+        metrics = jax.tree.map(jnp.mean, metrics) | {"return": jnp.mean(returns)}
+        return TrainState(learner, stored, state.key, state.iteration + 1), metrics
+
+    def one_seed(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = jax.lax.scan(iteration, state, length=iterations)
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    return jax.vmap(one_seed)(state)
+
+
+def _interact(
+    task: Task, config: TrainConfig, learner: sac.Learner, key: PRNGKeyArray
+) -> tuple[replay.Steps, Float[Array, " N"]]:
+    """Episodes of the current actor at budgets drawn over the feasible range, and their terminal rewards."""
+    problem, loss = task
+    steps = loss.shape[0]
+    lowest, highest = budget_range(problem)
+    yard = reward.yardstick(loss, problem.cost)
+    actor = networks.actor(config.sac.hidden, loss.shape[1])
+
+    def sampled(key: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
+        log_pi = masked_log_softmax(actor.apply(learner.actor, observation), mask)
+        return jax.random.categorical(key, log_pi).astype(jnp.int32)
+
+    def play(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
+        budget_key, play_key = jax.random.split(key)
+        share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
+        budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
+        episode = rollout(problem, budget, sampled, play_key)
+        shaped = functools.partial(reward.step_rewards, loss, problem.cost, yard, episode.action, budget)
+        terminal = jnp.sum(shaped(potential=False))
+        rewards = shaped(potential=config.potential) * steps  # in units of the mean loss of a tensor
+        return episode, reward.symlog(rewards) if config.potential else rewards, terminal
+
+    episodes, rewards, terminal = jax.vmap(play)(jax.random.split(key, config.episodes))
+    return replay.Steps(episodes.observation, episodes.mask, episodes.action, rewards), terminal
+
+
+def probe_budgets(problem: Problem) -> Int[np.ndarray, " PROBES"]:
+    """Budgets spread over the feasible range, denser where files are small."""
+    lowest, highest = (int(x) for x in budget_range(problem))
+    shares = (np.arange(1, PROBES + 1) / (PROBES + 1)) ** _LOW_BUDGETS
+    return (lowest + shares * (highest - lowest)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="hidden")
+def greedy(actor: Any, problem: Problem, budget: Int[Array, ""], hidden: tuple[int, ...]) -> Int[Array, " T"]:
+    """Level indices of the actor's most probable actions."""
+    network = networks.actor(hidden, problem.bits.shape[0])
+
+    def best(_: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.argmax(masked_log_softmax(network.apply(actor, observation), mask)).astype(jnp.int32)
+
+    return rollout(problem, budget, best, jax.random.key(0)).action
+
+
+@functools.partial(jax.jit, static_argnames="hidden")
+def score(actors: Any, task: Task, budgets: Int[Array, " P"], hidden: tuple[int, ...]) -> Float[Array, " S"]:
+    """Per seed: predicted loss of greedy allocations over that of uniform ones, as a geometric mean over budgets."""
+    yard = reward.yardstick(task.loss, task.problem.cost)
+
+    def log_ratio(actor: Any, budget: jax.Array) -> jax.Array:
+        action = greedy(actor, task.problem, budget, hidden)
+        predicted = jnp.sum(jnp.take_along_axis(task.loss, action[:, None], axis=1))
+        return jnp.log(jnp.maximum(predicted, 1e-12) / reward.reference_loss(yard, budget))
+
+    return jnp.exp(jax.vmap(lambda actor: jnp.mean(jax.vmap(lambda b: log_ratio(actor, b))(budgets)))(actors))
+
+
+class Best(NamedTuple):
+    """The best-scoring actor so far, of any seed."""
+
+    actor: Any
+    score: Float[Array, ""]
+
+
+def run(
+    key: PRNGKeyArray,
+    task: Task,
+    config: TrainConfig,
+    *,
+    log: Callable[[dict[str, Any]], None] = lambda row: None,
+    checkpoint_path: Path | None = None,
+) -> Best:
+    """Train all seeds and return the best actor; `log` receives one row per `log_every` iterations.
+
+    With `checkpoint_path`, a run that was stopped goes on where it was and ends with the same bits. Raises `ValueError`
+    where that file belongs to another run.
+    """
+    budgets = jnp.asarray(probe_budgets(task.problem))
+    state = jax.vmap(lambda k: initial_state(k, task, config))(jax.random.split(key, config.seeds))
+    best = Best(jax.tree.map(lambda leaf: leaf[0], state.learner.actor), jnp.float32(jnp.inf))
+    if checkpoint_path is not None and checkpoint_path.exists():
+        state, best = checkpoint.load(checkpoint_path, (state, best))
+    done = int(state.iteration[0])
+    chunks = range(done, config.iterations, config.log_every)
+    for start in track(chunks, f"training {config.seeds} policies", "scan"):
+        iterations = min(config.log_every, config.iterations - start)
+        state, metrics = learn(state, task, config, iterations)
+        scores = score(state.learner.actor, task, budgets, config.sac.hidden)
+        leader = int(jnp.argmin(scores))
+        if scores[leader] < best.score:
+            best = Best(jax.tree.map(lambda leaf: leaf[leader], state.learner.actor), scores[leader])
+        log(_row(start + iterations, metrics, scores, best))
+        if checkpoint_path is not None:
+            checkpoint.save(checkpoint_path, (state, best))
+    return best
+
+
+def _row(iteration: int, metrics: Metrics, scores: Float[Array, " S"], best: Best) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "loss_over_uniform": np.asarray(scores).tolist(),
+        "best_loss_over_uniform": float(best.score),
+        **{name: np.asarray(values).tolist() for name, values in metrics.items()},
+    }

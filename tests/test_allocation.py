@@ -1,0 +1,210 @@
+"""Sizes by hand and against written files, and what allocations refuse."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ramp_jax.allocation import (
+    Allocation,
+    check_budget,
+    costs,
+    export_metadata,
+    from_levels,
+    tensor_bytes,
+    write_text,
+)
+from ramp_jax.formats import LEVELS as AVAILABLE
+from ramp_jax.formats import get_format
+from ramp_jax.models import Tensor, allocatable, tensors
+from ramp_jax.models.metadata import plain, typed
+
+LEVELS = (4, 5, 8)
+EMBEDDING = 320 * 64  # weights
+LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64
+NORMS = 7 * 64
+
+
+def uniform(model, name):
+    return Allocation(model.spec, model.metadata, {t.name: name for t in allocatable(model.spec)})
+
+
+def data_bytes(allocation):
+    return sum(tensor_bytes(t, allocation.format_of(t)) for t in tensors(allocation.spec))
+
+
+@pytest.mark.parametrize(("name", "bits", "nominal"), [("Q4_0", 4.5, 4), ("Q5_0", 5.5, 5), ("Q8_0", 8.5, 8)])
+def test_bits_of_uniform_allocations(model, name, bits, nominal):
+    allocation = uniform(model, name)
+    assert allocation.linear_bpw == bits
+    assert allocation.code_bits == nominal
+
+
+@pytest.mark.parametrize(("name", "bits"), [("F16", 16), ("F32", 32), ("BF16", 16)])
+def test_bits_of_floats(untied, name, bits):
+    assert uniform(untied, name).code_bits == uniform(untied, name).linear_bpw == bits
+
+
+def test_bits_of_a_mixture_by_hand(tied):
+    levels = [8] + [4] * 7 + [5] * 7 + [4] * 7
+    allocation = from_levels(tied, levels)
+    weights = EMBEDDING + 3 * LAYER
+    assert allocation.linear_bpw == pytest.approx((8.5 * EMBEDDING + (4.5 + 5.5 + 4.5) * LAYER) / weights, rel=1e-12)
+    assert allocation.code_bits == pytest.approx((8 * EMBEDDING + 13 * LAYER) / weights, rel=1e-12)
+    assert allocation.file_bpw == pytest.approx(8 * allocation.file_bytes / (weights + NORMS), rel=1e-12)
+
+
+def test_file_holds_the_data_and_a_header(untied):
+    allocation = uniform(untied, "Q4_0")
+    assert data_bytes(allocation) == (2 * EMBEDDING + 3 * LAYER) // 32 * 18 + NORMS * 4
+    assert 0 < allocation.file_bytes - data_bytes(allocation) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("shape", "fmt", "expected"), [((3, 32), "Q4_0", 64), ((3, 32), "F32", 384), ((5,), "F32", 32)]
+)
+def test_tensor_bytes_are_padded_to_32(shape, fmt, expected):
+    assert tensor_bytes(Tensor("output", None, shape, None), fmt) == expected
+
+
+def test_file_bytes_equal_a_written_file(tmp_path, model):
+    """Metadata with every kind of value, formats mixed."""
+    odd = typed({"general.name": "naïve", "x.list": ["a", "é"], "x.flag": True, "x.value": 1.5})
+    model = dataclasses.replace(model, metadata=model.metadata | odd)
+    members = allocatable(model.spec)
+    allocation = from_levels(model, [LEVELS[i % 3] for i in range(len(members))])
+    types = {t.name: get_format(allocation.formats[t.name]).ggml_type for t in members}
+    values = tiny.gguf_values(model.spec.tied)
+    path = tiny.write_gguf(tmp_path / "tiny.gguf", export_metadata(allocation), values, types)
+    assert path.stat().st_size == allocation.file_bytes
+
+
+def test_exported_metadata_names_the_recipe_and_the_type_of_most_weights(untied):
+    stale = typed(
+        {"ramp.recipe": "old", "quantize.imatrix.file": "old", "general.alignment": 64, "general.url": "kept"}
+    )
+    model = dataclasses.replace(untied, metadata=untied.metadata | stale)
+    exported = plain(export_metadata(from_levels(model, [8, *[5] * 21, 4])))
+    assert exported["ramp.recipe"] == [8, *[6] * 21, 2]
+    assert exported["general.file_type"] == 8
+    assert exported["general.quantization_version"] == 2
+    assert exported["general.url"] == "kept"
+    assert not exported.keys() & {"quantize.imatrix.file", "general.alignment"}
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_every_level_has_a_file_type(untied, level):
+    wide = dataclasses.replace(untied.spec, d_model=256, d_ff=256, head_size=64)
+    allocation = from_levels(dataclasses.replace(untied, spec=wide), [level] * 23)
+    assert plain(export_metadata(allocation))["general.file_type"] > 1
+    assert allocation.code_bits == level
+
+
+def test_saved_and_loaded(tmp_path, untied):
+    allocation = from_levels(untied, [8] + [4, 5] * 11)
+    allocation.save(tmp_path / "allocation.json", budget_bytes=123)
+    assert Allocation.load(tmp_path / "allocation.json", untied) == allocation
+    content = json.loads((tmp_path / "allocation.json").read_text())
+    assert content["budget_bytes"] == 123
+    assert content["file_bytes"] == allocation.file_bytes
+    assert content["linear_bpw"] == allocation.linear_bpw
+    assert [path.name for path in tmp_path.iterdir()] == ["allocation.json"]
+
+
+@pytest.mark.parametrize("content", ["not json", "{}", "[]", '{"formats": 3}', '{"formats": ["Q4_0"]}', "null", '""'])
+def test_file_that_is_no_allocation(tmp_path, untied, content):
+    (tmp_path / "allocation.json").write_text(content)
+    with pytest.raises(ValueError, match="is not an allocation"):
+        Allocation.load(tmp_path / "allocation.json", untied)
+
+
+def test_allocation_of_another_model(untied, tied, tmp_path):
+    uniform(untied, "Q4_0").save(tmp_path / "allocation.json")
+    with pytest.raises(ValueError, match=r"names unknown tensor output\.weight; it was made for another model"):
+        Allocation.load(tmp_path / "allocation.json", tied)
+    with pytest.raises(ValueError, match=r"lacks tensor output\.weight"):
+        Allocation(untied.spec, untied.metadata, uniform(tied, "Q4_0").formats)
+
+
+def test_norms_cannot_be_allocated(untied):
+    with pytest.raises(ValueError, match=r"names unknown tensor blk\.0\.attn_norm\.weight"):
+        Allocation(untied.spec, untied.metadata, uniform(untied, "Q4_0").formats | {"blk.0.attn_norm.weight": "F32"})
+
+
+def test_unknown_format(untied):
+    with pytest.raises(ValueError, match="unknown format 'Q1_X'"):
+        Allocation(untied.spec, untied.metadata, uniform(untied, "Q4_0").formats | {"output.weight": "Q1_X"})
+
+
+def narrow(model):
+    """The same model described with an ffn of 80, whose `ffn_down` rows are no whole blocks."""
+    return dataclasses.replace(model, spec=dataclasses.replace(model.spec, d_ff=80))
+
+
+def test_masked_level_names_the_tensor(untied):
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_down\.weight has rows of 80 weights, which level 4 cannot hold"):
+        from_levels(narrow(untied), [4] * 23)
+
+
+def test_format_that_cannot_hold_the_rows(untied):
+    with pytest.raises(ValueError, match="Q4_0 holds rows of a multiple of 32 weights, not 80"):
+        uniform(narrow(untied), "Q4_0")
+
+
+def test_tensor_that_no_level_can_hold(untied):
+    with pytest.raises(ValueError, match=r"no level of \(4, 5, 8\) can hold blk\.0\.ffn_down\.weight"):
+        costs(narrow(untied), LEVELS)
+
+
+def test_number_of_levels_must_match(untied):
+    with pytest.raises(ValueError, match="shorter"):
+        from_levels(untied, [4] * 22)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_costs_add_up_to_file_bytes(untied, tied, data):
+    model = data.draw(st.sampled_from([untied, tied]))
+    table = costs(model, LEVELS)
+    rows = len(table.per_level)
+    actions = data.draw(st.lists(st.integers(0, 2), min_size=rows, max_size=rows))
+    allocation = from_levels(model, [LEVELS[a] for a in actions])
+    assert table.fixed + table.per_level[np.arange(rows), actions].sum() == allocation.file_bytes
+    assert table.smallest <= allocation.file_bytes <= table.largest
+
+
+def test_reachable_range_is_that_of_uniform_allocations(model):
+    table = costs(model, LEVELS)
+    assert table.valid.all()
+    assert table.smallest == uniform(model, "Q4_0").file_bytes
+    assert table.largest == uniform(model, "Q8_0").file_bytes
+
+
+def test_levels_nobody_serves_cost_nothing_and_are_invalid(untied):
+    table = costs(untied, (7, 8))
+    assert not table.valid[:, 0].any()
+    assert table.smallest == table.largest == uniform(untied, "Q8_0").file_bytes
+
+
+def test_budget_outside_the_range_prints_it(untied):
+    table = costs(untied, LEVELS)
+    smallest, largest = table.smallest, table.largest
+    check_budget(table, smallest)
+    check_budget(table, largest)
+    with pytest.raises(ValueError, match=f"below the smallest .* between {smallest:,} and {largest:,} bytes"):
+        check_budget(table, smallest - 1)
+    with pytest.raises(ValueError, match=f"above the largest .* between {smallest:,} and {largest:,} bytes"):
+        check_budget(table, largest + 1)
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "file.txt").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "file.txt", "new \ud800")
+    assert (tmp_path / "file.txt").read_text() == "old"
+    write_text(tmp_path / "file.txt", "new")
+    assert (tmp_path / "file.txt").read_text() == "new"

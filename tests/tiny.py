@@ -1,0 +1,97 @@
+"""Tiny random Llamas as Hugging Face directories and as GGUF files, made without the code under test."""
+
+import functools
+
+import gguf
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ramp_jax import data
+
+LAYERS, HEADS, KV_HEADS = 3, 4, 2
+VOCABULARY = 320
+TEXT_FOR_MERGES = 20_000  # characters
+END, STOP = "<|endoftext|>", "<|im_end|>"
+
+
+def builtin_tokenizer(pre_tokenizer=None, **special):
+    """Byte-level BPE of at most VOCABULARY tokens trained on a little of the built-in text."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END, STOP],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([data.read_text("builtin")[:TEXT_FOR_MERGES]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=STOP, **special)
+
+
+@functools.cache
+def hf_model(tied):
+    """Random `LlamaForCausalLM` with weights large enough for peaked predictions and gains that are not 1."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config).eval()
+    rng = np.random.default_rng(int(tied))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            center, spread = (1.0, 0.3) if "norm" in name else (0.0, 0.15)
+            value.copy_(torch.from_numpy(rng.normal(center, spread, value.shape).astype(np.float32)))
+    return model
+
+
+def save_hf(path, tied):
+    """Directory with config, safetensors and tokenizer."""
+    hf_model(tied).save_pretrained(path)
+    builtin_tokenizer().save_pretrained(path)
+    return path
+
+
+def gguf_values(tied):
+    """Weights by GGUF name, rows of q and k in the order of GGUF's llama architecture."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+    values = {}
+    for key, value in hf_model(tied).state_dict().items():
+        name = names.get_name(key, try_suffixes=(".weight",))
+        heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name.split(".")[-2])
+        if not (tied and name == "output.weight"):
+            values[name] = neighbours_rotate(value.numpy(), heads) if heads else value.numpy()
+    return values
+
+
+def neighbours_rotate(w, heads):
+    """Row i of each head goes to 2i, row i + H/2 to 2i + 1."""
+    half = w.shape[0] // heads // 2
+    order = [head * 2 * half + i + second * half for head in range(heads) for i in range(half) for second in (0, 1)]
+    return w[order]
+
+
+def write_gguf(path, metadata, values, types=None):
+    """GGUF file with `metadata` (pairs of value and type) and `values`, in F32 or the ggml type of `types`."""
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"].value)
+    for name, pair in metadata.items():
+        if name != "general.architecture":
+            writer.add_key_value(name, pair.value, pair.type, pair.sub_type)
+    for name, value in values.items():
+        ggml_type = (types or {}).get(name, gguf.GGMLQuantizationType.F32)
+        writer.add_tensor(name, gguf.quants.quantize(value, ggml_type), raw_dtype=ggml_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
