@@ -1,0 +1,37 @@
+"""Mixed-precision GGUF quantization by a learned policy, in JAX.
+
+import ramp_jax
+model = ramp_jax.load_model("smollm2-135m")
+stats = ramp_jax.calibrate(model, ramp_jax.data.windows("builtin", model.tokenizer, context=512, count=8))
+policy = ramp_jax.load_policy("runs/smollm2-135m")
+model = ramp_jax.fold(model, stats, policy.fold_level)
+allocation = ramp_jax.allocate(policy, model, stats, budget_bytes=92_000_000)
+ramp_jax.export_gguf(model, allocation, "model.gguf")
+"""
+
+from ramp_jax import data
+from ramp_jax.allocation import Allocation
+from ramp_jax.evaluation.perplexity import evaluate
+from ramp_jax.halo.export import export_gguf
+from ramp_jax.models import Model, load_model
+from ramp_jax.policy.rollout import Policy, allocate, load_policy
+from ramp_jax.quantization import Stats, calibrate, fake_quantize, fold, refold
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Allocation",
+    "Model",
+    "Policy",
+    "Stats",
+    "allocate",
+    "calibrate",
+    "data",
+    "evaluate",
+    "export_gguf",
+    "fake_quantize",
+    "fold",
+    "load_model",
+    "load_policy",
+    "refold",
+]

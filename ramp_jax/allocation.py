@@ -164,6 +164,11 @@ def check_budget(table: Costs, budget_bytes: int) -> None:
         )
 
 
+def bytes_for_bits(spec: DecoderSpec, table: Costs, linear_bpw: float) -> int:
+    """Size of a file whose allocated weights take `linear_bpw` bits each, scales included."""
+    return table.fixed + int(linear_bpw * sum(tensor.size for tensor in allocatable(spec)) / 8)
+
+
 def tensor_bytes(tensor: Tensor, fmt: str) -> int:
     """Bytes of a tensor's data in a file, padding included."""
     rows = tensor.size // tensor.shape[-1]

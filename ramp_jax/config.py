@@ -25,9 +25,9 @@ class RunConfig:
     seed: int = 0
     levels: tuple[int, ...] = (4, 5, 8)
     fold_level: int = 4
-    calibration: WindowsConfig = WindowsConfig()
-    sensitivity: WindowsConfig = WindowsConfig(context=128, count=2)
-    train: TrainConfig = TrainConfig()
+    calibration: WindowsConfig = dataclasses.field(default_factory=WindowsConfig)
+    sensitivity: WindowsConfig = dataclasses.field(default_factory=lambda: WindowsConfig(context=64, count=2))
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ in nats per token.
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +52,27 @@ def first_scored(protocol: Protocol, context: int) -> int:
     return context // 2 if protocol == "llama.cpp" else 0
 
 
+class Reference(NamedTuple):
+    """What a model predicts at the scored tokens: normed hidden states, and the head that turns them into logits."""
+
+    hidden: Float[np.ndarray, "W S D"]
+    head: Float[Array, "V D"]
+
+
+def reference_of(model: Model, windows: Int[np.ndarray, "W T"], protocol: Protocol = "llama.cpp") -> Reference:
+    """The model's predictions, computed once for any number of comparisons on the same windows and protocol."""
+    start = first_scored(protocol, windows.shape[1])
+    bar = track(windows, "running the reference", "window")
+    hidden = [np.asarray(_scored_hidden(model.spec, model.params, window[None], start)) for window in bar]
+    return Reference(np.stack(hidden), head_weights(model.params))
+
+
 def evaluate(
     model: Model,
     windows: Int[np.ndarray, "W T"],
     *,
     params: Params | None = None,
-    reference: Model | None = None,
+    reference: Model | Reference | None = None,
     protocol: Protocol = "llama.cpp",
     doing: str = "evaluating",
 ) -> Evaluation:
@@ -68,11 +83,12 @@ def evaluate(
     """
     start = first_scored(protocol, windows.shape[1])
     params = model.params if params is None else params
+    if isinstance(reference, Model):
+        reference = reference_of(reference, windows, protocol)
     nll, kld = [], []
     for i, window in enumerate(track(windows, doing, "window")):
         x = _scored_hidden(model.spec, params, window[None], start)
-        ref_x = None if reference is None else _scored_hidden(reference.spec, reference.params, window[None], start)
-        ref_head = None if reference is None else head_weights(reference.params)
+        ref_x, ref_head = (None, None) if reference is None else (reference.hidden[i], reference.head)
         losses, divergences = head_losses(x, head_weights(params), window[start + 1 :], ref_x, ref_head)
         if not all(np.isfinite(values).all() for values in jax.tree.leaves((losses, divergences))):
             raise ValueError(f"the loss of window {i} is not finite; load the models with dtype=float32.")
@@ -80,6 +96,18 @@ def evaluate(
         kld.append(divergences)
     together = None if reference is None else np.concatenate([np.asarray(k) for k in kld])
     return Evaluation(np.concatenate(nll), together)
+
+
+def token_losses(
+    logits: Float[Array, "T V"], targets: Int[Array, " T"], ref_logits: Float[Array, "T V"] | None
+) -> tuple[Float[Array, " T"], Float[Array, " T"] | None]:
+    """Per token: −log p(target) and, with a reference, KL(p_ref ‖ p)."""
+    log_p = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
+    if ref_logits is None:
+        return nll, None
+    log_ref = jax.nn.log_softmax(ref_logits)
+    return nll, jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
 
 
 @jax.jit
@@ -94,12 +122,7 @@ def head_losses(
 
     def one_chunk(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array | None]:
         hidden, target, ref_hidden = chunk
-        log_p = jax.nn.log_softmax(matmul(hidden, head))
-        nll = -jnp.take_along_axis(log_p, target[:, None], axis=-1)[:, 0]
-        if ref_hidden is None:
-            return nll, None
-        log_ref = jax.nn.log_softmax(matmul(ref_hidden, ref_head))
-        return nll, jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
+        return token_losses(matmul(hidden, head), target, None if ref_hidden is None else matmul(ref_hidden, ref_head))
 
     time = x.shape[0]
     padding = -time % _HEAD_CHUNK

@@ -7,6 +7,8 @@ levels of one tensor run together as a batch.
 
 import dataclasses
 import functools
+import io
+import time
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.evaluation.perplexity import first_scored, head_losses
+from ramp_jax.checkpoint import write_bytes
+from ramp_jax.evaluation.perplexity import Protocol, first_scored, head_losses
 from ramp_jax.formats import Format, format_for, round_trip
 from ramp_jax.models import DecoderSpec, Model, allocatable, lookup
 from ramp_jax.models.decoder import Params, block_forward, head_weights, hidden_states, rms_norm
@@ -24,49 +27,65 @@ from ramp_jax.progress import track
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """Mean KL divergence in nats per token, `[T, A]`: rows are `tensors`, columns `levels`, 0 where masked."""
+    """Mean KL divergence in nats per token, `[T, A]`: rows are `tensors`, columns `levels`, 0 where masked.
+
+    `seconds` is what measuring took.
+    """
 
     tensors: tuple[str, ...]
     levels: tuple[int, ...]
     kld: Float[np.ndarray, "T A"]
+    seconds: float = 0.0
 
     def save(self, path: Any) -> None:
-        """Write a NumPy archive."""
-        np.savez(path, tensors=np.asarray(self.tensors), levels=np.asarray(self.levels), kld=self.kld)
+        """Write a NumPy archive, whole or not at all."""
+        archive = io.BytesIO()
+        np.savez(archive, **{field: np.asarray(value) for field, value in vars(self).items()})
+        write_bytes(path, archive.getvalue())
 
     @classmethod
     def load(cls, path: Any) -> "Sensitivity":
         """Read what `save` wrote."""
         with np.load(path) as saved:
-            return cls(tuple(saved["tensors"].tolist()), tuple(saved["levels"].tolist()), saved["kld"])
+            names, levels = saved["tensors"].tolist(), saved["levels"].tolist()
+            return cls(tuple(names), tuple(levels), saved["kld"], float(saved["seconds"]))
 
 
-def exact_sensitivity(model: Model, windows: Int[np.ndarray, "W T"], levels: tuple[int, ...]) -> Sensitivity:
-    """Measure every allocatable tensor at every level that can hold its rows.
+def exact_sensitivity(
+    model: Model, windows: Int[np.ndarray, "W T"], levels: tuple[int, ...], protocol: Protocol = "llama.cpp"
+) -> Sensitivity:
+    """Measure every allocatable tensor at every level that can hold its rows, on the tokens that `protocol` scores.
 
     Runs in the dtype of the model's weights. Rounding to bf16 adds the same small floor to every entry of a tensor,
-    which leaves the order of its levels unchanged. Only the second half of each window is scored.
+    which leaves the order of its levels unchanged.
     """
+    started = time.monotonic()
     members = allocatable(model.spec)
+    start = first_scored(protocol, windows.shape[1])
     table = np.zeros((len(members), len(levels)))
     with jax.default_matmul_precision("default"):
         prefixes = _prefixes(model.spec, model.params, windows)
         for row, tensor in enumerate(track(members, "measuring sensitivity", "tensor")):
             columns = [a for a, level in enumerate(levels) if format_for(level, tensor.shape[-1])]
             formats = [format_for(levels[a], tensor.shape[-1]) for a in columns]
-            table[row, columns] = _tensor_costs(model, tensor, formats, prefixes, windows)
-    return Sensitivity(tuple(tensor.name for tensor in members), levels, table)
+            table[row, columns] = _tensor_costs(model, tensor, formats, prefixes, windows, start)
+    names = tuple(tensor.name for tensor in members)
+    return Sensitivity(names, levels, table, time.monotonic() - started)
 
 
 def _tensor_costs(
-    model: Model, tensor: Tensor, formats: list[Format], prefixes: jax.Array, windows: Int[np.ndarray, "W T"]
+    model: Model,
+    tensor: Tensor,
+    formats: list[Format],
+    prefixes: jax.Array,
+    windows: Int[np.ndarray, "W T"],
+    start: int,
 ) -> Float[np.ndarray, " A"]:
     """Mean KL of one tensor at each format."""
     spec, params = model.spec, model.params
     w = lookup(params, tensor)
     candidates = [round_trip(w.astype(jnp.float32), fmt.name).astype(w.dtype) for fmt in formats]
     reference = prefixes[-1]  # [W, T, D], normed
-    start = first_scored("llama.cpp", windows.shape[1])
     if tensor.layer is None:
         hidden = jnp.stack([_top_hidden(spec, params, tensor.key, new, reference, windows) for new in candidates])
         heads = [head_weights({**params, tensor.key: new}) for new in candidates]

@@ -59,13 +59,23 @@ def load_model(ref: str, dtype: str = "float32") -> Model:
     """Load a local Hugging Face directory, a `.gguf`, a hub id, or a name that works offline (`smollm2-135m`).
 
     Raises `FileNotFoundError` for an unknown reference or a directory without weights, `ValueError` for a damaged file,
-    an unsupported architecture, or tensors that do not fit the description.
+    an unsupported architecture, or tensors that do not fit the description. `dtype` is that of the matrices; `auto` is
+    the faster one of bfloat16 and float32 on this machine.
     """
     path = resolve(ref)
     spec, values, metadata, tokenizer = _read_gguf(path) if path.suffix == ".gguf" else _read_hf(path)
     _check(spec, values, path)
-    params = decoder.cast_weights(names.stack(spec, values), dtype)
+    params = decoder.cast_weights(names.stack(spec, values), fast_dtype() if dtype == "auto" else dtype)
     return Model(spec, params, metadata, tokenizer)
+
+
+def fast_dtype() -> str:
+    """`bfloat16` on accelerators and on CPUs that multiply it in hardware, else `float32`."""
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.exists() else ""
+    return "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
 
 
 def resolve(ref: str) -> Path:

@@ -132,7 +132,7 @@ def _weight_numbers(w: Float[Array, "O I"], square: Float[Array, " I"]) -> Any:
 
 
 def _round_3_bits(w: Float[Array, "O I"]) -> Float[Array, "O I"]:
-    """Codes −4..3 in blocks of 32, the largest magnitude at −4: the plainest low-bit grid, the same for every row length."""
+    """Codes −4..3 in blocks of 32, the largest magnitude at −4: the plainest 3-bit grid, for rows of every length."""
     blocks = blocks_of(w, 32)
     largest = jnp.take_along_axis(blocks, jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True), axis=-1)
     d = largest / -4

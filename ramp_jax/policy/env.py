@@ -85,5 +85,5 @@ def _bits_per_weight(units: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _centered(bits: jax.Array) -> jax.Array:
-    """Bits per weight to the order of 1; clipped, since the last tensors of an episode may have far more than enough."""
+    """Bits per weight to the order of 1; clipped, since the last tensors of an episode may have more than enough."""
     return jnp.clip((bits - 5.0) / 2.0, -2.0, 2.0)

@@ -7,9 +7,9 @@ optimum:
 
 1. r_t = −s[t, a_t] / q_ref from the sensitivity table s; the last step adds predicted minus true loss.
 2. A potential (Ng, Harada and Russell 1999): minus the Lagrangian bound on what the remaining steps must lose,
-   Φ_t = −(Σ_{i ≥ t} min_a(s[i, a] + λ c[i, a]) − λ · left_t) / q_ref and Φ_T = 0, with λ the dual price of a byte at the
-   episode's budget. What remains of a step is its Lagrangian regret, and of the last one also the worth of unused bytes:
-   credit for a choice arrives at the choice itself instead of up to T steps later.
+   Φ_t = −(Σ_{i ≥ t} min_a(s[i, a] + λ c[i, a]) − λ · left_t) / q_ref and Φ_T = 0, with λ the dual price of a byte at
+   the episode's budget. What remains of a step is its Lagrangian regret, and of the last one also the worth of unused
+   bytes: credit for a choice arrives at the choice itself instead of up to T steps later.
 
 Regrets span five orders of magnitude (an embedding at 4 bits against one attention matrix), more than a critic can
 resolve; `symlog` compresses them. It is monotone, so the action without regret stays the best one of every step.
@@ -30,11 +30,15 @@ class Penalty(NamedTuple):
 
     cliff: float = 1.0
     c_over: float = 10.0
-    c_under: float = 0.0
+    c_under: float = 0.1
+
+
+NO_PENALTY = Penalty(0.0, 0.0, 0.0)
+"""For episodes whose mask keeps them inside the budget."""
 
 
 class Yardstick(NamedTuple):
-    """What loss is normal at which size, for one sensitivity table; curves are indexed by units of budget, ascending."""
+    """What loss is normal at which size, for one sensitivity table; curves are indexed by units, ascending."""
 
     uniform_units: Float[Array, " A"]
     uniform_loss: Float[Array, " A"]
@@ -91,7 +95,7 @@ def step_rewards(
     budget: Int[Array, ""],
     *,
     true_loss: Float[Array, ""] | None = None,
-    terms: Penalty = Penalty(),
+    terms: Penalty = NO_PENALTY,
     potential: bool = True,
 ) -> Float[Array, " T"]:
     """Shaped rewards of one episode; without the potential they sum to the terminal reward.

@@ -39,7 +39,7 @@ class TrainConfig:
     seeds: int = 2
     log_every: int = 10
     potential: bool = True
-    sac: SacConfig = SacConfig()
+    sac: SacConfig = dataclasses.field(default_factory=SacConfig)
 
 
 PROBES = 8
@@ -188,7 +188,7 @@ def run(
     """
     budgets = jnp.asarray(probe_budgets(task.problem))
     state = jax.vmap(lambda k: initial_state(k, task, config))(jax.random.split(key, config.seeds))
-    best = Best(jax.tree.map(lambda leaf: leaf[0], state.learner.actor), jnp.float32(jnp.inf))
+    best = Best(_member(state.learner.actor, 0), jnp.float32(jnp.inf))
     if checkpoint_path is not None and checkpoint_path.exists():
         state, best = checkpoint.load(checkpoint_path, (state, best))
     done = int(state.iteration[0])
@@ -199,11 +199,15 @@ def run(
         scores = score(state.learner.actor, task, budgets, config.sac.hidden)
         leader = int(jnp.argmin(scores))
         if scores[leader] < best.score:
-            best = Best(jax.tree.map(lambda leaf: leaf[leader], state.learner.actor), scores[leader])
+            best = Best(_member(state.learner.actor, leader), scores[leader])
         log(_row(start + iterations, metrics, scores, best))
         if checkpoint_path is not None:
             checkpoint.save(checkpoint_path, (state, best))
     return best
+
+
+def _member(tree: Any, seed: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[seed], tree)
 
 
 def _row(iteration: int, metrics: Metrics, scores: Float[Array, " S"], best: Best) -> dict[str, Any]:

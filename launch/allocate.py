@@ -1,0 +1,53 @@
+"""Choose a format for every weight matrix with a trained policy.
+
+    python launch/allocate.py --model=REF --source_policy=DIR --budget_bytes=92000000 --output=alloc.json
+
+REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on another
+model. Needs one calibration pass over the model and nothing else. `--dry_run` prints what sizes can be reached.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from ramp_jax import cli, workflow
+from ramp_jax.allocation import costs
+from ramp_jax.config import WindowsConfig
+from ramp_jax.models import load_model
+from ramp_jax.policy.rollout import check_levels, load_policy
+
+_MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
+_POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where the allocation goes (.json).")
+_LEVELS = flags.DEFINE_list("levels", None, "Levels that must be the policy's; default: whatever it was trained for.")
+_DATA = flags.DEFINE_string("data", "builtin", "Calibration text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
+_CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
+_COUNT = flags.DEFINE_integer("count", 8, "Calibration windows.", lower_bound=1)
+_DTYPE = flags.DEFINE_string("dtype", "auto", "Data type of the matrices while calibrating.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the sizes that can be reached.")
+cli.define_budget()
+flags.mark_flags_as_required(["model", "source_policy"])
+
+
+def main() -> None:
+    policy = load_policy(_POLICY.value)
+    if _LEVELS.value:
+        check_levels(policy, tuple(map(int, _LEVELS.value)))
+    if not _DRY_RUN.value and not _OUTPUT.value:
+        raise ValueError("--output is missing; name the file that receives the allocation.")
+    model = load_model(_MODEL.value, _DTYPE.value)
+    table = costs(model, policy.levels)
+    print(f"Reachable files of {_MODEL.value}: {table.smallest:,} to {table.largest:,} bytes")
+    if _DRY_RUN.value:
+        return
+    size = cli.budget(model, table)
+    windows = WindowsConfig(_DATA.value, _CONTEXT.value, _COUNT.value)
+    allocation = workflow.allocate(model, policy, size, windows, Path(_OUTPUT.value), _MODEL.value)
+    print(
+        f"{allocation.file_bytes:,} of {size:,} bytes ({size - allocation.file_bytes:,} unused), "
+        f"{allocation.linear_bpw:.3f} bits per weight: {_OUTPUT.value}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

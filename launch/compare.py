@@ -1,0 +1,49 @@
+"""The closing table of a run: reference, uniform, llama.cpp's own mix, knapsack and the policy, on held-out text.
+
+    python launch/compare.py --workdir=runs/smollm2-135m --allocation=alloc.json --gguf=model.gguf
+
+Exports and scores every row, in JAX and in llama.cpp where llama-cpp-python is installed. The rows also go to
+`comparison.json` in the workdir, from which launch/report.py makes the page.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from ramp_jax import cli, workflow
+from ramp_jax.config import WindowsConfig, from_dict
+from ramp_jax.halo.compare import compare
+from ramp_jax.halo.report import text_table
+from ramp_jax.models import load_model
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the training run.")
+_ALLOCATION = flags.DEFINE_string("allocation", None, "What launch/allocate.py wrote for the same model.")
+_GGUF = flags.DEFINE_string("gguf", None, "What launch/export_gguf.py wrote for that allocation.")
+_CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a held-out window; the second half counts.", lower_bound=4)
+_COUNT = flags.DEFINE_integer("count", 8, "Held-out windows.", lower_bound=1)
+flags.mark_flags_as_required(["workdir", "allocation", "gguf"])
+
+
+def main() -> None:
+    workdir = Path(_WORKDIR.value)
+    config_path = workdir / workflow.CONFIG
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{workdir} is not the workdir of a training run; train with launch/train.py first.")
+    config = from_dict(json.loads(config_path.read_text(encoding="utf-8")))
+    model = load_model(config.model)
+    heldout = WindowsConfig(config.calibration.data, _CONTEXT.value, _COUNT.value)
+    rows = compare(
+        model,
+        Path(_ALLOCATION.value),
+        Path(_GGUF.value),
+        workdir,
+        workdir / workflow.SENSITIVITY,
+        workflow.tokens(model, heldout, "heldout"),
+        workflow.tokens(model, config.calibration, "calibration"),
+    )
+    print(text_table([vars(row) for row in rows]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

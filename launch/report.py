@@ -1,0 +1,39 @@
+"""One self-contained page of a run, with its plots: report.html, allocation.png, training.png.
+
+python launch/report.py --workdir=runs/smollm2-135m [--allocation=alloc.json]
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from ramp_jax import cli, workflow
+from ramp_jax.allocation import Allocation
+from ramp_jax.config import from_dict
+from ramp_jax.halo import report
+from ramp_jax.halo.compare import COMPARISON
+from ramp_jax.models import load_model
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the training run.")
+_ALLOCATION = flags.DEFINE_string(
+    "allocation", None, "The allocation to show; default: allocation.json in the workdir."
+)
+flags.mark_flags_as_required(["workdir"])
+
+
+def main() -> None:
+    workdir = Path(_WORKDIR.value)
+    for name, maker in {workflow.METRICS: "launch/train.py", COMPARISON: "launch/compare.py"}.items():
+        if not (workdir / name).is_file():
+            raise FileNotFoundError(f"{workdir} holds no {name}; run {maker} first.")
+    config = from_dict(json.loads((workdir / workflow.CONFIG).read_text(encoding="utf-8")))
+    allocation = Allocation.load(_ALLOCATION.value or workdir / "allocation.json", load_model(config.model))
+    comparison = json.loads((workdir / COMPARISON).read_text(encoding="utf-8"))
+    print(report.text_table(comparison["rows"]))
+    page = report.write_report(workdir, allocation, report.read_metrics(workdir / workflow.METRICS), comparison)
+    print(f"Report: {page}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

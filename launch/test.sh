@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint and test the project in its own environment: bash launch/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/venv.sh
+echo "Installing (the first time compiles llama.cpp, about 5 minutes on two cores)"
+python -m pip install --quiet --editable '.[test,verify]'
+install_model
+ruff check .
+ruff format --check .
+python -m pytest -q "$@"

@@ -1,0 +1,37 @@
+"""Train an allocation policy on one model.
+
+    python launch/train.py --config=configs/smollm2_135m.py --workdir=runs/smollm2-135m [--config.seed=1 ...]
+
+Loads the model, calibrates and folds it, measures what every tensor loses at every level, and trains Soft Actor-Critic
+on that table. `--workdir` receives the policy, the table, `metrics.jsonl` and `training.png`. A run that was stopped
+goes on with the same command.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from ramp_jax import cli, workflow
+from ramp_jax.config import from_dict
+from ramp_jax.halo import report
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, a file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives everything the run makes.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    workdir = Path(_WORKDIR.value)
+    workflow.train_policy(from_dict(_CONFIG.value.to_dict()), workdir)
+    rows = report.read_metrics(workdir / workflow.METRICS)
+    picture = report.save_png(workdir / report.TRAINING_PNG, report.plot_training(rows))
+    score = rows[-1]["best_loss_over_uniform"]
+    print(f"Predicted loss of its allocations over uniform ones, mean over budgets: {score:.3f}; see {picture}")
+    print(
+        f"Allocate with: python launch/allocate.py --source_policy={workdir} --model=... --budget_gb=... --output=..."
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

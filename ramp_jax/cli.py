@@ -1,0 +1,48 @@
+"""What every script in `launch/` shares: failures in one sentence, and budgets in the units that people think in."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
+from ramp_jax.models import Model
+
+BUDGET_FLAGS = ("budget_bytes", "budget_gb", "budget_bits")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; a foreseen failure prints its one sentence and ends with exit code 1."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
+        try:
+            main()
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("stopped; run the same command again to go on.", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded)
+
+
+def define_budget() -> None:
+    """`--budget_bytes`, `--budget_gb` and `--budget_bits`; exactly one must be given."""
+    flags.DEFINE_integer("budget_bytes", None, "Largest size of the finished file in bytes.", lower_bound=1)
+    flags.DEFINE_float("budget_gb", None, "Largest size of the finished file in units of 10^9 bytes.", lower_bound=0)
+    flags.DEFINE_float("budget_bits", None, "Mean bits per allocated weight, scales included.", lower_bound=0)
+    flags.mark_flags_as_mutual_exclusive(BUDGET_FLAGS, required=True)
+
+
+def budget(model: Model, table: Costs) -> int:
+    """The budget in bytes; raises `ValueError` with the reachable range where no file of that size exists."""
+    values = flags.FLAGS
+    if values.budget_bits is not None:
+        size = bytes_for_bits(model.spec, table, values.budget_bits)
+    else:
+        size = values.budget_bytes if values.budget_bytes is not None else int(values.budget_gb * 1e9)
+    check_budget(table, size)
+    return size

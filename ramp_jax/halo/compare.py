@@ -1,0 +1,144 @@
+"""The closing table: what each way of choosing formats makes of one model at one size, on held-out text."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+from jaxtyping import Int
+
+from ramp_jax import baselines
+from ramp_jax.allocation import ALIGNMENT, Allocation, costs, from_levels
+from ramp_jax.checkpoint import write_bytes
+from ramp_jax.evaluation.perplexity import Evaluation, Reference, evaluate, reference_of
+from ramp_jax.evaluation.sensitivity import Sensitivity
+from ramp_jax.halo import handoff
+from ramp_jax.halo.export import export_gguf
+from ramp_jax.halo.verify import evaluate_gguf
+from ramp_jax.models import Model, load_model, tensors
+from ramp_jax.quantization import Stats, calibrate, fake_quantize, refold
+
+COMPARISON = "comparison.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Perplexities and KL divergence (nats per token) are on the held-out tokens; `ppl_llama_cpp` is None where llama.cpp
+    is not installed. `seconds` is what choosing and measuring took on this model, evaluation and export left out.
+    """
+
+    name: str
+    file: str
+    file_bytes: int
+    linear_bpw: float
+    file_bpw: float
+    ppl: float
+    ppl_llama_cpp: float | None
+    kld: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all rows share: the model as loaded, held-out windows, the reference's predictions, and where files go."""
+
+    model: Model
+    windows: Int[np.ndarray, "W T"]
+    reference: Reference
+    workdir: Path
+    with_llama_cpp: bool
+
+    def row(self, name: str, allocation: Allocation, seconds: float, path: Path | None = None) -> Row:
+        """Export the allocation where the file is not there yet, and score it."""
+        path = path or self.workdir / f"{name.split()[0]}.gguf"
+        model = refold(self.model, allocation.folding)
+        if not path.exists() or path.stat().st_size != allocation.file_bytes:
+            export_gguf(model, allocation, path)
+        params = fake_quantize(model, allocation)
+        scored = evaluate(model, self.windows, params=params, reference=self.reference, doing=f"scoring {name}")
+        sizes = (allocation.file_bytes, allocation.linear_bpw, allocation.file_bpw)
+        return self._scored(name, path, sizes, scored, seconds)
+
+    def mix_row(self, source: Path, budget_bytes: int, stats: Stats) -> Row | None:
+        """llama.cpp's largest mix that fits, with the importance matrix of our calibration; None where none fits."""
+        started = time.monotonic()
+        mix = handoff.mix_below(source, budget_bytes)
+        if mix is None:
+            return None
+        path = self.workdir / f"llama.cpp-{mix}.gguf"
+        handoff.quantize(source, path, mix, handoff.importance_of(self.model.spec, stats))
+        seconds = time.monotonic() - started
+        quantized = load_model(str(path))
+        scored = evaluate(quantized, self.windows, reference=self.reference, doing=f"scoring {mix}")
+        sizes = _sizes(self.model, path)
+        return self._scored(f"llama.cpp {mix} + imatrix", path, sizes, scored, seconds)
+
+    def _scored(
+        self, name: str, path: Path, sizes: tuple[int, float, float], scored: Evaluation, seconds: float
+    ) -> Row:
+        checked = evaluate_gguf(path, self.windows).ppl if self.with_llama_cpp else None
+        return Row(name, path.name, *sizes, scored.ppl, checked, scored.mean_kld, seconds)
+
+
+def compare(
+    model: Model,
+    allocation_path: Path,
+    gguf_path: Path,
+    workdir: Path,
+    sensitivity_path: Path,
+    heldout: Int[np.ndarray, "W T"],
+    calibration: Int[np.ndarray, "W T"],
+    say: Callable[[str], None] = print,
+) -> list[Row]:
+    """Rows reference, uniform, llama.cpp's mix next below the budget, knapsack, policy; also in `comparison.json`.
+
+    Uniform and knapsack share the policy's folding, the mix has an importance matrix from the same calibration windows.
+    Without llama.cpp its row and its column are left out.
+    """
+    ours = Allocation.load(allocation_path, model)
+    notes = json.loads(allocation_path.read_text(encoding="utf-8"))
+    budget, seconds = notes["budget_bytes"], notes["seconds"]
+    with_llama_cpp = handoff.available()
+    say(f"Comparing on {heldout.size:,} held-out tokens" + ("" if with_llama_cpp else ", without llama.cpp"))
+    bench = Bench(model, heldout, reference_of(model, heldout), workdir, with_llama_cpp)
+
+    plain = Allocation(model.spec, model.metadata, dict.fromkeys(ours.formats, "F16"))
+    rows = [bench.row("reference F16", plain, 0.0)]
+    table = Sensitivity.load(sensitivity_path)
+    folded = refold(model, ours.folding)
+    uniform = from_levels(folded, [min(table.levels)] * len(table.tensors))
+    rows.append(bench.row(f"uniform {next(iter(uniform.formats.values()))}", uniform, 0.0))
+    if with_llama_cpp:
+        mix = bench.mix_row(workdir / rows[0].file, budget, calibrate(model, calibration))
+        rows += [mix] if mix else []
+    best, search_seconds = _knapsack(folded, table, budget)
+    rows.append(bench.row("knapsack", best, search_seconds))
+    rows.append(bench.row("RAMP policy", ours, seconds, gguf_path))
+    content = {"budget_bytes": budget, "heldout_tokens": heldout.size, "rows": [vars(row) for row in rows]}
+    write_bytes(workdir / COMPARISON, (json.dumps(content, indent=1) + "\n").encode())
+    return rows
+
+
+def _knapsack(model: Model, table: Sensitivity, budget_bytes: int) -> tuple[Allocation, float]:
+    """The best allocation by the sensitivity table, and the seconds that table and search took."""
+    started = time.monotonic()
+    sizes = costs(model, table.levels)
+    units = (min(budget_bytes, sizes.largest) - sizes.fixed) // ALIGNMENT
+    actions = baselines.knapsack(sizes.per_level // ALIGNMENT, table.kld, units)
+    allocation = from_levels(model, [table.levels[a] for a in actions])
+    return allocation, table.seconds + time.monotonic() - started
+
+
+def _sizes(model: Model, path: Path) -> tuple[int, float, float]:
+    """File bytes, linear bpw and file bpw of a file that llama.cpp made of `model`."""
+    size = path.stat().st_size
+    members = {tensor.name: tensor for tensor in tensors(model.spec)}
+    stored = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    linear = [tensor for tensor in members.values() if tensor.allocatable]
+    bpw = 8 * sum(stored[tensor.name] for tensor in linear) / sum(tensor.size for tensor in linear)
+    return size, bpw, 8 * size / sum(tensor.size for tensor in members.values())

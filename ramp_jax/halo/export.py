@@ -1,0 +1,76 @@
+"""Folded weights and an allocation → a GGUF that stock llama.cpp runs."""
+
+import os
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ramp_jax.allocation import Allocation, export_metadata
+from ramp_jax.formats import get_format
+from ramp_jax.models import Model, Tensor, lookup, tensors
+from ramp_jax.models.names import permute_rope, rope_heads
+from ramp_jax.progress import track
+from ramp_jax.quantization import refold
+
+_ARCHITECTURE = "general.architecture"
+
+
+def export_gguf(model: Model, allocation: Allocation, path: str | Path) -> int:
+    """Quantize `model` as `allocation` says (Scale Folding included) and write the file; returns its size in bytes.
+
+    The file appears under its name only when it is whole. Raises `ValueError` where the allocation is another model's,
+    `OSError` where the folder cannot be written.
+    """
+    if allocation.spec != model.spec:
+        raise ValueError("the allocation was made for another model; make one for this model with launch/allocate.py.")
+    path = Path(path)
+    check_writable(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        _write(refold(model, allocation.folding), allocation, partial)
+        size = partial.stat().st_size
+        if size != allocation.file_bytes:
+            raise ValueError(
+                f"the file has {size:,} bytes, {allocation.file_bytes:,} were predicted; please report it."
+            )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return size
+
+
+def check_writable(path: Path) -> None:
+    """Raise `OSError` where a file of that name cannot be made, before long work starts."""
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"cannot write {path}: {path.parent} is not a writable folder; choose another output.")
+
+
+def _write(model: Model, allocation: Allocation, path: Path) -> None:
+    writer = gguf.GGUFWriter(path, model.spec.architecture)
+    for name, pair in export_metadata(allocation).items():
+        if name != _ARCHITECTURE:  # the writer's constructor adds it
+            writer.add_key_value(name, pair.value, pair.type, pair.sub_type)
+    members = tensors(model.spec)
+    for tensor in members:
+        fmt = get_format(allocation.format_of(tensor))
+        size = tensor.size // tensor.shape[-1] * fmt.row_bytes(tensor.shape[-1])
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=fmt.ggml_type)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in track(members, f"writing {path.stem}", "tensor"):
+            writer.write_tensor_data(_encoded(model, tensor, allocation.format_of(tensor)))
+    finally:
+        writer.close()
+
+
+def _encoded(model: Model, tensor: Tensor, fmt_name: str) -> np.ndarray:
+    """The tensor's bytes `[*rows, row bytes]`, rows in the file's order."""
+    fmt = get_format(fmt_name)
+    raw = fmt.to_bytes(jax.jit(fmt.encode)(lookup(model.params, tensor).astype(jnp.float32)))
+    heads = rope_heads(model.spec, tensor.key)
+    return permute_rope(raw, heads) if heads else raw

@@ -1,0 +1,140 @@
+"""Work handed to llama.cpp itself: its own type mixes, with the importance matrix of our calibration.
+
+Needs the `verify` extra (llama-cpp-python).
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ramp_jax.models import DecoderSpec, tensors
+from ramp_jax.quantization import Stats
+
+# llama.cpp's names of its mixes → `llama_ftype`
+MIXES = {
+    "Q2_K": 10,
+    "Q3_K_S": 11,
+    "Q3_K_M": 12,
+    "Q3_K_L": 13,
+    "IQ4_XS": 30,
+    "IQ4_NL": 25,
+    "Q4_0": 2,
+    "Q4_K_S": 14,
+    "Q4_K_M": 15,
+    "Q5_0": 8,
+    "Q5_K_S": 16,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "Q8_0": 7,
+}
+
+Importance = Mapping[str, Float[np.ndarray, " I"]]
+
+
+def available() -> bool:
+    """Whether llama.cpp can be called."""
+    try:
+        import llama_cpp  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def importance_of(spec: DecoderSpec, stats: Stats) -> dict[str, Float[np.ndarray, " I"]]:
+    """Mean squared activation of each linear's input channels by tensor name: llama.cpp's importance matrix.
+
+    `stats` must be those of the unfolded model. As in llama.cpp, embeddings have no entry.
+    """
+    entries = {}
+    for tensor in tensors(spec):
+        if tensor.layer is not None and tensor.allocatable:
+            entries[tensor.name] = np.ascontiguousarray(stats.moments[tensor.tap].square[tensor.layer], np.float32)
+    return entries
+
+
+def quantize(source: Path, output: Path, mix: str, importance: Importance | None = None) -> int:
+    """Quantize an F16 or F32 GGUF with one of llama.cpp's mixes; returns the size of `output` in bytes.
+
+    Raises `ValueError` for an unknown mix, `RuntimeError` where llama.cpp refuses.
+    """
+    partial = output.with_name(output.name + ".partial")
+    try:
+        _call(source, partial, mix, importance, dry_run=False)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return output.stat().st_size
+
+
+def predicted_bytes(source: Path, mix: str) -> int:
+    """About what a file of that mix weighs (llama.cpp's dry run: tensors to 0.01 MiB, metadata as in the source)."""
+    log = _call(source, source.with_suffix(".dry"), mix, None, dry_run=True)
+    sizes = [float(re.search(rf"{kind} size\s*=\s*([\d.]+) MiB", log)[1]) for kind in ("model", "quant")]
+    return source.stat().st_size + int((sizes[1] - sizes[0]) * 2**20)
+
+
+def mix_below(source: Path, budget_bytes: int) -> str | None:
+    """The largest of llama.cpp's mixes that fits the budget, None where none does."""
+    sizes = {mix: predicted_bytes(source, mix) for mix in MIXES}
+    fitting = [mix for mix in MIXES if sizes[mix] <= budget_bytes]
+    return max(fitting, key=sizes.__getitem__, default=None)
+
+
+def _call(source: Path, output: Path, mix: str, importance: Importance | None, *, dry_run: bool) -> str:
+    """Run `llama_model_quantize`; returns what it logged."""
+    import llama_cpp
+
+    if mix not in MIXES:
+        raise ValueError(f"llama.cpp has no mix {mix!r}; known mixes are {', '.join(MIXES)}.")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.dry_run, params.nthread = MIXES[mix], dry_run, os.cpu_count()
+    if importance:
+        entries = _imatrix(importance)
+        params.imatrix = entries
+    with captured_log() as log:
+        failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(params))
+    if failed:
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {mix}: {_last_line(log)}")
+    return "".join(log)
+
+
+def _imatrix(importance: Importance) -> Any:
+    """A C array of entries that ends with an empty one, as `llama_model_quantize` reads it."""
+    import llama_cpp
+
+    entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    return entries
+
+
+@contextlib.contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """Collect what llama.cpp logs instead of printing it."""
+    import llama_cpp
+    from llama_cpp._logger import llama_log_callback
+
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+        lines.append(text.decode("utf-8", "replace"))
+
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+
+
+def _last_line(log: list[str]) -> str:
+    lines = "".join(log).strip().splitlines()
+    return lines[-1] if lines else "it did not say why"

@@ -1,0 +1,93 @@
+"""What stock llama.cpp makes of a file: its losses on the very tokens that were scored in JAX.
+
+Needs the `verify` extra (llama-cpp-python).
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from ramp_jax.evaluation.perplexity import Evaluation, Protocol, Reference, first_scored, token_losses
+from ramp_jax.halo.handoff import captured_log
+from ramp_jax.models.decoder import matmul
+from ramp_jax.progress import track
+
+_CHUNK = 128  # tokens scored at one time
+
+
+def evaluate_gguf(
+    path: str | Path,
+    windows: Int[np.ndarray, "W T"],
+    *,
+    reference: Reference | None = None,
+    protocol: Protocol = "llama.cpp",
+) -> Evaluation:
+    """Score a GGUF in llama.cpp on the windows; with `reference`, also the KL divergence from it.
+
+    Raises `RuntimeError` where llama.cpp cannot load or run the file.
+    """
+    count, context = windows.shape
+    start = first_scored(protocol, context)
+    nll, kld = [], []
+    with _context(path, context) as run:
+        for i in track(range(count), f"scoring {Path(path).stem} in llama.cpp", "window"):
+            logits = run(windows[i], start)
+            for first in range(0, len(logits), _CHUNK):
+                rows = slice(first, min(first + _CHUNK, len(logits)))
+                targets = windows[i, start + 1 :][rows]
+                hidden = None if reference is None else reference.hidden[i][rows]
+                losses, divergences = _losses(logits[rows], targets, hidden, reference and reference.head)
+                nll.append(np.asarray(losses))
+                kld.append(divergences)
+    together = None if reference is None else np.concatenate([np.asarray(k) for k in kld])
+    return Evaluation(np.concatenate(nll), together)
+
+
+@jax.jit
+def _losses(logits: jax.Array, targets: jax.Array, hidden: jax.Array | None, head: jax.Array | None) -> Any:
+    return token_losses(logits, targets, None if hidden is None else matmul(hidden, head))
+
+
+@contextlib.contextmanager
+def _context(path: str | Path, context: int) -> Iterator[Any]:
+    """A function (ids `[T]`, start) → logits `[T − 1 − start, V]` of the positions from `start` on but the last."""
+    import llama_cpp
+
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.use_extra_bufts = False  # repacked weights crash on some virtual machines with AMX
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = context
+    params.n_threads = params.n_threads_batch = os.cpu_count()
+    with contextlib.ExitStack() as stack, captured_log() as log:
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
+        if not model:
+            raise RuntimeError(f"llama.cpp cannot load {path}: {''.join(log).strip().splitlines()[-1:]}")
+        stack.callback(llama_cpp.llama_model_free, model)
+        session = llama_cpp.llama_init_from_model(model, params)
+        if not session:
+            raise RuntimeError(f"llama.cpp cannot make a context of {context} tokens for {path}.")
+        stack.callback(llama_cpp.llama_free, session)
+        batch = llama_cpp.llama_batch_init(context, 0, 1)
+        stack.callback(llama_cpp.llama_batch_free, batch)
+        vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+        def run(ids: Int[np.ndarray, " T"], start: int) -> Float[np.ndarray, "S V"]:
+            wanted = range(start, len(ids) - 1)
+            batch.n_tokens = len(ids)
+            for t, token in enumerate(ids):
+                batch.token[t], batch.pos[t], batch.n_seq_id[t], batch.seq_id[t][0] = int(token), t, 1, 0
+                batch.logits[t] = t in wanted
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(session), True)
+            if llama_cpp.llama_decode(session, batch):
+                raise RuntimeError(f"llama.cpp failed to run {path}: {''.join(log).strip().splitlines()[-1:]}")
+            logits = ctypes.cast(llama_cpp.llama_get_logits(session), ctypes.POINTER(ctypes.c_float))
+            return np.ctypeslib.as_array(logits, (len(wanted), vocabulary)).copy()
+
+        yield run
