@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
 from ramp_jax.models import Model
@@ -17,6 +17,7 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
+        logging.set_verbosity(logging.WARNING)
         try:
             main()
         except (ValueError, OSError, RuntimeError) as error:

@@ -42,6 +42,11 @@ class Evaluation:
         return math.exp(self.mean_nll)
 
     @property
+    def ppl_stderr(self) -> float:
+        """Standard error of the perplexity, tokens taken as independent."""
+        return self.ppl * float(self.nll.std(dtype=np.float64)) / math.sqrt(self.nll.size)
+
+    @property
     def mean_kld(self) -> float | None:
         """Nats per token."""
         return None if self.kld is None else float(self.kld.mean(dtype=np.float64))
@@ -124,15 +129,36 @@ def head_losses(
         hidden, target, ref_hidden = chunk
         return token_losses(matmul(hidden, head), target, None if ref_hidden is None else matmul(ref_hidden, ref_head))
 
-    time = x.shape[0]
-    padding = -time % _HEAD_CHUNK
+    losses = jax.lax.map(one_chunk, jax.tree.map(_chunked, (x, targets, ref_x)))
+    return jax.tree.map(lambda a: a.reshape(-1)[: x.shape[0]], losses)
 
-    def chunked(a: jax.Array) -> jax.Array:
-        padded = jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1))
-        return padded.reshape(-1, _HEAD_CHUNK, *a.shape[1:])
 
-    chunks = jax.tree.map(chunked, (x, targets, ref_x))
-    return jax.tree.map(lambda a: a.reshape(-1)[:time], jax.lax.map(one_chunk, chunks))
+@jax.jit
+def mean_divergences(
+    x: Float[Array, "K T D"], ref_x: Float[Array, "T D"], head: Float[Array, "V D"]
+) -> Float[Array, " K"]:
+    """Mean KL(p_ref ‖ p) of K variants' hidden states under one head; the reference's logits are computed once."""
+
+    def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> Float[Array, "K T"]:
+        hidden, ref_hidden = chunk
+        log_ref = jax.nn.log_softmax(matmul(ref_hidden, head))
+        p_ref = jnp.exp(log_ref)
+
+        def one_variant(hidden: Float[Array, "T D"]) -> Float[Array, " T"]:
+            return jnp.sum(p_ref * (log_ref - jax.nn.log_softmax(matmul(hidden, head))), axis=-1)
+
+        return jax.lax.map(one_variant, hidden.swapaxes(0, 1))
+
+    tokens = ref_x.shape[0]
+    divergences = jax.lax.map(one_chunk, (_chunked(x.swapaxes(0, 1)), _chunked(ref_x)))  # [chunks, K, T]
+    return jnp.mean(divergences.swapaxes(0, 1).reshape(x.shape[0], -1)[:, :tokens], axis=1)
+
+
+def _chunked(a: jax.Array) -> jax.Array:
+    """`[T, ...]` → `[chunks, _HEAD_CHUNK, ...]`, padded with zeros."""
+    padding = -a.shape[0] % _HEAD_CHUNK
+    padded = jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1))
+    return padded.reshape(-1, _HEAD_CHUNK, *a.shape[1:])
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "start"))

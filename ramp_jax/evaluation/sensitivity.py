@@ -1,15 +1,16 @@
 """The exact sensitivity table: what quantizing one tensor to one level costs, everything else unchanged.
 
 The cost is the mean KL divergence to the unquantized model on calibration windows. Hidden states before a layer do
-not change when a later layer is quantized, so they are computed once and each measurement runs from its layer on; the
-levels of one tensor run together as a batch.
+not change when a later layer is quantized, so they are computed once and each measurement runs from its layer on; all
+tensors and levels of one layer run together as a batch, and share the reference's logits.
 """
 
 import dataclasses
 import functools
 import io
+import itertools
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.evaluation.perplexity import Protocol, first_scored, head_losses
+from ramp_jax.evaluation.perplexity import Protocol, first_scored, head_losses, mean_divergences
 from ramp_jax.formats import Format, format_for, round_trip
 from ramp_jax.models import DecoderSpec, Model, allocatable, lookup
 from ramp_jax.models.decoder import Params, block_forward, head_weights, hidden_states, rms_norm
 from ramp_jax.models.names import Tensor
 from ramp_jax.progress import track
+
+_TOKENS_AT_ONCE = 8192  # of all variants that run together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,47 +64,79 @@ def exact_sensitivity(
     """
     started = time.monotonic()
     members = allocatable(model.spec)
-    start = first_scored(protocol, windows.shape[1])
     table = np.zeros((len(members), len(levels)))
+    scored = slice(first_scored(protocol, windows.shape[1]), -1)
+    batches = _batches(members, levels, size=max(1, _TOKENS_AT_ONCE // windows.size))
     with jax.default_matmul_precision("default"):
         prefixes = _prefixes(model.spec, model.params, windows)
-        for row, tensor in enumerate(track(members, "measuring sensitivity", "tensor")):
-            columns = [a for a, level in enumerate(levels) if format_for(level, tensor.shape[-1])]
-            formats = [format_for(levels[a], tensor.shape[-1]) for a in columns]
-            table[row, columns] = _tensor_costs(model, tensor, formats, prefixes, windows, start)
+        for batch in track(batches, "measuring sensitivity", "batch"):
+            rows, columns = zip(*((entry.row, entry.column) for entry in batch), strict=True)
+            measure = _top_costs if batch[0].tensor.layer is None else _layer_costs
+            table[rows, columns] = measure(model, batch, prefixes, windows, scored)
     names = tuple(tensor.name for tensor in members)
     return Sensitivity(names, levels, table, time.monotonic() - started)
 
 
-def _tensor_costs(
-    model: Model,
-    tensor: Tensor,
-    formats: list[Format],
-    prefixes: jax.Array,
-    windows: Int[np.ndarray, "W T"],
-    start: int,
-) -> Float[np.ndarray, " A"]:
-    """Mean KL of one tensor at each format."""
+class _Entry(NamedTuple):
+    """One cell of the table: tensor `row` at level `column`."""
+
+    row: int
+    column: int
+    tensor: Tensor
+    format: Format
+
+
+def _batches(members: list[Tensor], levels: tuple[int, ...], size: int) -> list[list[_Entry]]:
+    """All cells, in batches of up to `size` of one layer."""
+    entries = [
+        _Entry(row, column, tensor, fmt)
+        for row, tensor in enumerate(members)
+        for column, level in enumerate(levels)
+        if (fmt := format_for(level, tensor.shape[-1]))
+    ]
+    layers = [list(group) for _, group in itertools.groupby(entries, key=lambda entry: entry.tensor.layer)]
+    return [layer[start : start + size] for layer in layers for start in range(0, len(layer), size)]
+
+
+def _layer_costs(
+    model: Model, batch: list[_Entry], prefixes: jax.Array, windows: Int[np.ndarray, "W T"], scored: slice
+) -> Float[np.ndarray, " K"]:
+    """Mean KL of each cell of one layer: the layer runs once per cell, all later layers once for the whole batch."""
     spec, params = model.spec, model.params
-    w = lookup(params, tensor)
-    candidates = [round_trip(w.astype(jnp.float32), fmt.name).astype(w.dtype) for fmt in formats]
-    reference = prefixes[-1]  # [W, T, D], normed
-    if tensor.layer is None:
-        hidden = jnp.stack([_top_hidden(spec, params, tensor.key, new, reference, windows) for new in candidates])
-        heads = [head_weights({**params, tensor.key: new}) for new in candidates]
-    else:
-        layer = {key: value[tensor.layer] for key, value in params["blk"].items()}
-        variants = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(candidates), *a.shape)), layer)
-        variants[tensor.key] = jnp.stack(candidates)
-        hidden = _run_from(spec, params, variants, prefixes[tensor.layer], tensor.layer)
-        heads = [head_weights(params)] * len(candidates)
-    targets = windows[:, start + 1 :].reshape(-1)
-    ref = reference[:, start:-1].reshape(-1, spec.d_model)
-    means = []
-    for x, head in zip(hidden[:, :, start:-1], heads, strict=True):
-        _, kld = head_losses(x.reshape(-1, spec.d_model), head, targets, ref, head_weights(params))
-        means.append(float(jnp.mean(kld)))
-    return np.asarray(means)
+    index = batch[0].tensor.layer
+    layer = {key: value[index] for key, value in params["blk"].items()}
+    changed = [_block(spec, layer | {e.tensor.key: _quantized(params, e)}, prefixes[index]) for e in batch]
+    hidden = _run_from(spec, params, jnp.stack(changed), index + 1)[:, :, scored]
+    reference = prefixes[-1][:, scored]
+    return np.asarray(mean_divergences(_tokens(hidden, 1), _tokens(reference), head_weights(params)))
+
+
+def _top_costs(
+    model: Model, batch: list[_Entry], prefixes: jax.Array, windows: Int[np.ndarray, "W T"], scored: slice
+) -> list[float]:
+    """Mean KL of embedding or head at each format: whole forward passes, since every layer or the head differs."""
+    spec, params = model.spec, model.params
+    reference = prefixes[-1]
+    costs = []
+    for entry in batch:
+        changed = {**params, entry.tensor.key: _quantized(params, entry)}
+        runs = [reference] if entry.tensor.key == "output" else [_hidden(spec, changed, row[None]) for row in windows]
+        hidden = jnp.concatenate(runs)[:, scored]
+        targets = windows[:, scored.start + 1 :].reshape(-1)
+        heads = (head_weights(changed), head_weights(params))
+        _, kld = head_losses(_tokens(hidden), heads[0], targets, _tokens(reference[:, scored]), heads[1])
+        costs.append(float(jnp.mean(kld)))
+    return costs
+
+
+def _quantized(params: Params, entry: _Entry) -> jax.Array:
+    w = lookup(params, entry.tensor)
+    return round_trip(w.astype(jnp.float32), entry.format.name).astype(w.dtype)
+
+
+def _tokens(hidden: jax.Array, keep: int = 0) -> jax.Array:
+    """Windows and their tokens on one axis, behind the first `keep` axes."""
+    return hidden.reshape(*hidden.shape[:keep], -1, hidden.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -114,27 +149,16 @@ def _prefixes(spec: DecoderSpec, params: Params, ids: Int[Array, "W T"]) -> Floa
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _run_from(
-    spec: DecoderSpec, params: Params, variants: Params, x: Float[Array, "W T D"], layer: Int[Array, ""]
-) -> Float[Array, "A W T D"]:
-    """Normed hidden states of every variant of layer `layer`, whose input is `x`; one compilation for all layers."""
-    y = jax.vmap(lambda weights: block_forward(spec, weights, x))(variants)  # [A, W, T, D]
-    shape = y.shape
+    spec: DecoderSpec, params: Params, x: Float[Array, "K W T D"], layer: Int[Array, ""]
+) -> Float[Array, "K W T D"]:
+    """Normed hidden states after the last layer, from those before `layer`; one compilation for all layers."""
 
     def one_layer(i: jax.Array, y: jax.Array) -> jax.Array:
-        weights = jax.tree.map(lambda a: a[i], params["blk"])
-        return block_forward(spec, weights, y)
+        return block_forward(spec, jax.tree.map(lambda a: a[i], params["blk"]), y)
 
-    y = jax.lax.fori_loop(layer + 1, spec.n_layers, one_layer, y.reshape(-1, *shape[2:]))
-    return rms_norm(y, params["output_norm"], spec.norm_eps).reshape(shape)
-
-
-def _top_hidden(
-    spec: DecoderSpec, params: Params, key: str, new: jax.Array, reference: jax.Array, windows: np.ndarray
-) -> Float[Array, "W T D"]:
-    """Hidden states with a tensor outside the blocks replaced: the head changes none, the embedding all."""
-    if key == "output":
-        return reference
-    return jnp.concatenate([_hidden(spec, {**params, key: new}, window[None]) for window in windows])
+    y = jax.lax.fori_loop(layer, spec.n_layers, one_layer, x.reshape(-1, *x.shape[2:]))
+    return rms_norm(y, params["output_norm"], spec.norm_eps).reshape(x.shape)
 
 
+_block = jax.jit(block_forward, static_argnames="spec")
 _hidden = jax.jit(hidden_states, static_argnames="spec")

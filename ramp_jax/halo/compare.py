@@ -1,6 +1,7 @@
 """The closing table: what each way of choosing formats makes of one model at one size, on held-out text."""
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -53,11 +54,10 @@ class Bench:
     workdir: Path
     with_llama_cpp: bool
 
-    def row(self, name: str, allocation: Allocation, seconds: float, path: Path | None = None) -> Row:
-        """Export the allocation where the file is not there yet, and score it."""
-        path = path or self.workdir / f"{name.split()[0]}.gguf"
+    def row(self, name: str, allocation: Allocation, seconds: float, path: Path, *, exported: bool = False) -> Row:
+        """Export the allocation to `path`, unless it is there already, and score it."""
         model = refold(self.model, allocation.folding)
-        if not path.exists() or path.stat().st_size != allocation.file_bytes:
+        if not exported:
             export_gguf(model, allocation, path)
         params = fake_quantize(model, allocation)
         scored = evaluate(model, self.windows, params=params, reference=self.reference, doing=f"scoring {name}")
@@ -98,30 +98,63 @@ def compare(
     """Rows reference, uniform, llama.cpp's mix next below the budget, knapsack, policy; also in `comparison.json`.
 
     Uniform and knapsack share the policy's folding, the mix has an importance matrix from the same calibration windows.
-    Without llama.cpp its row and its column are left out.
+    Without llama.cpp its row and its column are left out. Rows that were made from the same inputs are read, not made
+    again. Raises `ValueError` where the GGUF is not the allocation's.
     """
     ours = Allocation.load(allocation_path, model)
+    _check_export(ours, gguf_path)
     notes = json.loads(allocation_path.read_text(encoding="utf-8"))
     budget, seconds = notes["budget_bytes"], notes["seconds"]
     with_llama_cpp = handoff.available()
+    inputs = (allocation_path.read_bytes(), sensitivity_path.read_bytes(), heldout.tobytes(), calibration.tobytes())
+    fingerprint = hashlib.sha256(b"".join(inputs) + bytes([with_llama_cpp])).hexdigest()
+    if (known := _stored(workdir / COMPARISON, fingerprint)) is not None:
+        say(f"{workdir / COMPARISON} already holds this comparison.")
+        return known
     say(f"Comparing on {heldout.size:,} held-out tokens" + ("" if with_llama_cpp else ", without llama.cpp"))
     bench = Bench(model, heldout, reference_of(model, heldout), workdir, with_llama_cpp)
 
     plain = Allocation(model.spec, model.metadata, dict.fromkeys(ours.formats, "F16"))
-    rows = [bench.row("reference F16", plain, 0.0)]
+    source = workdir / "reference-F16.gguf"
+    rows = [bench.row("reference F16", plain, 0.0, source)]
     table = Sensitivity.load(sensitivity_path)
     folded = refold(model, ours.folding)
     uniform = from_levels(folded, [min(table.levels)] * len(table.tensors))
-    rows.append(bench.row(f"uniform {next(iter(uniform.formats.values()))}", uniform, 0.0))
+    lowest = next(iter(uniform.formats.values()))
+    rows.append(bench.row(f"uniform {lowest}", uniform, 0.0, workdir / f"uniform-{lowest}.gguf"))
     if with_llama_cpp:
-        mix = bench.mix_row(workdir / rows[0].file, budget, calibrate(model, calibration))
+        mix = bench.mix_row(source, budget, calibrate(model, calibration))
         rows += [mix] if mix else []
     best, search_seconds = _knapsack(folded, table, budget)
-    rows.append(bench.row("knapsack", best, search_seconds))
-    rows.append(bench.row("RAMP policy", ours, seconds, gguf_path))
-    content = {"budget_bytes": budget, "heldout_tokens": heldout.size, "rows": [vars(row) for row in rows]}
+    rows.append(bench.row("knapsack", best, search_seconds, workdir / f"knapsack-{budget}.gguf"))
+    rows.append(bench.row("RAMP policy", ours, seconds, gguf_path, exported=True))
+    content = {
+        "fingerprint": fingerprint,
+        "budget_bytes": budget,
+        "heldout_tokens": heldout.size,
+        "rows": [vars(row) for row in rows],
+    }
     write_bytes(workdir / COMPARISON, (json.dumps(content, indent=1) + "\n").encode())
     return rows
+
+
+def _stored(path: Path, fingerprint: str) -> list[Row] | None:
+    """The rows of an earlier comparison of the same inputs."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [Row(**row) for row in content["rows"]] if content["fingerprint"] == fingerprint else None
+
+
+def _check_export(allocation: Allocation, path: Path) -> None:
+    """Raise `ValueError` where the file at `path` does not hold the allocation's formats."""
+    advice = "write it with launch/export_gguf.py first"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {advice}.")
+    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    for name, fmt in allocation.formats.items():
+        if stored.get(name) != fmt:
+            raise ValueError(f"{path} holds {name} as {stored.get(name)}, the allocation says {fmt}; {advice}.")
 
 
 def _knapsack(model: Model, table: Sensitivity, budget_bytes: int) -> tuple[Allocation, float]:

@@ -41,10 +41,18 @@ Importance = Mapping[str, Float[np.ndarray, " I"]]
 def available() -> bool:
     """Whether llama.cpp can be called."""
     try:
-        import llama_cpp  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
+        require()
+    except RuntimeError:
         return False
     return True
+
+
+def require() -> None:
+    """Raise `RuntimeError` where llama.cpp cannot be called."""
+    try:
+        import llama_cpp  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RuntimeError(f"llama.cpp is not installed ({error}); run `pip install 'ramp-jax[verify]'`.") from error
 
 
 def importance_of(spec: DecoderSpec, stats: Stats) -> dict[str, Float[np.ndarray, " I"]]:
@@ -89,6 +97,7 @@ def mix_below(source: Path, budget_bytes: int) -> str | None:
 
 def _call(source: Path, output: Path, mix: str, importance: Importance | None, *, dry_run: bool) -> str:
     """Run `llama_model_quantize`; returns what it logged."""
+    require()
     import llama_cpp
 
     if mix not in MIXES:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ramp_jax.evaluation.perplexity import Evaluation, Protocol, Reference, first_scored, token_losses
-from ramp_jax.halo.handoff import captured_log
+from ramp_jax.halo.handoff import captured_log, require
 from ramp_jax.models.decoder import matmul
 from ramp_jax.progress import track
 
@@ -58,6 +58,7 @@ def _losses(logits: jax.Array, targets: jax.Array, hidden: jax.Array | None, hea
 @contextlib.contextmanager
 def _context(path: str | Path, context: int) -> Iterator[Any]:
     """A function (ids `[T]`, start) → logits `[T − 1 − start, V]` of the positions from `start` on but the last."""
+    require()
     import llama_cpp
 
     model_params = llama_cpp.llama_model_default_params()
@@ -65,7 +66,7 @@ def _context(path: str | Path, context: int) -> Iterator[Any]:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = context
     params.n_threads = params.n_threads_batch = os.cpu_count()
-    with contextlib.ExitStack() as stack, captured_log() as log:
+    with captured_log() as log, contextlib.ExitStack() as stack:
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         if not model:
             raise RuntimeError(f"llama.cpp cannot load {path}: {''.join(log).strip().splitlines()[-1:]}")
