@@ -13,7 +13,6 @@ from absl import flags
 from ramp_jax import cli, workflow
 from ramp_jax.allocation import costs
 from ramp_jax.config import WindowsConfig
-from ramp_jax.models import load_model
 from ramp_jax.policy.rollout import check_levels, load_policy
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
@@ -35,7 +34,7 @@ def main() -> None:
         check_levels(policy, tuple(map(int, _LEVELS.value)))
     if not _DRY_RUN.value and not _OUTPUT.value:
         raise ValueError("--output is missing; name the file that receives the allocation.")
-    model = load_model(_MODEL.value, _DTYPE.value)
+    model = cli.load(_MODEL.value, _DTYPE.value)
     table = costs(model, policy.levels)
     print(f"Reachable files of {_MODEL.value}: {table.smallest:,} to {table.largest:,} bytes")
     if _DRY_RUN.value:

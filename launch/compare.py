@@ -15,7 +15,6 @@ from ramp_jax import cli, workflow
 from ramp_jax.config import WindowsConfig, from_dict
 from ramp_jax.halo.compare import compare
 from ramp_jax.halo.report import text_table
-from ramp_jax.models import load_model
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the training run.")
 _ALLOCATION = flags.DEFINE_string("allocation", None, "What launch/allocate.py wrote for the same model.")
@@ -31,7 +30,7 @@ def main() -> None:
     if not config_path.is_file():
         raise FileNotFoundError(f"{workdir} is not the workdir of a training run; train with launch/train.py first.")
     config = from_dict(json.loads(config_path.read_text(encoding="utf-8")))
-    model = load_model(config.model)
+    model = cli.load(config.model)
     heldout = WindowsConfig(config.calibration.data, _CONTEXT.value, _COUNT.value)
     rows = compare(
         model,

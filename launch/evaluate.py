@@ -19,7 +19,6 @@ from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import WindowsConfig
 from ramp_jax.evaluation.perplexity import evaluate, reference_of
 from ramp_jax.halo.verify import evaluate_gguf
-from ramp_jax.models import load_model
 from ramp_jax.quantization import fake_quantize, refold
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
@@ -43,11 +42,11 @@ def main() -> None:
             "--backend=llama.cpp scores a .gguf; make one with launch/export_gguf.py and pass it as --model."
         )
     context = _CONTEXT.value or (512 if _PROTOCOL.value == "llama.cpp" else 2048)
-    model = load_model(_MODEL.value, _DTYPE.value)
+    model = cli.load(_MODEL.value, _DTYPE.value)
     windows = workflow.tokens(model, WindowsConfig(_DATA.value, context, _COUNT.value), "heldout")
     reference = None
     if _REFERENCE.value:
-        reference = reference_of(load_model(_REFERENCE.value, _DTYPE.value), windows, _PROTOCOL.value)
+        reference = reference_of(cli.load(_REFERENCE.value, _DTYPE.value), windows, _PROTOCOL.value)
     if _BACKEND.value == "llama.cpp":
         scored = evaluate_gguf(_MODEL.value, windows, reference=reference, protocol=_PROTOCOL.value)
     else:

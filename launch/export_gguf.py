@@ -10,7 +10,6 @@ from absl import flags
 from ramp_jax import cli
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import check_writable, export_gguf
-from ramp_jax.models import load_model
 
 _MODEL = flags.DEFINE_string("model", None, "The model that the allocation was made for.")
 _ALLOCATION = flags.DEFINE_string("allocation", None, "What launch/allocate.py wrote.")
@@ -21,7 +20,7 @@ flags.mark_flags_as_required(["model", "allocation", "output"])
 def main() -> None:
     output = Path(_OUTPUT.value)
     check_writable(output)
-    model = load_model(_MODEL.value)
+    model = cli.load(_MODEL.value)
     size = export_gguf(model, Allocation.load(_ALLOCATION.value, model), output)
     print(f"{size:,} bytes: {output}")
 

@@ -13,7 +13,6 @@ from ramp_jax.allocation import Allocation
 from ramp_jax.config import from_dict
 from ramp_jax.halo import report
 from ramp_jax.halo.compare import COMPARISON
-from ramp_jax.models import load_model
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the training run.")
 _ALLOCATION = flags.DEFINE_string(
@@ -28,7 +27,7 @@ def main() -> None:
         if not (workdir / name).is_file():
             raise FileNotFoundError(f"{workdir} holds no {name}; run {maker} first.")
     config = from_dict(json.loads((workdir / workflow.CONFIG).read_text(encoding="utf-8")))
-    allocation = Allocation.load(_ALLOCATION.value or workdir / "allocation.json", load_model(config.model))
+    allocation = Allocation.load(_ALLOCATION.value or workdir / "allocation.json", cli.load(config.model))
     comparison = json.loads((workdir / COMPARISON).read_text(encoding="utf-8"))
     print(report.text_table(comparison["rows"]))
     page = report.write_report(workdir, allocation, report.read_metrics(workdir / workflow.METRICS), comparison)

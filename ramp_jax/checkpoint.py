@@ -34,8 +34,11 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a whole file or none: to a temporary name beside it, then renamed."""
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
-from ramp_jax.models import Model
+from ramp_jax.models import Model, load_model
 
 BUDGET_FLAGS = ("budget_bytes", "budget_gb", "budget_bits")
 
@@ -28,6 +28,12 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(130)
 
     app.run(guarded)
+
+
+def load(ref: str, dtype: str = "float32") -> Model:
+    """`load_model`, saying so: large models take a while."""
+    print(f"Loading {ref}", flush=True)
+    return load_model(ref, dtype)
 
 
 def define_budget() -> None:

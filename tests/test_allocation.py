@@ -16,7 +16,6 @@ from ramp_jax.allocation import (
     export_metadata,
     from_levels,
     tensor_bytes,
-    write_text,
 )
 from ramp_jax.formats import LEVELS as AVAILABLE
 from ramp_jax.formats import get_format
@@ -199,12 +198,3 @@ def test_budget_outside_the_range_prints_it(untied):
         check_budget(table, smallest - 1)
     with pytest.raises(ValueError, match=f"above the largest .* between {smallest:,} and {largest:,} bytes"):
         check_budget(table, largest + 1)
-
-
-def test_text_is_written_whole_or_not_at_all(tmp_path):
-    (tmp_path / "file.txt").write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "file.txt", "new \ud800")
-    assert (tmp_path / "file.txt").read_text() == "old"
-    write_text(tmp_path / "file.txt", "new")
-    assert (tmp_path / "file.txt").read_text() == "new"

@@ -1,0 +1,79 @@
+"""Baselines against brute force over all allocations of small problems."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ramp_jax import baselines
+
+
+def random_problem(seed, tensors=4, levels=3):
+    """Costs and losses with no order between levels, a fifth of the cells masked, never a whole row."""
+    rng = np.random.default_rng(seed)
+    cost = rng.integers(1, 60, (tensors, levels))
+    valid = rng.random(cost.shape) >= 0.2
+    valid[np.arange(tensors), rng.integers(0, levels, tensors)] = True
+    return cost * valid, np.exp(rng.normal(-4, 2, cost.shape)) * valid
+
+
+def total(table, actions):
+    return table[np.arange(len(table)), list(actions)].sum()
+
+
+def feasible(cost, budget):
+    choices = itertools.product(*(np.flatnonzero(row) for row in cost))
+    return [actions for actions in choices if total(cost, actions) <= budget]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_knapsack_equals_brute_force(seed, share):
+    cost, loss = random_problem(seed)
+    cheapest = np.where(cost > 0, cost, 10**6).min(axis=1).sum()
+    budget = int(cheapest + share * (cost.max(axis=1).sum() - cheapest))
+    actions = baselines.knapsack(cost, loss, budget)
+    assert (np.take_along_axis(cost, actions[:, None], 1) > 0).all()
+    assert total(cost, actions) <= budget
+    best = min(total(loss, choice) for choice in feasible(cost, budget))
+    assert total(loss, actions) == pytest.approx(best, rel=1e-5)
+
+
+def test_knapsack_by_hand():
+    """Ten units: the first tensor earns 5 for 3 more, the second 4 for 1 more, the third 1 for 3 more."""
+    cost = np.array([[2, 5], [2, 3], [1, 4]])
+    loss = np.array([[6.0, 1.0], [5.0, 1.0], [2.0, 1.0]])
+    assert baselines.knapsack(cost, loss, 10).tolist() == [1, 1, 0]
+    assert baselines.knapsack(cost, loss, 8).tolist() == [1, 0, 0]
+    assert baselines.knapsack(cost, loss, 12).tolist() == [1, 1, 1]
+
+
+def test_knapsack_resolves_small_losses_beside_large_ones():
+    """As in a real table: one tensor loses 10⁴ times what the others do."""
+    cost = np.array([[10, 20], [10, 20], [10, 20]])
+    loss = np.array([[1.0, 0.9], [2e-4, 1e-4], [3e-4, 1e-4]])
+    assert baselines.knapsack(cost, loss, 50).tolist() == [1, 0, 1]
+
+
+def test_knapsack_that_nothing_fits():
+    with pytest.raises(ValueError, match="no allocation fits the budget .* choose a larger one"):
+        baselines.knapsack(np.array([[2, 5], [2, 3]]), np.ones((2, 2)), 3)
+
+
+def test_uniform_takes_the_highest_level_that_fits():
+    cost, loss = np.array([[2, 5, 8], [2, 3, 9]]), np.zeros((2, 3))
+    assert baselines.uniform(cost, loss, 17).tolist() == [2, 2]
+    assert baselines.uniform(cost, loss, 16).tolist() == [1, 1]
+    assert baselines.uniform(cost, loss, 4).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="no uniform level fits the budget"):
+        baselines.uniform(cost, loss, 3)
+
+
+def test_uniform_where_levels_are_masked():
+    """The next one below, else above."""
+    cost = np.array([[2, 0, 8], [0, 3, 9], [4, 5, 0]])
+    assert baselines.uniform(cost, np.zeros((3, 3)), 22).tolist() == [2, 2, 1]
+    assert baselines.uniform(cost, np.zeros((3, 3)), 21).tolist() == [0, 1, 1]
+    assert baselines.uniform(cost, np.zeros((3, 3)), 9).tolist() == [0, 1, 0]

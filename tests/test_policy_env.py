@@ -1,0 +1,149 @@
+"""The decision process: masks, budgets and observations, by hand and on random problems."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ramp_jax.policy.env import (
+    CONTEXT,
+    UNIT_BYTES,
+    Problem,
+    budget_range,
+    cheapest_completion,
+    rollout,
+    valid_levels,
+)
+
+TENSORS, BITS = 6, (2, 4, 5, 8)
+# two tensors of 256 and 512 weights at 4 and 8 bits; a unit of 32 bytes holds 256 bits
+TWO = Problem(
+    jnp.array([[0.25, -1.0], [0.75, 2.0]], jnp.float32),
+    jnp.array([256.0, 512.0], jnp.float32),
+    jnp.array([[4, 8], [8, 16]], jnp.int32),
+    jnp.array([4.0, 8.0], jnp.float32),
+)
+
+
+def random_problem(rng, masked=0.3):
+    """Sizes over two orders of magnitude, every level of a tensor masked with the same chance, but never all."""
+    weights = 64 * rng.integers(1, 200, TENSORS)
+    cost = -(-weights[:, None] * np.array(BITS) // (8 * UNIT_BYTES))
+    valid = rng.random(cost.shape) >= masked
+    valid[np.arange(TENSORS), rng.integers(0, len(BITS), TENSORS)] = True
+    return Problem(
+        jnp.asarray(rng.normal(size=(TENSORS, 3)), jnp.float32),
+        jnp.asarray(weights, jnp.float32),
+        jnp.asarray(cost * valid, jnp.int32),
+        jnp.asarray(BITS, jnp.float32),
+    )
+
+
+def at_random(key, observation, mask):
+    """A valid action, all equally likely."""
+    return jax.random.categorical(key, jnp.where(mask, 0.0, -1e9)).astype(jnp.int32)
+
+
+play = jax.jit(lambda problem, budget, key: rollout(problem, budget, at_random, key))
+play_many = jax.jit(jax.vmap(lambda problem, budget, key: rollout(problem, budget, at_random, key), (None, 0, 0)))
+
+
+def check(problem, budget, episode):
+    """Masks kept, sizes right, budget kept; `episode` may have a leading axis."""
+    cost, action = np.asarray(problem.cost), np.asarray(episode.action)
+    taken = cost[np.arange(TENSORS), action]
+    assert (taken > 0).all()
+    assert np.take_along_axis(np.asarray(episode.mask), action[..., None], -1).all()
+    assert not (np.asarray(episode.mask) & (cost == 0)).any()
+    left = np.asarray(budget) - taken.sum(-1)
+    assert (left >= 0).all()
+    np.testing.assert_array_equal(episode.left, left)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 0.9))
+def test_every_finished_episode_fits_and_keeps_to_the_masks(seed, share, masked):
+    problem = random_problem(np.random.default_rng(seed), masked)
+    lowest, highest = (int(x) for x in budget_range(problem))
+    budget = lowest + int(share * (highest - lowest))
+    check(problem, budget, play(problem, jnp.int32(budget), jax.random.key(seed)))
+
+
+def test_ten_thousand_episodes_side_by_side_fit(rng):
+    problem = random_problem(rng)
+    lowest, highest = (int(x) for x in budget_range(problem))
+    budgets = rng.integers(lowest, highest + 1, 10_000)
+    keys = jax.random.split(jax.random.key(0), 10_000)
+    episodes = play_many(problem, jnp.asarray(budgets, jnp.int32), keys)
+    check(problem, budgets, episodes)
+    reached = [np.unique(np.asarray(episodes.action)[:, t]).tolist() for t in range(TENSORS)]
+    assert reached == [np.flatnonzero(row).tolist() for row in np.asarray(problem.cost) > 0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_a_level_is_masked_exactly_where_the_cheapest_rest_exceeds_the_budget(seed, share):
+    problem = random_problem(np.random.default_rng(seed))
+    lowest, highest = (int(x) for x in budget_range(problem))
+    budget = lowest + int(share * (highest - lowest))
+    episode = play(problem, jnp.int32(budget), jax.random.key(seed))
+    cost = np.asarray(problem.cost)
+    cheapest = [min(c for c in row if c) for row in cost.tolist()]
+    left = budget
+    for t in range(TENSORS):
+        expected = [0 < c <= left - sum(cheapest[t + 1 :]) for c in cost[t].tolist()]
+        assert np.asarray(episode.mask[t]).tolist() == expected
+        left -= int(cost[t, episode.action[t]])
+
+
+def test_the_smallest_budget_leaves_one_choice_and_the_largest_all(rng):
+    problem = random_problem(rng)
+    lowest, highest = budget_range(problem)
+    tight = play(problem, lowest, jax.random.key(0))
+    assert tight.left == 0
+    np.testing.assert_array_equal(tight.mask.sum(axis=1), 1)
+    np.testing.assert_array_equal(play(problem, highest, jax.random.key(0)).mask, valid_levels(problem))
+
+
+def test_cheapest_completion_and_range_by_hand():
+    problem = TWO._replace(cost=jnp.array([[0, 7, 9], [3, 0, 5]], jnp.int32))
+    np.testing.assert_array_equal(cheapest_completion(problem), [10, 3, 0])
+    assert [int(x) for x in budget_range(problem)] == [10, 14]
+    np.testing.assert_array_equal(valid_levels(problem), [[False, True, True], [True, False, True]])
+
+
+def test_observations_by_hand():
+    """Budget 20 units: 20 · 256 / 768 bits per weight, shown as (bits − 5) / 2."""
+
+    def large_then_small(key, observation, mask):
+        return jnp.where(mask[1], 1, 0).astype(jnp.int32)
+
+    episode = rollout(TWO, jnp.int32(20), large_then_small, jax.random.key(0))
+    target = (20 * 256 / 768 - 5) / 2
+    expected = [
+        [0.25, -1.0, target, target, 0.0, -1.0],  # embedding, target, left, last action, progress
+        [0.75, 2.0, target, (12 * 256 / 512 - 5) / 2, (8 - 5) / 2, 0.0],
+    ]
+    np.testing.assert_allclose(episode.observation, expected, rtol=1e-6)
+    assert episode.observation.shape == (2, 2 + CONTEXT)
+    np.testing.assert_array_equal(episode.mask, [[True, True], [True, False]])
+    np.testing.assert_array_equal(episode.action, [1, 0])
+    assert episode.left == 4
+
+
+@pytest.mark.parametrize(("budget", "shown"), [(1, -2.0), (10_000, 2.0)])
+def test_bits_in_observations_are_clipped(budget, shown):
+    episode = rollout(TWO, jnp.int32(budget), lambda *_: jnp.int32(0), jax.random.key(0))
+    assert episode.observation[0, 2] == episode.observation[0, 3] == shown
+
+
+def test_files_of_64_gib_are_counted_exactly():
+    """Two tensors whose sizes need every bit of an int32."""
+    half = 2**36 // UNIT_BYTES // 2 - 1
+    problem = TWO._replace(cost=jnp.full((2, 2), half, jnp.int32) + jnp.array([[0, 1]], jnp.int32))
+    episode = rollout(problem, jnp.int32(2 * half + 1), lambda *_: jnp.int32(0), jax.random.key(0))
+    assert episode.left == 1
+    assert episode.mask.all()
+    assert not rollout(problem, jnp.int32(2 * half), lambda *_: jnp.int32(0), jax.random.key(0)).mask[:, 1].any()

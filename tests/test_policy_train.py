@@ -1,0 +1,203 @@
+"""Training on problems with a known optimum: what it reaches, resuming, seeds."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ramp_jax import baselines
+from ramp_jax.policy import train
+from ramp_jax.policy.env import Problem, budget_range
+from ramp_jax.policy.sac import SacConfig
+from ramp_jax.policy.train import Task, TrainConfig
+
+BITS = np.array([4, 5, 8])
+SHORT = TrainConfig(
+    iterations=6,
+    episodes=4,
+    updates=3,
+    replay_episodes=8,
+    seeds=2,
+    log_every=2,
+    sac=SacConfig(hidden=(8,), batch_size=16),
+)
+SOLVER = TrainConfig(
+    iterations=50,
+    episodes=16,
+    updates=16,
+    replay_episodes=512,
+    seeds=2,
+    log_every=10,
+    sac=SacConfig(hidden=(64, 64), learning_rate=1e-3, alpha_learning_rate=3e-3, target_rate=0.01, batch_size=128),
+)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax raises a float to an integer power, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def task_of(rng, tensors=12):
+    """Losses fall fourfold per bit from a level that the embedding tells, which differs a hundredfold by tensor."""
+    weights = 32 * rng.choice([64, 128, 256], tensors)
+    level = rng.normal(0, 1.5, tensors)
+    loss = np.exp(level)[:, None] * weights[:, None] * 2.0 ** (-2 * BITS[None, :]) / 20
+    problem = Problem(
+        jnp.asarray(np.stack([level / 2, np.log2(weights / 4096)], axis=1), jnp.float32),
+        jnp.asarray(weights, jnp.float32),
+        jnp.asarray(weights[:, None] * BITS[None, :] // 256, jnp.int32),
+        jnp.asarray(BITS, jnp.float32),
+    )
+    return Task(problem, jnp.asarray(loss, jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def task():
+    return task_of(np.random.default_rng(0))
+
+
+def equal(a, b):
+    """Bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+class StoppedError(Exception):
+    """What ends a run from outside."""
+
+
+def test_probe_is_solved(task):
+    """50 iterations: greedy allocations lose at most 8 % more than the exact optimum, uniform ones over 20 %."""
+    rows = []
+    best = train.run(jax.random.key(0), task, SOLVER, log=rows.append)
+    assert [row["iteration"] for row in rows] == [10, 20, 30, 40, 50]
+    assert rows[-1]["best_loss_over_uniform"] == float(best.score) == min(min(r["loss_over_uniform"]) for r in rows)
+    assert best.score < 1 / 1.2
+    cost, loss = np.asarray(task.problem.cost), np.asarray(task.loss)
+
+    def total(actions):
+        return loss[np.arange(len(loss)), actions].sum()
+
+    ratios = []
+    for budget in train.probe_budgets(task.problem):
+        actions = np.asarray(train.greedy(best.actor, task.problem, jnp.int32(budget), SOLVER.sac.hidden))
+        assert cost[np.arange(len(cost)), actions].sum() <= budget
+        ratios.append(total(actions) / total(baselines.knapsack(cost, loss, int(budget))))
+    assert min(ratios) > 1 - 1e-5
+    assert np.mean(ratios) < 1.08
+
+
+def test_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path, task):
+    """Killed in its third scan and started again: the rows, the state and the actor of a run that was not."""
+    whole, resumed = [], []
+
+    def until_the_third(row):
+        resumed.append(row)
+        if len(resumed) == 3:
+            raise StoppedError
+
+    expected = train.run(jax.random.key(3), task, SHORT, log=whole.append, checkpoint_path=tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        train.run(jax.random.key(3), task, SHORT, log=until_the_third, checkpoint_path=tmp_path / "parts")
+    del resumed[2:]
+    result = train.run(jax.random.key(3), task, SHORT, log=resumed.append, checkpoint_path=tmp_path / "parts")
+    equal(result, expected)
+    assert resumed == whole
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_finished_run_returns_its_best_at_once(tmp_path, task):
+    rows = []
+    first = train.run(jax.random.key(3), task, SHORT, checkpoint_path=tmp_path / "checkpoint")
+    again = train.run(jax.random.key(3), task, SHORT, log=rows.append, checkpoint_path=tmp_path / "checkpoint")
+    equal(first, again)
+    assert rows == []
+
+
+def test_same_seed_gives_the_same_actor_and_another_seed_another(task):
+    first, again, other = (train.run(jax.random.key(seed), task, SHORT) for seed in (5, 5, 6))
+    equal(first, again)
+    different = jax.tree.map(lambda a, b: bool((a != b).any()), first.actor, other.actor)
+    assert any(jax.tree.leaves(different))
+
+
+def initial(task, keys):
+    return jax.vmap(lambda key: train.initial_state(key, task, SHORT))(keys)
+
+
+def test_a_seed_learns_the_same_alone_as_beside_others(task):
+    """Seeds share nothing; the last place differs where vmap changes the order of sums."""
+    keys = jax.random.split(jax.random.key(7), 2)
+    together, metrics = train.learn(initial(task, keys), task, SHORT, 2)
+    alone, metrics_alone = train.learn(initial(task, keys[1:]), task, SHORT, 2)
+    np.testing.assert_array_equal(together.replay.steps.action[1], alone.replay.steps.action[0])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[1], b[0], rtol=1e-3, atol=1e-5),
+        (together.learner, metrics),
+        (alone.learner, metrics_alone),
+    )
+    actions = np.asarray(together.replay.steps.action)
+    assert (actions[0] != actions[1]).any()
+
+
+def test_equal_scans_are_traced_at_most_once(task):
+    before = train.learn._cache_size()
+    for seed in (0, 1):
+        train.run(jax.random.key(seed), task, SHORT)
+    assert train.learn._cache_size() <= before + 1
+
+
+def test_episodes_of_training_fit_and_start_over_the_whole_range(task):
+    keys = jax.random.split(jax.random.key(7), 2)
+    state, metrics = train.learn(initial(task, keys), task, SHORT, 2)
+    steps = state.replay.steps
+    assert np.take_along_axis(np.asarray(steps.mask), np.asarray(steps.action)[..., None], -1).all()
+    targets = np.asarray(steps.observation)[:, :, 0, 2].ravel()  # of 16 episodes
+    assert len(np.unique(targets)) > 10
+    assert (np.asarray(metrics["return"]) < 0).all()
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path, task):
+    path = tmp_path / "checkpoint"
+    train.run(jax.random.key(3), task, SHORT, checkpoint_path=path)
+    before = path.read_bytes()
+    for other in (
+        dataclasses.replace(SHORT, seeds=3),
+        dataclasses.replace(SHORT, sac=SacConfig(hidden=(), batch_size=16)),
+    ):
+        with pytest.raises(ValueError, match=r"is not a checkpoint of this run .* delete it to start afresh\.$"):
+            train.run(jax.random.key(3), task, other, checkpoint_path=path)
+    path.write_bytes(before[: len(before) // 2])
+    with pytest.raises(ValueError, match="is not a checkpoint of this run"):
+        train.run(jax.random.key(3), task, SHORT, checkpoint_path=path)
+
+
+def test_probe_budgets_lie_inside_the_range_and_densest_where_files_are_small(task):
+    budgets = train.probe_budgets(task.problem)
+    lowest, highest = (int(x) for x in budget_range(task.problem))
+    assert len(budgets) == train.PROBES
+    assert lowest < budgets[0] < budgets[-1] < highest
+    assert (np.diff(budgets, 2) >= -1).all()
+
+
+def test_score_by_hand(task):
+    """An actor that always wants the largest level, against a plain loop."""
+    hidden = (8,)
+    state = initial(task, jax.random.split(jax.random.key(0), 2))
+    actor = jax.tree.map(jnp.zeros_like, state.learner.actor)
+    actor["params"]["Dense_1"]["bias"] = jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], jnp.float32)
+    cost, loss = np.asarray(task.problem.cost), np.asarray(task.loss)
+    budgets = train.probe_budgets(task.problem)
+    logs = []
+    for budget in budgets:
+        left, total = int(budget), 0.0
+        for t, row in enumerate(cost):
+            level = max(a for a in range(3) if row[a] <= left - cost[t + 1 :, 0].sum())
+            left, total = left - row[level], total + loss[t, level]
+        logs.append(np.log(total) - np.log(np.exp(np.interp(budget, cost.sum(0), np.log(loss.sum(0))))))
+    scores = train.score(actor, task, jnp.asarray(budgets), hidden)
+    smallest = np.log(loss.sum(0)[0]) - np.interp(budgets, cost.sum(0), np.log(loss.sum(0)))
+    np.testing.assert_allclose(scores, np.exp([np.mean(logs), np.mean(smallest)]), rtol=1e-4)
