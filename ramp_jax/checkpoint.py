@@ -22,8 +22,10 @@ def load(path: str | Path, like: T) -> T:
     Raises `ValueError` where the file is damaged or holds another structure.
     """
     try:
-        plain = serialization.from_bytes(jax.tree.map(_plain, like), Path(path).read_bytes())
-        return jax.tree.map(_restore, like, plain)
+        template, saved = jax.tree.map(_plain, like), serialization.msgpack_restore(Path(path).read_bytes())
+        if jax.tree.structure(saved) != jax.tree.structure(serialization.to_state_dict(template)):
+            raise ValueError("it is built differently")
+        return jax.tree.map(_restore, like, serialization.from_state_dict(template, saved))
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -52,8 +54,9 @@ def _plain(leaf: Any) -> Any:
 
 
 def _restore(like: Any, leaf: Any) -> Any:
-    if _is_key(like):
-        return jax.random.wrap_key_data(leaf)
-    if isinstance(like, jax.Array) and (leaf.shape != like.shape or leaf.dtype != like.dtype):
-        raise ValueError(f"an array is {leaf.dtype}{list(leaf.shape)}, expected {like.dtype}{list(like.shape)}")
-    return jax.numpy.asarray(leaf) if isinstance(like, jax.Array) else leaf
+    if not isinstance(like, jax.Array):
+        return leaf
+    expected = _plain(like)
+    if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
+        raise ValueError(f"an array is {leaf.dtype}{list(leaf.shape)}, expected {expected.dtype}{list(expected.shape)}")
+    return jax.random.wrap_key_data(leaf) if _is_key(like) else jax.numpy.asarray(leaf)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -16,18 +17,30 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
+            _fail(f"unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)
         try:
             main()
         except (ValueError, OSError, RuntimeError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            _fail(error)
         except KeyboardInterrupt:
             print("stopped; run the same command again to go on.", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, ValueError, TypeError, OSError, AttributeError) as error:  # all but the first from --config
+        _fail(f"{error} (--help lists the flags)")
+
+
+def _fail(cause: object) -> NoReturn:
+    """Print one line and end with exit code 1."""
+    print("error:", " ".join(str(cause).split()), file=sys.stderr)
+    sys.exit(1)
 
 
 def load(ref: str, dtype: str = "float32") -> Model:

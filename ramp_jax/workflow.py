@@ -50,7 +50,9 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
         say(f"{workdir} already holds the policy of this config.")
         return load_policy(workdir)
     say(f"Loading {config.model}")
-    model, stats = prepare(load_model(config.model, config.dtype), config.calibration, config.fold_level)
+    model = load_model(config.model, config.dtype)
+    write_bytes(workdir / CONFIG, (json.dumps(as_dict(config), indent=1) + "\n").encode())
+    model, stats = prepare(model, config.calibration, config.fold_level)
     table = sensitivity(model, config, workdir, say)
     problem = rollout.problem(model, stats, config.levels)
     task = train.Task(problem, jnp.asarray(table.kld, jnp.float32))
@@ -69,7 +71,7 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
 
 
 def claim(workdir: Path, config: RunConfig) -> None:
-    """Make `workdir` this config's; raises `ValueError` where it is another's, `OSError` where it cannot be written."""
+    """Make the folder; raises `ValueError` where it holds another run, `OSError` where it cannot be written."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,7 +87,6 @@ def claim(workdir: Path, config: RunConfig) -> None:
                 f"{workdir} holds a run with another {changed[0]} ({found.get(changed[0])}, not {wanted[changed[0]]}); "
                 f"choose another --workdir or delete it."
             )
-    write_bytes(path, (json.dumps(wanted, indent=1) + "\n").encode())
 
 
 def sensitivity(model: Model, config: RunConfig, workdir: Path, say: Say) -> Sensitivity:

@@ -58,7 +58,7 @@ def test_knapsack_resolves_small_losses_beside_large_ones():
 
 
 def test_knapsack_that_nothing_fits():
-    with pytest.raises(ValueError, match="no allocation fits the budget .* choose a larger one"):
+    with pytest.raises(ValueError, match=r"no allocation fits the budget .* choose a larger one"):
         baselines.knapsack(np.array([[2, 5], [2, 3]]), np.ones((2, 2)), 3)
 
 

@@ -164,12 +164,8 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, task):
     path = tmp_path / "checkpoint"
     train.run(jax.random.key(3), task, SHORT, checkpoint_path=path)
     before = path.read_bytes()
-    for other in (
-        dataclasses.replace(SHORT, seeds=3),
-        dataclasses.replace(SHORT, sac=SacConfig(hidden=(), batch_size=16)),
-    ):
-        with pytest.raises(ValueError, match=r"is not a checkpoint of this run .* delete it to start afresh\.$"):
-            train.run(jax.random.key(3), task, other, checkpoint_path=path)
+    with pytest.raises(ValueError, match=r"is not a checkpoint of this run .* delete it to start afresh\.$"):
+        train.run(jax.random.key(3), task, dataclasses.replace(SHORT, seeds=3), checkpoint_path=path)
     path.write_bytes(before[: len(before) // 2])
     with pytest.raises(ValueError, match="is not a checkpoint of this run"):
         train.run(jax.random.key(3), task, SHORT, checkpoint_path=path)

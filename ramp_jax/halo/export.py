@@ -44,6 +44,8 @@ def export_gguf(model: Model, allocation: Allocation, path: str | Path) -> int:
 
 def check_writable(path: Path) -> None:
     """Raise `OSError` where a file of that name cannot be made, before long work starts."""
+    if path.is_dir():
+        raise OSError(f"cannot write {path}: it is a folder; choose another output.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OSError(f"cannot write {path}: {path.parent} is not a writable folder; choose another output.")
 

@@ -1,0 +1,147 @@
+"""The 11 numbers of a weight matrix: by hand where they can be counted, and what must not move them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ramp_jax.models import allocatable
+from ramp_jax.models.names import LINEARS
+from ramp_jax.policy import embedding
+from ramp_jax.quantization import calibrate, refold
+from ramp_jax.quantization.calibrate import Moments
+
+LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64
+
+
+@pytest.fixture(scope="module")
+def stats(untied, windows):
+    return calibrate(untied, windows)
+
+
+@pytest.fixture(scope="module")
+def embedded(untied, stats):
+    return embedding.embed(untied, stats)
+
+
+def column(values, name):
+    """One of the numbers in its own unit, before it was moved to the order of 1."""
+    i = embedding.NAMES.index(name)
+    return values[:, i] * embedding._WIDTH[i] + embedding._CENTER[i]
+
+
+def index(model, name):
+    return [t.name for t in allocatable(model.spec)].index(name)
+
+
+def test_eleven_finite_numbers_of_the_order_of_one(model, windows):
+    values = embedding.embed(model, calibrate(model, windows))
+    assert values.shape == (len(allocatable(model.spec)), 11)
+    assert len(embedding.NAMES) == len(set(embedding.NAMES)) == 11
+    assert values.dtype == np.float32
+    assert np.isfinite(values).all()
+    assert np.abs(values).max() < 10
+
+
+def test_names_stand_in_the_order_of_the_table():
+    rows = [line.split("|")[2].strip() for line in embedding.__doc__.splitlines() if line.startswith("| ")][1:]
+    assert tuple(rows) == embedding.NAMES
+
+
+def test_structure_by_hand(untied, embedded):
+    members = allocatable(untied.spec)
+    depth = [0.0] + [layer / 2 for layer in range(3) for _ in LINEARS] + [1.0]
+    np.testing.assert_allclose(column(embedded, "depth"), depth, atol=1e-6)
+    total = 2 * 320 * 64 + 3 * LAYER
+    np.testing.assert_allclose(column(embedded, "share"), np.log10([t.size / total for t in members]), atol=1e-5)
+    assert column(embedded, "fan")[index(untied, "blk.1.ffn_gate.weight")] == pytest.approx(np.log10(96 / 64), abs=1e-5)
+    assert column(embedded, "fan")[index(untied, "blk.1.attn_q.weight")] == pytest.approx(0, abs=1e-5)
+    assert column(embedded, "fan")[index(untied, "blk.1.attn_k.weight")] == pytest.approx(np.log10(0.5), abs=1e-5)
+    roles = [1.0, *([i / 7 for i in range(7)] * 3), 1.0]
+    np.testing.assert_allclose(column(embedded, "role"), roles, atol=1e-6)
+
+
+def test_activation_numbers_by_hand(untied, stats, embedded):
+    """From the moments of one tap: log₁₀ of max over rms, spread of channels, excess kurtosis, share written."""
+    x = Moments(*(np.asarray(leaf[1], np.float64) for leaf in stats.moments["attn_in"]))
+    row = embedded[index(untied, "blk.1.attn_v.weight")][None]
+    mean_square = x.square.mean()
+    residual, written = (np.asarray(stats.moments[tap].square[1]).mean() for tap in ("residual", "attn_out"))
+    expected = {
+        "act_outlier": np.log10(x.abs_max.max() / np.sqrt(mean_square)),
+        "act_spread": np.log10(np.sqrt(x.square)).std(),
+        "act_kurtosis": np.log(x.fourth.mean() / mean_square**2 - 2),
+        "act_written": np.log10(written / residual),
+    }
+    for name, value in expected.items():
+        assert column(row, name)[0] == pytest.approx(value, abs=1e-4), name
+
+
+def test_weight_numbers_by_hand(untied, embedded):
+    w = np.asarray(untied.params["blk"]["ffn_down"][2], np.float64)
+    row = embedded[index(untied, "blk.2.ffn_down.weight")][None]
+    centered = w - w.mean()
+    assert column(row, "weight_outlier")[0] == pytest.approx(np.log10(np.abs(w).max() / w.std()), abs=1e-4)
+    kurtosis = (centered**4).mean() / w.var() ** 2
+    assert column(row, "weight_kurtosis")[0] == pytest.approx(np.log(kurtosis - 2), abs=1e-4)
+
+
+def test_error_of_three_bits_against_a_plain_loop(untied, stats, embedded):
+    w = np.asarray(untied.params["blk"]["ffn_down"][0], np.float64)
+    square = np.asarray(stats.moments["ffn_mid"].square[0], np.float64)
+    rounded = np.empty_like(w)
+    for row in range(w.shape[0]):
+        for start in range(0, w.shape[1], 32):
+            block = w[row, start : start + 32]
+            d = block[np.abs(block).argmax()] / -4
+            rounded[row, start : start + 32] = np.clip(np.floor(block / d + 0.5), -4, 3) * d
+    expected = np.log10(((rounded - w) ** 2 * square).sum() / (w**2 * square).sum())
+    row = embedded[index(untied, "blk.0.ffn_down.weight")][None]
+    assert column(row, "weight_error")[0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("c", [0.25, 3.0, 100.0])
+def test_weights_times_c_and_activations_over_c_change_nothing(untied, stats, embedded, c):
+    """The function of the layer is the same, so its embedding is."""
+    blk = dict(untied.params["blk"])
+    for key in ("attn_q", "attn_k", "attn_v"):
+        blk[key] = blk[key] * c
+    scaled = dataclasses.replace(untied, params={**untied.params, "blk": blk})
+    moments = {**stats.moments, "attn_in": stats.moments["attn_in"].scaled(jnp.float32(1 / c))}
+    np.testing.assert_allclose(
+        embedding.embed(scaled, dataclasses.replace(stats, moments=moments)), embedded, atol=2e-3
+    )
+
+
+def test_a_uniform_folding_changes_nothing(untied, stats, embedded):
+    """As above, through Scale Folding: statistics of the unfolded model serve the folded one."""
+    folded = refold(untied, {"attn_in": np.full((3, 64), 4.0), "ffn_in": np.full((3, 64), 0.5)})
+    np.testing.assert_allclose(embedding.embed(folded, stats), embedded, atol=2e-3)
+
+
+def test_folding_is_seen(untied, stats, embedded, rng):
+    folded = refold(untied, {"attn_in": np.exp(rng.normal(0, 1, (3, 64)))})
+    changed = (np.abs(embedding.embed(folded, stats) - embedded) > 1e-2).any(axis=1)
+    expected = [t.layer is not None and t.tap == "attn_in" for t in allocatable(untied.spec)]
+    assert changed.tolist() == expected
+
+
+def test_statistics_of_the_folded_model_give_the_same_embedding(untied, stats, windows, rng):
+    folded = refold(untied, {"ffn_in": np.exp(rng.normal(0, 1, (3, 64)))})
+    np.testing.assert_allclose(
+        embedding.embed(folded, calibrate(folded, windows)), embedding.embed(folded, stats), atol=5e-3
+    )
+
+
+def test_lookup_only_embedding_has_no_activation(untied, tied, windows, embedded):
+    """It counts as an average one; a tied embedding is read by the head and has the head's activation."""
+    np.testing.assert_array_equal(embedded[0, :4], 0)
+    assert (embedded[-1, :3] != 0).all()
+    assert (embedding.embed(tied, calibrate(tied, windows))[0, :3] != 0).all()
+
+
+def test_statistics_without_a_tap_are_refused(untied, stats):
+    moments = {tap: value for tap, value in stats.moments.items() if tap != "ffn_mid"}
+    with pytest.raises(KeyError, match="ffn_mid"):
+        embedding.embed(untied, dataclasses.replace(stats, moments=moments))

@@ -1,0 +1,356 @@
+"""The scripts as people run them: the whole way on a tiny model, and one sentence for every bad input."""
+
+import dataclasses
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import app, flags
+
+from ramp_jax import workflow
+from ramp_jax.allocation import Allocation, costs
+from ramp_jax.policy import embedding
+from ramp_jax.policy.rollout import load_policy
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+CONFIG = """
+from ml_collections import ConfigDict
+from ramp_jax.config import RunConfig, WindowsConfig, as_dict
+from ramp_jax.policy.sac import SacConfig
+from ramp_jax.policy.train import TrainConfig
+
+def get_config():
+    short = WindowsConfig(context=24, count=2)
+    sac = SacConfig(hidden=(8,), batch_size=8)
+    train = TrainConfig(iterations=4, episodes=4, updates=2, replay_episodes=8, log_every=2, sac=sac)
+    return ConfigDict(as_dict(RunConfig(
+        model={model!r}, dtype="float32", calibration=short, sensitivity=short, train=train)))
+"""
+WINDOWS = ("--context=24", "--count=2")
+
+
+def script(cache, name, *arguments):
+    """Run a script in a process of its own, as from a shell; returns what it printed.
+
+    Compiled quickly rather than well, and only once for all processes that share `cache`.
+    """
+    settings = {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, LAUNCH / f"{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script in this process with flags of its own: (name, *arguments) → exit code, stdout, stderr."""
+
+    def run(name, *arguments):
+        app.define_help_flags()
+        known = set(flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(LAUNCH / f"{name}.py"), run_name="__main__")
+        finally:
+            for flag in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, flag)
+            flags.FLAGS.unparse_flags()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(call):
+    """Run a script that must end with exit code 1 and exactly one line, which it returns."""
+
+    def run(name, *arguments):
+        code, _, errors = call(name, *arguments)
+        assert code == 1
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, errors
+        assert "Traceback" not in errors
+        return lines[0]
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Files of a run that went the whole way, and what its scripts printed."""
+
+    model: str
+    config: Path
+    cache: Path
+    workdir: Path
+    allocation: Path
+    exported: Path
+    budget: int
+    printed: dict
+
+
+@pytest.fixture(scope="module")
+def whole(untied_directory, untied, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    table = costs(untied, (4, 5, 8))
+    run = Run(
+        model=str(untied_directory),
+        config=folder / "config.py",
+        cache=folder / "compiled",
+        workdir=folder / "run",
+        allocation=folder / "alloc.json",
+        exported=folder / "out.gguf",
+        budget=(table.smallest + table.largest) // 2,
+        printed={},
+    )
+    run.config.write_text(CONFIG.format(model=run.model))
+    at, policy = f"--workdir={run.workdir}", f"--source_policy={run.workdir}"
+    allocation = f"--allocation={run.allocation}"
+    output = f"--output={run.allocation}"
+    steps = {
+        "train": (f"--config={run.config}", at),
+        "allocate": (f"--model={run.model}", policy, f"--budget_bytes={run.budget}", output, *WINDOWS),
+        "export_gguf": (f"--model={run.model}", allocation, f"--output={run.exported}"),
+        "compare": (at, allocation, f"--gguf={run.exported}", *WINDOWS),
+        "report": (at, allocation),
+    }
+    for name, arguments in steps.items():
+        run.printed[name] = script(run.cache, name, *arguments)
+    return run
+
+
+@pytest.fixture
+def allocate(whole):
+    """Arguments of a good call of launch/allocate.py; given ones replace or, as None, remove them."""
+
+    def arguments(**changed):
+        good = {"model": whole.model, "source_policy": whole.workdir, "budget_bytes": whole.budget}
+        good |= {"output": whole.workdir.parent / "other.json", "context": 24, "count": 2}
+        return [f"--{name}={value}" for name, value in (good | changed).items() if value is not None]
+
+    return arguments
+
+
+def test_the_whole_way(whole, untied):
+    """Every file is there and nothing half-written; sizes are those predicted; all rows are in table and page."""
+    names = {path.name for path in whole.workdir.iterdir()}
+    assert names >= {"config.json", "sensitivity.npz", "policy.msgpack", "metrics.jsonl", "comparison.json"}
+    assert names >= {"report.html", "allocation.png", "training.png"}
+    assert not [path for path in whole.workdir.parent.rglob("*.partial")]
+    allocation = Allocation.load(whole.allocation, untied)
+    assert whole.exported.stat().st_size == allocation.file_bytes <= whole.budget
+    assert f"{allocation.file_bytes:,} bytes" in whole.printed["export_gguf"]
+    rows = json.loads((whole.workdir / "comparison.json").read_text())["rows"]
+    kinds = ["reference F16", "uniform Q4_0", "llama.cpp", "knapsack", "RAMP policy"]
+    assert [kind for kind, row in zip(kinds, rows, strict=True) if row["name"].startswith(kind)] == kinds
+    page = (whole.workdir / "report.html").read_text()
+    for row in rows:
+        assert row["name"] in whole.printed["compare"]
+        assert row["name"] in page
+        assert f"{row['file_bytes']:,}" in whole.printed["report"]
+        path = whole.exported if row["name"] == "RAMP policy" else whole.workdir / row["file"]
+        assert path.stat().st_size == row["file_bytes"]
+        assert row["ppl_llama_cpp"] == pytest.approx(row["ppl"], rel=0.05)
+    assert all(row["file_bytes"] <= whole.budget for row in rows[1:])
+    assert rows[0]["ppl_llama_cpp"] == pytest.approx(rows[0]["ppl"], rel=1e-3)
+    assert 0 <= rows[0]["kld"] < 1e-3 < rows[1]["kld"]
+
+
+def test_metrics_hold_one_row_per_scan(whole):
+    rows = [json.loads(line) for line in (whole.workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [2, 4]
+    assert all(len(row["loss_over_uniform"]) == 2 for row in rows)
+
+
+def test_second_training_reuses_the_first(whole, call):
+    before = {path: path.stat().st_mtime_ns for path in whole.workdir.iterdir() if path.suffix != ".png"}
+    code, printed, _ = call("train", f"--config={whole.config}", f"--workdir={whole.workdir}")
+    assert code == 0
+    assert "already holds the policy" in printed
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_second_comparison_reuses_the_first(whole, call):
+    before = (whole.workdir / "comparison.json").read_bytes()
+    arguments = (f"--workdir={whole.workdir}", f"--allocation={whole.allocation}", f"--gguf={whole.exported}")
+    code, printed, _ = call("compare", *arguments, *WINDOWS)
+    assert code == 0
+    assert "already holds this comparison" in printed
+    assert (whole.workdir / "comparison.json").read_bytes() == before
+
+
+def test_same_seed_gives_the_same_allocation(whole, allocate, untied, tmp_path):
+    output = tmp_path / "alloc.json"
+    script(whole.cache, "train", f"--config={whole.config}", f"--workdir={tmp_path / 'run'}")
+    printed = script(whole.cache, "allocate", *allocate(source_policy=tmp_path / "run", output=output))
+    assert "bits per weight" in printed
+    first, second = (Allocation.load(path, untied) for path in (whole.allocation, output))
+    assert first.formats == second.formats
+    jax.tree.map(np.testing.assert_array_equal, first.folding, second.folding)
+
+
+def test_budgets_in_every_unit(whole, call, allocate, untied, tmp_path):
+    output = tmp_path / "alloc.json"
+    for budget, limit in (({"budget_gb": whole.budget / 1e9}, whole.budget), ({"budget_bits": 6.0}, None)):
+        code, _, errors = call("allocate", *allocate(budget_bytes=None, **budget, output=output))
+        assert code == 0, errors
+        allocation = Allocation.load(output, untied)
+        assert allocation.file_bytes <= limit if limit else 4.5 <= allocation.linear_bpw <= 6.0
+
+
+def test_dry_run_prints_the_range_and_writes_nothing(call, allocate, untied, tmp_path):
+    table = costs(untied, (4, 5, 8))
+    code, printed, _ = call("allocate", *allocate(output=tmp_path / "alloc.json"), "--dry_run")
+    assert code == 0
+    assert f"{table.smallest:,} to {table.largest:,} bytes" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exported_file_scores_as_its_row(whole, call, tmp_path):
+    row = json.loads((whole.workdir / "comparison.json").read_text())["rows"][-1]
+    for backend, column in (("jax", "ppl"), ("llama.cpp", "ppl_llama_cpp")):
+        output = tmp_path / "numbers.json"
+        arguments = (f"--model={whole.exported}", f"--backend={backend}", f"--json={output}", *WINDOWS)
+        assert call("evaluate", *arguments)[0] == 0
+        assert json.loads(output.read_text())["ppl"] == pytest.approx(row[column], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["train", "allocate", "export_gguf", "evaluate", "compare", "report"])
+def test_help_shows_the_command(call, name):
+    _, printed, _ = call(name, "--help")
+    assert f"python launch/{name}.py --" in printed
+
+
+def broken_models(tmp_path, whole):
+    """Name → (reference, what the sentence must say)."""
+    empty, foreign = tmp_path / "empty", tmp_path / "foreign"
+    empty.mkdir()
+    (empty / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"architectures": ["BloomForCausalLM"]}')
+    (foreign / "model.safetensors").write_bytes(b"")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole.exported.read_bytes()[:-5000])
+    return {
+        "unknown": ("smollm3", "'smollm3' is neither a file, a directory, a hub id .* nor one of smollm2-135m"),
+        "missing": (tmp_path / "nowhere", "is neither a file"),
+        "without safetensors": (empty, r"needs config.json and \*.safetensors; save the model with"),
+        "truncated": (cut, "cut.gguf is not a whole GGUF file .* download or export it again"),
+        "architecture": (foreign, "BloomForCausalLM is not supported; supported are LlamaForCausalLM"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["unknown", "missing", "without safetensors", "truncated", "architecture"])
+def test_models_that_cannot_be_read(fails, whole, allocate, tmp_path, kind):
+    reference, sentence = broken_models(tmp_path, whole)[kind]
+    output = tmp_path / "output"
+    output.mkdir()
+    assert re.search(sentence, fails("allocate", *allocate(model=reference, output=output / "alloc.json")))
+    arguments = (f"--model={reference}", f"--allocation={whole.allocation}", f"--output={output / 'out.gguf'}")
+    assert re.search(sentence, fails("export_gguf", *arguments))
+    assert list(output.iterdir()) == []
+
+
+def test_training_on_a_model_that_is_mistyped_can_be_repeated(fails, whole, tmp_path):
+    """The folder does not remember the mistake."""
+    arguments = (f"--config={whole.config}", f"--workdir={tmp_path / 'run'}", "--config.model=smollm3")
+    assert "'smollm3' is neither" in fails("train", *arguments)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "budget"), [("bytes", 1000), ("bytes", 10**9), ("gb", 5.0), ("bits", 2.0), ("bits", 9)]
+)
+def test_budget_that_cannot_be_met(fails, allocate, untied, tmp_path, unit, budget):
+    table = costs(untied, (4, 5, 8))
+    arguments = allocate(**{"budget_bytes": None, f"budget_{unit}": budget, "output": tmp_path / "alloc.json"})
+    error = fails("allocate", *arguments)
+    assert f"choose between {table.smallest:,} and {table.largest:,} bytes" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_budget_that_is_not_given(fails, allocate):
+    error = fails("allocate", *allocate(budget_bytes=None))
+    assert "Exactly one of (budget_bytes, budget_gb, budget_bits)" in error
+    error = fails("allocate", *allocate(budget_gb=1.0))
+    assert "Exactly one of (budget_bytes, budget_gb, budget_bits)" in error
+
+
+def test_flags_that_are_wrong(fails, allocate, whole, tmp_path):
+    assert "--model must have a value" in fails("allocate", *allocate(model=None))
+    assert "--output is missing" in fails("allocate", *allocate(output=None))
+    assert "Did you mean: budget_bytes" in fails("allocate", *allocate(budget_byte=5))
+    assert "unexpected argument 'alloc.json'" in fails("allocate", *allocate(), "alloc.json")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert "nowhere.py" in fails("train", f"--config={tmp_path / 'nowhere.py'}", workdir)
+    assert "sed" in fails("train", f"--config={whole.config}", workdir, "--config.sed=1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_cannot_be_written(fails, allocate, whole, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "out", tmp_path / "nowhere" / "out", tmp_path):
+        assert "cannot write" in fails("allocate", *allocate(output=output))
+        arguments = (f"--model={whole.model}", f"--allocation={whole.allocation}", f"--output={output}")
+        assert "cannot write" in fails("export_gguf", *arguments)
+    workdir = tmp_path / "file" / "run"
+    assert "choose another --workdir" in fails("train", f"--config={whole.config}", f"--workdir={workdir}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_policy_that_does_not_serve(fails, allocate, whole, tmp_path):
+    output = tmp_path / "alloc.json"
+    error = fails("allocate", *allocate(levels="4,6,8", output=output))
+    assert "trained for levels 4,5,8, not 4,6,8" in error
+    policy = dataclasses.replace(load_policy(whole.workdir), embedding_version=embedding.VERSION + 1)
+    (tmp_path / "newer").mkdir()
+    policy.save(tmp_path / "newer")
+    error = fails("allocate", *allocate(source_policy=tmp_path / "newer", output=output))
+    assert f"version {embedding.VERSION + 1} of the embedding" in error
+    assert "holds no policy.msgpack" in fails("allocate", *allocate(source_policy=tmp_path, output=output))
+    assert not output.exists()
+
+
+def test_workdir_of_another_config(fails, whole):
+    before = (whole.workdir / workflow.CONFIG).read_bytes()
+    error = fails("train", f"--config={whole.config}", f"--workdir={whole.workdir}", "--config.seed=1")
+    assert "holds a run with another seed (0, not 1); choose another --workdir" in error
+    assert (whole.workdir / workflow.CONFIG).read_bytes() == before
+
+
+def test_allocation_of_another_model(fails, whole, tied_directory, tmp_path):
+    output = tmp_path / "out.gguf"
+    arguments = (f"--model={tied_directory}", f"--allocation={whole.allocation}", f"--output={output}")
+    assert "made for another model" in fails("export_gguf", *arguments)
+    assert not output.exists()
+
+
+def test_report_and_comparison_before_their_time(fails, whole, tmp_path):
+    assert "holds no metrics.jsonl; run launch/train.py" in fails("report", f"--workdir={tmp_path}")
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "holds no comparison.json; run launch/compare.py" in fails("report", f"--workdir={tmp_path}")
+    files = (f"--allocation={whole.allocation}", f"--gguf={whole.exported}")
+    assert "is not the workdir of a training run" in fails("compare", f"--workdir={tmp_path}", *files)
+    missing = (f"--allocation={whole.allocation}", f"--gguf={tmp_path / 'nowhere.gguf'}")
+    assert "write it with launch/export_gguf.py" in fails("compare", f"--workdir={whole.workdir}", *missing, *WINDOWS)
+
+
+def test_comparison_of_a_file_that_is_not_the_allocation_s(fails, whole):
+    uniform = whole.workdir / "uniform-Q4_0.gguf"
+    arguments = (f"--workdir={whole.workdir}", f"--allocation={whole.allocation}", f"--gguf={uniform}", *WINDOWS)
+    assert re.search("holds .* as Q4_0, the allocation says Q[58]_0", fails("compare", *arguments))

@@ -1,0 +1,142 @@
+"""Saved policies, and allocations that always fit."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import serialization
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ramp_jax.allocation import ALIGNMENT, costs
+from ramp_jax.models import allocatable
+from ramp_jax.policy import embedding, networks, rollout
+from ramp_jax.policy.env import CONTEXT, UNIT_BYTES
+from ramp_jax.policy.rollout import POLICY_FILE, Policy, allocate, check_levels, load_policy
+from ramp_jax.quantization import calibrate, fold
+
+LEVELS, HIDDEN = (4, 5, 8), (16,)
+
+
+def policy_of(seed):
+    """An actor that nobody trained, with opinions strong enough to use every level."""
+    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(seed), jnp.zeros((1, 11 + CONTEXT)))
+    actor = jax.tree.map(lambda leaf: leaf * 50, actor)
+    return Policy(actor, HIDDEN, LEVELS, 4, ("tiny",))
+
+
+@pytest.fixture(scope="module")
+def prepared(untied, windows):
+    stats = calibrate(untied, windows)
+    return fold(untied, stats, 4), stats
+
+
+def test_policy_comes_back(tmp_path):
+    policy = policy_of(0)
+    policy.save(tmp_path)
+    loaded = load_policy(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded.actor, policy.actor)
+    same = {name: value for name, value in vars(policy).items() if name != "actor"}
+    assert same == {name: value for name, value in vars(loaded).items() if name != "actor"}
+    assert [path.name for path in tmp_path.iterdir()] == [POLICY_FILE]
+
+
+def test_policy_of_another_embedding_is_refused(tmp_path):
+    dataclasses.replace(policy_of(0), embedding_version=embedding.VERSION + 1).save(tmp_path)
+    with pytest.raises(ValueError, match=rf"version {embedding.VERSION + 1} of the embedding, .* train it again\.$"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "other", "lacking"])
+def test_damaged_policy_is_refused(tmp_path, damage):
+    policy_of(0).save(tmp_path)
+    path = tmp_path / POLICY_FILE
+    content = path.read_bytes()
+    known = serialization.msgpack_restore(content)
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": content[: len(content) // 2],
+            "text": b"policy",
+            "other": serialization.msgpack_serialize({"a": 1}),
+            "lacking": serialization.msgpack_serialize({k: v for k, v in known.items() if k != "fold_level"}),
+        }[damage]
+    )
+    with pytest.raises(ValueError, match=r"policy\.msgpack is damaged .* train the policy again"):
+        load_policy(tmp_path)
+
+
+def test_folder_without_a_policy(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no policy.msgpack; train one with launch/train.py"):
+        load_policy(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no policy.msgpack"):
+        load_policy(tmp_path / "nowhere")
+
+
+def test_levels_must_be_the_policy_s():
+    check_levels(policy_of(0), LEVELS)
+    for other in [(4, 5), (4, 5, 6), (8, 5, 4)]:
+        with pytest.raises(ValueError, match="was trained for levels 4,5,8, not"):
+            check_levels(policy_of(0), other)
+
+
+def test_units_of_the_environment_are_the_file_s():
+    assert UNIT_BYTES == ALIGNMENT
+
+
+def test_problem_holds_sizes_and_weights(prepared):
+    folded, stats = prepared
+    problem = rollout.problem(folded, stats, LEVELS)
+    members = allocatable(folded.spec)
+    np.testing.assert_array_equal(problem.weights, [t.size for t in members])
+    np.testing.assert_array_equal(problem.cost * ALIGNMENT, [[t.size // 32 * b for b in (18, 22, 34)] for t in members])
+    np.testing.assert_array_equal(problem.bits, LEVELS)
+    np.testing.assert_array_equal(problem.embedding, embedding.embed(folded, stats))
+
+
+def test_masked_levels_cost_nothing_in_the_problem(prepared):
+    np.testing.assert_array_equal(rollout.problem(*prepared, (7, 8)).cost[:, 0], 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 3), st.floats(0, 1))
+def test_allocations_fit_and_use_the_policy_s_levels(prepared, seed, share):
+    folded, stats = prepared
+    table = costs(folded, LEVELS)
+    budget = table.smallest + int(share * (table.largest - table.smallest))
+    allocation = allocate(policy_of(seed), folded, stats, budget_bytes=budget)
+    assert table.smallest <= allocation.file_bytes <= budget
+    assert set(allocation.formats.values()) <= {"Q4_0", "Q5_0", "Q8_0"}
+    assert set(allocation.folding) == {"attn_in", "ffn_in"}
+
+
+def test_allocation_is_deterministic_and_policies_differ(prepared):
+    folded, stats = prepared
+    table = costs(folded, LEVELS)
+    budget = (table.smallest + table.largest) // 2
+    first, again, *others = (
+        allocate(policy_of(seed), folded, stats, budget_bytes=budget).formats for seed in (0, 0, 1, 2, 3)
+    )
+    assert first == again
+    assert any(first != other for other in others)
+
+
+def test_ends_of_the_range_are_the_uniform_files(prepared):
+    folded, stats = prepared
+    table = costs(folded, LEVELS)
+    for seed in (0, 1):
+        small = allocate(policy_of(seed), folded, stats, budget_bytes=table.smallest)
+        assert set(small.formats.values()) == {"Q4_0"}
+        assert small.file_bytes == table.smallest
+
+
+def test_budget_out_of_range_prints_the_range(prepared):
+    folded, stats = prepared
+    table = costs(folded, LEVELS)
+    wanted = re.escape(f"choose between {table.smallest:,} and {table.largest:,} bytes")
+    for budget in (1, table.smallest - 1, table.largest + 1):
+        with pytest.raises(ValueError, match=wanted):
+            allocate(policy_of(0), folded, stats, budget_bytes=budget)
