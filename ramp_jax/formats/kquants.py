@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from ramp_jax.formats import search
 from ramp_jax.formats.codes import Codes, SuperAffineCodes, SuperScaledCodes
-from ramp_jax.formats.rounding import blocks_of, clip, map_lanes, opaque_one, round_half_even, sum_rows
+from ramp_jax.formats.rounding import blocks_of, clip, divide, map_lanes, opaque_one, round_half_even, sum_rows
 from ramp_jax.formats.search import LANES, AffineGrid
 
 BLOCK = 256
@@ -93,8 +93,8 @@ def _affine(
         weight = jnp.sqrt(sum_rows(list(subs * subs), one) / size)[None] + jnp.abs(subs)
     scale, low, searched = _search(lambda a, b: search.search_affine(a, b, grid, one), subs, weight)
     if importance is None:
-        d, scales = _largest_scale(scale, top, one)
-        dmin, mins = _largest_scale(low, top, one)
+        d, scales = _largest_scale(scale, top)
+        dmin, mins = _largest_scale(low, top)
     else:
         total = sum_rows(list(weight), one)
         d, scales = search.search_positive(scale, total, top, one)
@@ -157,11 +157,11 @@ def _symmetric_codes(
     return SuperScaledCodes(d, scales.astype(jnp.int8), _whole(q).astype(jnp.int8))
 
 
-def _largest_scale(scale: jax.Array, top: int, one: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _largest_scale(scale: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     """Superscale that gives the largest of the sub-scales `[S, N]` the code `top`, and the codes."""
     largest = functools.reduce(jnp.maximum, list(scale), jnp.zeros_like(scale[0]))
     codes = clip(round_half_even((top / largest)[None] * scale), 0, top)
-    return largest / (top * one), jnp.where(largest > 0, codes, 0.0)
+    return divide(largest, top), jnp.where(largest > 0, codes, 0.0)
 
 
 def _error_weights(x: jax.Array, importance: jax.Array, spread: int, size: int, one: jax.Array) -> jax.Array:

@@ -98,12 +98,12 @@ def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes
 
 def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
     blocks = blocks_of(w, BLOCK)
-    one = opaque_one(w)
     if importance is None:
         low, high = jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
-        d = (high - low) / (top * one)
+        d = divide(high - low, top)
         q = jnp.minimum(truncate_sum((blocks - low[..., None]) * reciprocal(d)[..., None], 0.5), top)
         return AffineCodes(d.astype(jnp.float16), low.astype(jnp.float16), q.astype(jnp.uint8))
+    one = opaque_one(w)
     grid = AffineGrid(top, -0.9, 0.05, 37)
     weight = _row_weights(w, importance, one)
     scale, low, q = map_lanes(lambda a, b: search.search_affine(a, b, grid, one), LANES, _lanes(blocks), weight)
@@ -119,7 +119,7 @@ def _row_weights(w: Weights, importance: Float[Array, " I"], one: jax.Array) -> 
         return total + one * (column * column), None
 
     total, _ = lax.scan(add, jnp.zeros_like(by_column[0]), by_column, unroll=min(32, w.shape[-1]))
-    mean_square = (total / (w.shape[-1] * one))[..., None]
+    mean_square = divide(total, w.shape[-1])[..., None]
     weight = jnp.broadcast_to(importance, w.shape) * jnp.sqrt(mean_square + one * (w * w))
     return _lanes(blocks_of(weight, BLOCK))
 

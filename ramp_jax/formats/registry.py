@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ramp_jax.formats import codes, integers, kquants, legacy, packing
+from ramp_jax.formats import codes, integers, kquants, legacy, packing, refine
 
 Effort = Literal["reference", "best"]
 
@@ -55,7 +55,10 @@ class Format:
         """
         if effort not in ("reference", "best"):
             raise ValueError(f"unknown effort {effort!r}; choose reference or best.")
-        return self.encoder(w, importance)
+        found = self.encoder(w, importance)
+        if effort == "best" and self.name in refine.GRIDS:
+            found = refine.refine(found, w, importance, refine.GRIDS[self.name])
+        return found
 
     @property
     def exportable(self) -> bool:
@@ -161,9 +164,7 @@ def encode(w: jax.Array, name: str, importance: jax.Array | None = None, effort:
 
 
 @functools.partial(jax.jit, static_argnames=("name", "effort"))
-def round_trip(
-    w: jax.Array, name: str, importance: jax.Array | None = None, effort: Effort = "reference"
-) -> jax.Array:
+def round_trip(w: jax.Array, name: str, importance: jax.Array | None = None, effort: Effort = "reference") -> jax.Array:
     """`decode(encode(w))` in one compiled call: what the weights `[*rows, I]` become in format `name`."""
     fmt = get_format(name)
     return fmt.decode(fmt.encode(w, importance, effort))

@@ -30,8 +30,8 @@ def truncate_sum(x: Float[Array, "*n"], z: float) -> Float[Array, "*n"]:
 
 
 def divide(x: Float[Array, "*n"], by: float) -> Float[Array, "*n"]:
-    """x / by, correctly rounded, for finite x ≥ 0: a divisor that depends on the data keeps the division."""
-    return x / jnp.where(x > 0, jnp.float32(by), jnp.float32(1.0))
+    """x / by, correctly rounded: a divisor that depends on each element keeps the division."""
+    return x / jnp.where(jnp.isnan(x), x, jnp.float32(by))
 
 
 def reciprocal(d: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -53,7 +53,7 @@ def opaque_one(w: Float[Array, "*n"]) -> Float[Array, ""]:
     """1 that the compiler cannot know to be 1: `one * (a * b) + c` rounds the product even where it is fused.
 
     A multiply-add of `one * p` and `c` is p + c rounded once, so the result is C's whatever the backend contracts.
-    Quotients by `c * one` stay divisions, and 1 / (one * (a / b)) is not simplified to b / a.
+    1 / (one * (a / b)) is not simplified to b / a.
     """
     first = jnp.ravel(w)[0]
     return jnp.where(jnp.isnan(first), first, jnp.float32(1.0))

@@ -6,6 +6,7 @@ Codes are floats with integer values until a format packs them.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ramp_jax.formats.rounding import clip, nearest_int, round_half_even, sum_rows
+from ramp_jax.formats.rounding import clip, divide, nearest_int, round_half_even, sum_rows
 
 LANES = 528
 """Blocks of one search chunk; not a power of two, or a block's elements would share few cache sets."""
@@ -135,7 +136,7 @@ def search_iq4(x: Float[Array, "E N"], w: Float[Array, "E N"], one: Float[Array,
         scale = xq / qq
         return jnp.where(better, scale * xq, best[0]), jnp.where(better, scale, best[1])
 
-    xq, qq = sums(1 / (one * (-peak / (float(IQ4_VALUES[0]) * one))))
+    xq, qq = sums(1 / (one * divide(-peak, float(IQ4_VALUES[0]))))
     scale = jnp.where(qq > 0, xq / qq, 0.0)
     _, scale = lax.fori_loop(0, len(numerators), candidate, (scale * xq, scale))
     return jnp.where(jnp.abs(peak) < _TINY, 0.0, scale)
@@ -145,7 +146,7 @@ def nearest_iq4(v: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """The nearest IQ4 value, the larger of two equally near ones."""
     values = IQ4_VALUES.astype(np.float32)
     q = jnp.full_like(v, values[0])
-    for low, high in zip(values[:-1], values[1:], strict=True):
+    for low, high in itertools.pairwise(values):
         q = jnp.where(v >= (low + high) / 2, high, q)
     return q
 

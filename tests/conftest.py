@@ -1,0 +1,52 @@
+"""Strict JAX flags for every test, and the tiny models that tests share."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ramp_jax import data
+from ramp_jax.models import load_model
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def untied_directory(tmp_path_factory):
+    return tiny.save_hf(tmp_path_factory.mktemp("hf") / "tiny-untied", tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied_directory(tmp_path_factory):
+    return tiny.save_hf(tmp_path_factory.mktemp("hf") / "tiny-tied", tied=True)
+
+
+@pytest.fixture(scope="session")
+def untied(untied_directory):
+    """Random Llama with a head of its own, f32; do not modify."""
+    return load_model(str(untied_directory))
+
+
+@pytest.fixture(scope="session")
+def tied(tied_directory):
+    """Random Llama whose embedding is its head, f32; do not modify."""
+    return load_model(str(tied_directory))
+
+
+@pytest.fixture(scope="session", params=["untied", "tied"])
+def model(request):
+    """Both tiny models, one after the other."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def windows(untied):
+    """Three windows of 24 real tokens; both tiny models share the tokenizer."""
+    return data.windows("builtin", untied.tokenizer, context=24, count=3)
