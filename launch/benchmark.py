@@ -8,6 +8,7 @@ medians of interleaved repetitions.
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,9 @@ import numpy as np
 from absl import app, flags
 
 from ramp_jax.formats import encode
-from tests import libggml
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import libggml
 
 _SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
 _JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")

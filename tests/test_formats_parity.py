@@ -1,12 +1,12 @@
 """Encoders make ggml's bytes, decoders its weights."""
 
 import jax
+import libggml
 import numpy as np
 import pytest
 
 from ramp_jax.formats import encode, get_format
 from ramp_jax.models import load_model
-from tests import libggml
 
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 SUPER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
@@ -55,16 +55,15 @@ def _assert_parity(name: str, w: np.ndarray, importance: np.ndarray | None, leas
 def test_reference_bytes(name: str, weighted: bool) -> None:
     n_in = 1024
     importance = np.random.default_rng(1).chisquare(1, n_in).astype(np.float32) if weighted else None
-    for w in _inputs(n_in).values():
-        _assert_parity(name, w, importance, 1.0 if name in LEGACY else 0.999)
+    w = np.concatenate(list(_inputs(n_in).values()))
+    _assert_parity(name, w, importance, 1.0 if name in LEGACY else 0.999)
 
 
-@pytest.mark.parametrize("n_in", [256, 512, 768])
+@pytest.mark.parametrize("n_in", [256, 768])
 def test_row_lengths(n_in: int) -> None:
     w = _inputs(n_in)["student_t"]
     importance = np.random.default_rng(2).chisquare(1, n_in).astype(np.float32)
-    for name in ("Q4_K", "Q5_1"):
-        _assert_parity(name, w, importance, 1.0)
+    _assert_parity("Q4_K", w, importance, 1.0)
 
 
 @pytest.mark.parametrize("name", LEGACY + SUPER)
@@ -87,6 +86,6 @@ def test_decode_and_bytes_on_random_bytes(name: str) -> None:
 def test_real_weights(name: str) -> None:
     blk = load_model("smollm2-135m", dtype="float32").params["blk"]
     key = "ffn_down" if get_format(name).block_size == 256 else "attn_q"
-    for layer in (0, 29):
+    for layer in (0, 15, 29):
         w = np.asarray(blk[key][layer], np.float32)[:96]
         _assert_parity(name, w, None, 0.999)

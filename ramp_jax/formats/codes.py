@@ -36,7 +36,7 @@ class SuperScaledCodes(NamedTuple):
 
 
 class SuperAffineCodes(NamedTuple):
-    """w = (d · scale) · q − dmin · min: `d`, `dmin` f16 `[*rows, blocks]`, `scales`, `mins` uint8 `[…, S]`, `q` uint8."""
+    """w = (d · scale) · q − dmin · min: `d`, `dmin` f16 `[*rows, blocks]`, `scales`, `mins` `[…, S]` and `q` uint8."""
 
     d: jax.Array
     dmin: jax.Array

@@ -1,6 +1,6 @@
 """Group-wise affine integers, the quantizer of the papers (AWQ, GPTQ): `INT{bits}_G{group}`, simulated only.
 
-w ≈ s · (q − z) with q in 0..2^bits − 1 and f16 scale s and zero point z per group, so bits + 32 / group bits per weight.
+w ≈ s · (q − z) with q in 0..2^bits − 1 and f16 scale s and zero point z per group: bits + 32 / group per weight.
 No GGUF type stores them.
 """
 
