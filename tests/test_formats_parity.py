@@ -86,6 +86,6 @@ def test_decode_and_bytes_on_random_bytes(name: str) -> None:
 def test_real_weights(name: str) -> None:
     blk = load_model("smollm2-135m", dtype="float32").params["blk"]
     key = "ffn_down" if get_format(name).block_size == 256 else "attn_q"
-    for layer in (0, 15, 29):
-        w = np.asarray(blk[key][layer], np.float32)[:96]
+    for layer in (0, 29):
+        w = np.asarray(blk[key][layer], np.float32)
         _assert_parity(name, w, None, 0.999)
