@@ -1,140 +1,137 @@
-"""ggml's blocks of 32 with one f16 scale: Q4_0, Q5_0 and Q8_0.
+"""ggml's blocks of 32: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and IQ4_NL.
 
 | format | bytes of one block of 32 weights | bits per weight |
 |---|---|---|
 | Q4_0 | f16 d, 16 bytes: weight j in the low nibble of byte j, weight j + 16 in the high one | 18 · 8 / 32 = 4.5 |
+| Q4_1 | f16 d, f16 m, nibbles as in Q4_0 | 20 · 8 / 32 = 5 |
 | Q5_0 | f16 d, u32 with the fifth bits, 16 bytes of nibbles as in Q4_0 | 22 · 8 / 32 = 5.5 |
+| Q5_1 | f16 d, f16 m, fifth bits, nibbles | 24 · 8 / 32 = 6 |
 | Q8_0 | f16 d, 32 signed bytes | 34 · 8 / 32 = 8.5 |
+| IQ4_NL | f16 d, nibbles that index 16 fixed values | 18 · 8 / 32 = 4.5 |
 
-w = d · q with signed q. The 4- and 5-bit formats give their scale the sign that lets the largest weight take the most
-negative code, of which there is one more than of positive ones. Encoders make the bytes of ggml's reference
-(`quantize_row_*_ref`), decoders its dequantization. Everything but `to_bytes`/`from_bytes` is jittable and vmappable.
+Q4_0 and Q5_0 give their scale the sign that lets the largest weight take the most negative code, of which there is
+one more than of positive ones. Encoders make the bytes of `ggml_quantize_chunk`; without importance most formats use
+a closed form, with it a search. Everything is jittable and vmappable.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jax import lax
+from jaxtyping import Array, Float
 
+from ramp_jax.formats import search
+from ramp_jax.formats.codes import AffineCodes, ScaledCodes
 from ramp_jax.formats.rounding import (
     blocks_of,
     divide,
-    flatten_blocks,
+    map_lanes,
+    opaque_one,
     reciprocal,
     round_half_away,
+    sum_rows,
     truncate_sum,
 )
+from ramp_jax.formats.search import LANES, AffineGrid
 
 BLOCK = 32
 
-
-class ScaledCodes(NamedTuple):
-    """Codes of symmetric blocks: `d` f16 `[*rows, blocks]`, `q` int8 `[*rows, blocks, 32]`."""
-
-    d: jax.Array
-    q: jax.Array
+Weights = Float[Array, "*rows I"]
+Importance = Float[Array, " I"] | None
 
 
-def decode(codes: ScaledCodes) -> Float[Array, "*rows I"]:
-    """Weights f32: d · q, block by block."""
-    return flatten_blocks(codes.d.astype(jnp.float32)[..., None] * codes.q.astype(jnp.float32))
-
-
-def encode_q4_0(w: Float[Array, "*rows I"]) -> ScaledCodes:
+def encode_q4_0(w: Weights, importance: Importance = None) -> ScaledCodes:
     """Codes in −8..7."""
-    return _encode_signed_max(w, half=8)
+    return _encode_signed(w, importance, half=8)
 
 
-def encode_q5_0(w: Float[Array, "*rows I"]) -> ScaledCodes:
+def encode_q5_0(w: Weights, importance: Importance = None) -> ScaledCodes:
     """Codes in −16..15."""
-    return _encode_signed_max(w, half=16)
+    return _encode_signed(w, importance, half=16)
 
 
-def encode_q8_0(w: Float[Array, "*rows I"]) -> ScaledCodes:
-    """Codes in −127..127."""
+def encode_q4_1(w: Weights, importance: Importance = None) -> AffineCodes:
+    """Codes in 0..15."""
+    return _encode_affine(w, importance, top=15)
+
+
+def encode_q5_1(w: Weights, importance: Importance = None) -> AffineCodes:
+    """Codes in 0..31."""
+    return _encode_affine(w, importance, top=31)
+
+
+def encode_q8_0(w: Weights, importance: Importance = None) -> ScaledCodes:
+    """Codes in −127..127; importance plays no part."""
+    del importance
     blocks = blocks_of(w, BLOCK)
     d = divide(jnp.max(jnp.abs(blocks), axis=-1), 127)
     return ScaledCodes(d.astype(jnp.float16), round_half_away(blocks * reciprocal(d)[..., None]).astype(jnp.int8))
 
 
-def _encode_signed_max(w: Float[Array, "*rows I"], half: int) -> ScaledCodes:
+def encode_iq4_nl(w: Weights, importance: Importance = None) -> ScaledCodes:
+    """Codes among the 16 IQ4 values."""
+    one = opaque_one(w)
     blocks = blocks_of(w, BLOCK)
-    largest = jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True)
-    d = jnp.take_along_axis(blocks, largest, axis=-1) / -half
-    unsigned = truncate_sum(blocks * reciprocal(d), half + 0.5)
-    q = jnp.clip(unsigned, 0, 2 * half - 1) - half
-    return ScaledCodes(d[..., 0].astype(jnp.float16), q.astype(jnp.int8))
+    x = _lanes(blocks)
+    if importance is None:
+        weight = x * x
+    else:
+        mean_square = sum_rows(list(x * x), one) / 16
+        weight = _lane_importance(importance, blocks) * jnp.sqrt(mean_square[None] + one * (x * x))
+    scale = map_lanes(lambda a, b: search.search_iq4(a, b, one), LANES, x, weight)
+    q = search.nearest_iq4(reciprocal(scale)[None] * x)
+    return ScaledCodes(_rows(scale, blocks).astype(jnp.float16), _rows(q, blocks).astype(jnp.int8))
 
 
-def q4_0_to_bytes(codes: ScaledCodes) -> UInt8[np.ndarray, "*rows bytes"]:
-    """Bytes as in a GGUF file."""
-    return _join(_scale_bytes(codes.d), _pack_nibbles(_unsigned(codes.q, 8)))
+def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes:
+    blocks = blocks_of(w, BLOCK)
+    if importance is None:
+        largest = jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True)
+        d = jnp.take_along_axis(blocks, largest, axis=-1) / -half
+        unsigned = truncate_sum(blocks * reciprocal(d), half + 0.5)
+        q = jnp.clip(unsigned, 0, 2 * half - 1) - half
+        return ScaledCodes(d[..., 0].astype(jnp.float16), q.astype(jnp.int8))
+    one = opaque_one(w)
+    weight = _row_weights(w, importance, one)
+    scale, q = map_lanes(lambda a, b: search.search_symmetric(a, b, half, one), LANES, _lanes(blocks), weight)
+    return ScaledCodes(_rows(scale, blocks).astype(jnp.float16), _rows(q, blocks).astype(jnp.int8))
 
 
-def q4_0_from_bytes(raw: UInt8[np.ndarray, "*rows bytes"]) -> ScaledCodes:
-    """Inverse of `q4_0_to_bytes`."""
-    d, nibbles = _split(raw, 2, 16)
-    return ScaledCodes(_scales(d), _signed(_unpack_nibbles(nibbles), 8))
+def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
+    blocks = blocks_of(w, BLOCK)
+    if importance is None:
+        low, high = jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
+        d = divide(high - low, top)
+        q = jnp.minimum(truncate_sum((blocks - low[..., None]) * reciprocal(d)[..., None], 0.5), top)
+        return AffineCodes(d.astype(jnp.float16), low.astype(jnp.float16), q.astype(jnp.uint8))
+    one = opaque_one(w)
+    grid = AffineGrid(top, -0.9, 0.05, 37)
+    weight = _row_weights(w, importance, one)
+    scale, low, q = map_lanes(lambda a, b: search.search_affine(a, b, grid, one), LANES, _lanes(blocks), weight)
+    d, m = (_rows(a, blocks).astype(jnp.float16) for a in (scale, -low))
+    return AffineCodes(d, m, _rows(q, blocks).astype(jnp.uint8))
 
 
-def q5_0_to_bytes(codes: ScaledCodes) -> UInt8[np.ndarray, "*rows bytes"]:
-    """Bytes as in a GGUF file."""
-    q = _unsigned(codes.q, 16)
-    fifth = np.packbits(q >> 4, axis=-1, bitorder="little")
-    return _join(_scale_bytes(codes.d), fifth, _pack_nibbles(q & 15))
+def _row_weights(w: Weights, importance: Float[Array, " I"], one: jax.Array) -> Float[Array, "32 N"]:
+    """importance · √(mean square of the whole row + w²), lanes last."""
+    by_column = jnp.moveaxis(w, -1, 0)
+
+    def add(total: jax.Array, column: jax.Array) -> tuple[jax.Array, None]:
+        return total + one * (column * column), None
+
+    total, _ = lax.scan(add, jnp.zeros_like(by_column[0]), by_column, unroll=min(32, w.shape[-1]))
+    mean_square = divide(total, w.shape[-1])[..., None]
+    weight = jnp.broadcast_to(importance, w.shape) * jnp.sqrt(mean_square + one * (w * w))
+    return _lanes(blocks_of(weight, BLOCK))
 
 
-def q5_0_from_bytes(raw: UInt8[np.ndarray, "*rows bytes"]) -> ScaledCodes:
-    """Inverse of `q5_0_to_bytes`."""
-    d, fifth, nibbles = _split(raw, 2, 4, 16)
-    high = np.unpackbits(fifth, axis=-1, bitorder="little")
-    return ScaledCodes(_scales(d), _signed(_unpack_nibbles(nibbles) | (high << 4), 16))
+def _lane_importance(importance: Float[Array, " I"], blocks: jax.Array) -> Float[Array, "32 N"]:
+    return _lanes(jnp.broadcast_to(blocks_of(importance, BLOCK), blocks.shape))
 
 
-def q8_0_to_bytes(codes: ScaledCodes) -> UInt8[np.ndarray, "*rows bytes"]:
-    """Bytes as in a GGUF file."""
-    return _join(_scale_bytes(codes.d), np.asarray(codes.q, np.int8).view(np.uint8))
+def _lanes(blocks: Float[Array, "*rows B 32"]) -> Float[Array, "32 N"]:
+    return blocks.reshape(-1, BLOCK).T
 
 
-def q8_0_from_bytes(raw: UInt8[np.ndarray, "*rows bytes"]) -> ScaledCodes:
-    """Inverse of `q8_0_to_bytes`."""
-    d, q = _split(raw, 2, 32)
-    return ScaledCodes(_scales(d), np.ascontiguousarray(q).view(np.int8))
-
-
-def _pack_nibbles(q: np.ndarray) -> np.ndarray:
-    return q[..., :16] | (q[..., 16:] << 4)
-
-
-def _unpack_nibbles(raw: np.ndarray) -> np.ndarray:
-    return np.concatenate([raw & 15, raw >> 4], axis=-1)
-
-
-def _unsigned(q: jax.Array, half: int) -> np.ndarray:
-    return (np.asarray(q, np.int16) + half).astype(np.uint8)
-
-
-def _signed(q: np.ndarray, half: int) -> np.ndarray:
-    return (q.astype(np.int16) - half).astype(np.int8)
-
-
-def _scale_bytes(d: jax.Array) -> np.ndarray:
-    return np.asarray(d, np.float16)[..., None].view(np.uint8)
-
-
-def _scales(raw: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(raw).view(np.float16)[..., 0]
-
-
-def _join(*parts: np.ndarray) -> np.ndarray:
-    """Parts `[*rows, blocks, n_i]` → `[*rows, blocks · Σ n_i]`."""
-    joined = np.concatenate(parts, axis=-1)
-    return joined.reshape(*joined.shape[:-2], -1)
-
-
-def _split(raw: np.ndarray, *sizes: int) -> list[np.ndarray]:
-    """`[*rows, blocks · Σ sizes]` → parts `[*rows, blocks, size]`."""
-    blocks = np.asarray(raw, np.uint8).reshape(*raw.shape[:-1], -1, sum(sizes))
-    return np.split(blocks, np.cumsum(sizes)[:-1], axis=-1)
+def _rows(a: Float[Array, "*e N"], blocks: jax.Array) -> jax.Array:
+    """Undo `_lanes`: lanes become rows and blocks, an element axis comes last."""
+    return jnp.moveaxis(a, -1, 0).reshape(*blocks.shape[:-1], *a.shape[:-1])

@@ -4,6 +4,9 @@ ggml's reference encoders are scalar C: every product and every sum is rounded t
 multiply-adds and to turn divisions by constants into multiplications; the functions here leave it no such choice.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,8 +30,8 @@ def truncate_sum(x: Float[Array, "*n"], z: float) -> Float[Array, "*n"]:
 
 
 def divide(x: Float[Array, "*n"], by: float) -> Float[Array, "*n"]:
-    """x / by, correctly rounded, for finite x ≥ 0: a divisor that depends on the data keeps the division."""
-    return x / jnp.where(x > 0, jnp.float32(by), jnp.float32(1.0))
+    """x / by, correctly rounded: a divisor that depends on each element keeps the division."""
+    return x / jnp.where(jnp.isnan(x), x, jnp.float32(by))
 
 
 def reciprocal(d: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -44,3 +47,61 @@ def blocks_of(w: Float[Array, "*rows I"], size: int) -> Float[Array, "*rows I/si
 def flatten_blocks(blocks: jax.Array) -> jax.Array:
     """Undo `blocks_of`."""
     return jnp.reshape(blocks, (*blocks.shape[:-2], blocks.shape[-2] * blocks.shape[-1]))
+
+
+def opaque_one(w: Float[Array, "*n"]) -> Float[Array, ""]:
+    """1 that the compiler cannot know to be 1: `one * (a * b) + c` rounds the product even where it is fused.
+
+    A multiply-add of `one * p` and `c` is p + c rounded once, so the result is C's whatever the backend contracts.
+    1 / (one * (a / b)) is not simplified to b / a.
+    """
+    first = jnp.ravel(w)[0]
+    return jnp.where(jnp.isnan(first), first, jnp.float32(1.0))
+
+
+def round_half_even(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Nearest integer, halves to even."""
+    return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def nearest_int(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """ggml's rounding of K-quants: `round_half_even` up to 2²², low bits of the sum beyond, −2²² for infinities.
+
+    A search range that collapses to nothing makes infinities, whose codes decide which candidate wins.
+    """
+    bits = lax.bitcast_convert_type(x + jnp.float32(12582912.0), jnp.int32)
+    return ((bits & 0x007FFFFF) - 0x00400000).astype(jnp.float32)
+
+
+def clip(x: Float[Array, "*n"], low: float, high: float) -> Float[Array, "*n"]:
+    """x in [low, high], low where x is not a number: one machine instruction per bound."""
+    x = jnp.where(x > low, x, jnp.float32(low))
+    return jnp.where(x < high, x, jnp.float32(high))
+
+
+def sum_rows(terms: Sequence[Float[Array, "*n"]], one: Float[Array, ""]) -> Float[Array, "*n"]:
+    """Sum of products in their order, every product and partial sum rounded to f32.
+
+    The closing division by one is exact; it keeps XLA from computing the sum again in every consumer.
+    """
+    total = one * terms[0]
+    for term in terms[1:]:
+        total = total + one * term
+    return total / one
+
+
+def map_lanes(f: Callable[..., Any], lanes: int, *arrays: Float[Array, "*n N"]) -> Any:
+    """f over chunks of `lanes` of the last axis, one after the other, so that a chunk's arrays stay in cache."""
+    total = arrays[0].shape[-1]
+    chunks = -(-total // lanes)
+    if chunks == 1:
+        return f(*arrays)
+
+    def split(a: jax.Array) -> jax.Array:
+        padded = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, chunks * lanes - total)])
+        return jnp.moveaxis(padded.reshape(*a.shape[:-1], chunks, lanes), -2, 0)
+
+    def join(a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1)[..., :total]
+
+    return jax.tree.map(join, lax.map(lambda chunk: f(*chunk), tuple(split(a) for a in arrays)))

@@ -1,0 +1,87 @@
+"""Measure this machine.
+
+    python launch/benchmark.py --suite=quantize [--json=FILE]
+
+`quantize`: encoding speed in million weights per second beside `ggml_quantize_chunk` in two threads on the same arrays,
+medians of interleaved repetitions.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from ramp_jax.formats import encode
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import libggml
+
+_SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
+_JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions per measurement.", lower_bound=1)
+
+_FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+_SHAPE = (1056, 1024)
+
+
+def quantize(repeats: int) -> list[dict[str, Any]]:
+    """One row per format, with and without importance."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(_SHAPE).astype(np.float32)
+    importance = rng.chisquare(1, _SHAPE[1]).astype(np.float32) + np.float32(0.05)
+    rows = []
+    with ThreadPoolExecutor(2) as pool:
+        for name in _FORMATS:
+            for weighted in (False, True):
+                imp = importance if weighted else None
+                contestants = {
+                    "ggml": lambda name=name, imp=imp: list(
+                        pool.map(lambda part: libggml.quantize(name, part, imp), np.array_split(w, 2))
+                    ),
+                    "reference": lambda name=name, imp=imp: jax.block_until_ready(encode(w, name, imp)),
+                    "best": lambda name=name, imp=imp: jax.block_until_ready(encode(w, name, imp, "best")),
+                }
+                rate = {key: w.size / seconds / 1e6 for key, seconds in _medians(contestants, repeats).items()}
+                row = {"format": name, "importance": weighted} | {f"{key}_mw_s": value for key, value in rate.items()}
+                row |= {f"{key}_ratio": rate[key] / rate["ggml"] for key in ("reference", "best")}
+                rows.append(row)
+                print("  ".join(f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+    return rows
+
+
+def _medians(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each, after one warm-up, taking turns."""
+    times: dict[str, list[float]] = {key: [] for key in contestants}
+    for turn in range(repeats + 1):
+        for key, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+SUITES: dict[str, Callable[[int], Any]] = {"quantize": quantize}
+
+
+def main(argv: list[str]) -> None:
+    """Run the suites asked for."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}.")
+    if unknown := set(_SUITE.value) - set(SUITES):
+        raise app.UsageError(f"--suite names {min(unknown)!r}; choose from {', '.join(SUITES)}.")
+    results = {name: SUITES[name](_REPEATS.value) for name in _SUITE.value}
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)

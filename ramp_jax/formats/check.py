@@ -1,0 +1,94 @@
+"""Checks before encoding and a cache behind it, on the host: what jitted encoders cannot do."""
+
+import collections
+import hashlib
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from ramp_jax.formats.registry import Effort, encode, get_format
+
+_F16_MAX = 65504.0
+
+# the largest |weight| / scale of a block: how far a weight may exceed the largest f16 scale
+_REACH = {
+    "F16": 1, "Q4_0": 8, "Q4_1": 1, "Q5_0": 16, "Q5_1": 1, "Q8_0": 127, "IQ4_NL": 113, "Q2_K": 15, "Q3_K": 4 * 31,
+    "Q4_K": 63, "Q5_K": 63, "Q6_K": 32 * 127, "IQ4_XS": 113 * 31,
+}  # fmt: skip
+
+
+def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = None) -> np.ndarray | None:
+    """Raise `ValueError` where format `fmt` cannot encode w `[*rows, I]` of the tensor of that name.
+
+    Returns the importance `[I]` to encode with: None where it is all zeros.
+    """
+    known = get_format(fmt)
+    n_in = w.shape[-1]
+    if n_in % known.block_size:
+        raise ValueError(f"{tensor} cannot be {fmt}: rows of {n_in} weights are no multiple of {known.block_size}.")
+    w = np.asarray(w, np.float32)
+    if not np.isfinite(w).all():
+        kind = "NaN" if np.isnan(w).any() else "infinity"
+        raise ValueError(f"{tensor} cannot be {fmt}: a weight is {kind}; repair the source model.")
+    limit = _F16_MAX * _REACH.get(fmt, 1) if fmt not in ("F32", "BF16") else np.inf
+    peak = float(np.max(np.abs(w), initial=0.0))
+    if peak > limit:
+        raise ValueError(f"{tensor} cannot be {fmt}: |weight| {peak:g} is beyond its f16 scales, at most {limit:g}.")
+    if importance is None:
+        return None
+    importance = np.asarray(importance, np.float32)
+    if importance.shape != (n_in,):
+        raise ValueError(f"{tensor} cannot be {fmt}: importance has shape {importance.shape}, not ({n_in},).")
+    if not np.isfinite(importance).all() or (importance < 0).any():
+        raise ValueError(f"{tensor} cannot be {fmt}: importance has a negative or non-finite entry.")
+    return importance if importance.any() else None
+
+
+class EncodeCache:
+    """Codes by content: the same weights, format, importance and effort are encoded once.
+
+    Holds at most `max_bytes` of codes and forgets the least recently used.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 30) -> None:
+        self.max_bytes = max_bytes
+        self.hits = 0
+        self._codes: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._bytes = 0
+
+    def encode(
+        self,
+        tensor: str,
+        w: Float[np.ndarray, "*rows I"],
+        fmt: str,
+        importance: Float[np.ndarray, " I"] | None = None,
+        effort: Effort = "reference",
+    ) -> Any:
+        """Checked codes of w; `tensor` names it in errors."""
+        w = np.asarray(w, np.float32)
+        importance = check(tensor, w, fmt, importance)
+        key = _content(w, importance, fmt, effort)
+        if key in self._codes:
+            self.hits += 1
+            self._codes.move_to_end(key)
+            return self._codes[key]
+        codes = encode(w, fmt, importance, effort)
+        self._codes[key] = codes
+        self._bytes += _size(codes)
+        while self._bytes > self.max_bytes and len(self._codes) > 1:
+            self._bytes -= _size(self._codes.popitem(last=False)[1])
+        return codes
+
+
+def _content(w: np.ndarray, importance: np.ndarray | None, fmt: str, effort: str) -> str:
+    digest = hashlib.blake2b(f"{fmt} {effort} {w.shape} {importance is None}".encode(), digest_size=16)
+    for part in (w, importance):
+        if part is not None:
+            digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()
+
+
+def _size(codes: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(codes))

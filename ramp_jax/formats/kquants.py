@@ -1,0 +1,187 @@
+"""ggml's superblocks of 256 weights: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and IQ4_XS.
+
+| format | sub-blocks | bytes of one superblock | bits per weight |
+|---|---|---|---|
+| Q2_K | 16 × 16, affine | 16 scale and minimum nibbles, 64 of bit pairs, f16 d, f16 dmin | 84 · 8 / 256 = 2.625 |
+| Q3_K | 16 × 16, symmetric | 32 third bits, 64 bit pairs, 12 of 6-bit scales, f16 d | 110 · 8 / 256 = 3.4375 |
+| Q4_K | 8 × 32, affine | f16 d, f16 dmin, 12 of 6-bit scales and minima, 128 nibbles | 144 · 8 / 256 = 4.5 |
+| Q5_K | 8 × 32, affine | as Q4_K and 32 fifth bits | 176 · 8 / 256 = 5.5 |
+| Q6_K | 16 × 16, symmetric | 128 nibbles, 64 bit pairs, 16 int8 scales, f16 d | 210 · 8 / 256 = 6.5625 |
+| IQ4_XS | 8 × 32, 16 fixed values | f16 d, u16 and 4 bytes of 6-bit scales, 128 nibbles | 136 · 8 / 256 = 4.25 |
+
+A sub-block is searched on its own, then the sub-scales (and minima) are quantized together, then the codes are
+rounded again under the scales that are stored. Encoders make the bytes of `ggml_quantize_chunk`, with or without
+importance. Everything is jittable and vmappable.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ramp_jax.formats import search
+from ramp_jax.formats.codes import Codes, SuperAffineCodes, SuperScaledCodes
+from ramp_jax.formats.rounding import blocks_of, clip, divide, map_lanes, opaque_one, round_half_even, sum_rows
+from ramp_jax.formats.search import LANES, AffineGrid
+
+BLOCK = 256
+
+_CHUNK = 2 * LANES  # superblocks whose intermediate arrays exist at one time
+
+Weights = Float[Array, "*rows I"]
+Importance = Float[Array, " I"] | None
+
+
+def encode_q2_k(w: Weights, importance: Importance = None) -> SuperAffineCodes:
+    """Codes in 0..3, sub-scales and minima in 0..15."""
+    grid = AffineGrid(3, -0.5, 0.1, 16, absolute=True) if importance is None else AffineGrid(3, -0.9, 0.05, 37)
+    return _encode(functools.partial(_affine, grid=grid, size=16, top=15, spread=1), w, importance)
+
+
+def encode_q3_k(w: Weights, importance: Importance = None) -> SuperScaledCodes:
+    """Codes in −4..3, sub-scales in −32..31."""
+    return _encode(_q3_k, w, importance)
+
+
+def encode_q4_k(w: Weights, importance: Importance = None) -> SuperAffineCodes:
+    """Codes in 0..15, sub-scales and minima in 0..63."""
+    grid = AffineGrid(15, -1.0, 0.1, 21) if importance is None else AffineGrid(15, -0.9, 0.05, 37)
+    return _encode(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance)
+
+
+def encode_q5_k(w: Weights, importance: Importance = None) -> SuperAffineCodes:
+    """Codes in 0..31, sub-scales and minima in 0..63."""
+    grid = AffineGrid(31, -0.5, 0.1, 16) if importance is None else AffineGrid(31, -0.9, 0.05, 37)
+    return _encode(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance)
+
+
+def encode_q6_k(w: Weights, importance: Importance = None) -> SuperScaledCodes:
+    """Codes in −32..31, sub-scales in −128..127."""
+    return _encode(_q6_k, w, importance)
+
+
+def encode_iq4_xs(w: Weights, importance: Importance = None) -> SuperScaledCodes:
+    """Codes among the 16 IQ4 values, sub-scales in −32..31."""
+    return _encode(_iq4_xs, w, importance)
+
+
+def _encode(one_chunk: Callable[..., Codes], w: Weights, importance: Importance) -> Codes:
+    """Apply `one_chunk(x [256, N], importance [256, N] or None, one)` → codes with lanes last to all superblocks."""
+    one = opaque_one(w)
+    blocks = blocks_of(w, BLOCK)
+    lead = blocks.shape[:-1]
+    columns = [blocks]
+    if importance is not None:
+        columns.append(jnp.broadcast_to(blocks_of(importance, BLOCK), blocks.shape))
+    lanes = [a.reshape(-1, BLOCK).T for a in columns]
+    codes = map_lanes(lambda x, i=None: one_chunk(x, i, one), _CHUNK, *lanes)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0).reshape(*lead, *a.shape[:-1]), codes)
+
+
+def _affine(
+    x: jax.Array, importance: jax.Array | None, one: jax.Array, grid: AffineGrid, size: int, top: int, spread: int
+) -> SuperAffineCodes:
+    """Q2_K, Q4_K, Q5_K: `spread` is ggml's factor on the mean square in the error weights."""
+    subs = _subs(x, size)  # [E, S, N]
+    if importance is not None:
+        weight = _error_weights(x, importance, spread, size, one)
+    elif grid.absolute:
+        weight = jnp.abs(subs)
+    else:
+        weight = jnp.sqrt(sum_rows(list(subs * subs), one) / size)[None] + jnp.abs(subs)
+    scale, low, searched = _search(lambda a, b: search.search_affine(a, b, grid, one), subs, weight)
+    if importance is None:
+        d, scales = _largest_scale(scale, top)
+        dmin, mins = _largest_scale(low, top)
+    else:
+        total = sum_rows(list(weight), one)
+        d, scales = search.search_positive(scale, total, top, one)
+        dmin, mins = search.search_positive(low, total, top, one)
+    d, dmin = d.astype(jnp.float16), dmin.astype(jnp.float16)
+    sub_d = d.astype(jnp.float32)[None] * scales
+    sub_m = one * (dmin.astype(jnp.float32)[None] * mins)
+    q = clip(round_half_even((subs + sub_m[None]) / sub_d[None]), 0, grid.top)
+    q = jnp.where(sub_d[None] == 0, searched, q)
+    u8 = jnp.uint8
+    return SuperAffineCodes(d, dmin, scales.astype(u8), mins.astype(u8), _whole(q).astype(u8))
+
+
+def _q3_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
+    subs = _subs(x, 16)
+    if importance is None:
+        scale, searched = _search(lambda a, _: search.descend_symmetric(a, 4, one), subs, subs)
+        largest = search.first_largest(scale)
+        inverse = one * (-32.0 / largest)
+        scales = jnp.where(largest == 0, -32.0, clip(round_half_even(inverse[None] * scale), -32, 31))
+        d = jnp.where(largest == 0, 0.0, 1 / inverse)
+    else:
+        weight = _error_weights(x, importance, 2, 16, one)
+        scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 4, one), subs, weight)
+        d, scales = search.search_symmetric(scale, sum_rows(list(weight), one), 32, one)
+    return _symmetric_codes(subs, d.astype(jnp.float16), scales, searched, 4)
+
+
+def _q6_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
+    subs = _subs(x, 16)
+    weight = subs * subs if importance is None else _subs(importance, 16)
+    scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 32, one), subs, weight)
+    largest = search.first_largest(scale)
+    zero = jnp.abs(largest) < 1e-15
+    inverse = one * (-128.0 / largest)
+    scales = jnp.where(zero, 0.0, jnp.minimum(round_half_even(inverse[None] * scale), 127))
+    d = jnp.where(zero, 0.0, 1 / inverse).astype(jnp.float16)
+    return _symmetric_codes(subs, d, scales, jnp.where(zero, -32.0, searched), 32)
+
+
+def _iq4_xs(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
+    subs = _subs(x, 32)
+    weight = subs * subs if importance is None else _error_weights(x, importance, 2, 32, one)
+    (scale,) = _search(lambda a, b: (search.search_iq4(a, b, one),), subs, weight)
+    d = -search.first_largest(scale) / 32
+    scales = jnp.where(d == 0, 0.0, clip(round_half_even((1 / d)[None] * scale), -32, 31))
+    sub_d = d[None] * scales
+    inverse = jnp.where(sub_d == 0, 0.0, 1 / sub_d)
+    q = search.nearest_iq4(inverse[None] * subs)
+    return SuperScaledCodes(d.astype(jnp.float16), scales.astype(jnp.int8), _whole(q).astype(jnp.int8))
+
+
+def _symmetric_codes(
+    subs: jax.Array, d: jax.Array, scales: jax.Array, searched: jax.Array, half: int
+) -> SuperScaledCodes:
+    """Codes rounded under the stored scales, the searched ones where the stored scale is 0."""
+    sub_d = d.astype(jnp.float32)[None] * scales
+    q = clip(round_half_even(subs / sub_d[None]), -half, half - 1)
+    q = jnp.where(sub_d[None] == 0, searched, q)
+    return SuperScaledCodes(d, scales.astype(jnp.int8), _whole(q).astype(jnp.int8))
+
+
+def _largest_scale(scale: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
+    """Superscale that gives the largest of the sub-scales `[S, N]` the code `top`, and the codes."""
+    largest = functools.reduce(jnp.maximum, list(scale), jnp.zeros_like(scale[0]))
+    codes = clip(round_half_even((top / largest)[None] * scale), 0, top)
+    return divide(largest, top), jnp.where(largest > 0, codes, 0.0)
+
+
+def _error_weights(x: jax.Array, importance: jax.Array, spread: int, size: int, one: jax.Array) -> jax.Array:
+    """importance · √(spread · mean square of the superblock + x²), `[E, S, N]`."""
+    mean_square = spread * sum_rows(list(x * x), one) / BLOCK
+    return _subs(importance * jnp.sqrt(mean_square[None] + one * (x * x)), size)
+
+
+def _search(find: Callable[..., tuple[jax.Array, ...]], subs: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+    """Run a search over the lanes of all sub-blocks `[E, S, N]`; results `[…, S, N]`."""
+    tail = subs.shape[1:]
+    found = map_lanes(find, LANES, subs.reshape(subs.shape[0], -1), weight.reshape(subs.shape[0], -1))
+    return tuple(a.reshape(*a.shape[:-1], *tail) for a in found)
+
+
+def _subs(x: jax.Array, size: int) -> jax.Array:
+    """`[256, N]` → elements first, `[size, 256 / size, N]`."""
+    return jnp.swapaxes(x.reshape(-1, size, x.shape[-1]), 0, 1)
+
+
+def _whole(subs: jax.Array) -> jax.Array:
+    """Undo `_subs`."""
+    return jnp.swapaxes(subs, 0, 1).reshape(-1, subs.shape[-1])

@@ -1,0 +1,210 @@
+"""`effort="best"`: from the reference's codes to a smaller importance-weighted squared error, block by block.
+
+Three moves in turn, all with codes rounded again under the new scales: every sub-block tries the neighbours of its
+integer scale and minimum; the f16 superscales are fitted by least squares to the codes; a block without sub-scales
+tries multiples of its scale. A block keeps a move only if its error falls, so the result is never above the reference.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from ramp_jax.formats.codes import AffineCodes, Codes, ScaledCodes, SuperAffineCodes, SuperScaledCodes
+from ramp_jax.formats.rounding import blocks_of, clip, map_lanes, round_half_even
+from ramp_jax.formats.search import LANES, nearest_iq4
+
+_ROUNDS = 3
+_FACTORS = np.asarray([*np.arange(0.80, 1.0, 0.02), *np.arange(1.02, 1.13, 0.02)], np.float32)
+
+
+class Grid(NamedTuple):
+    """What a format can store: code rounding, and the ends of its integer sub-scales and minima."""
+
+    round: Callable[[jax.Array], jax.Array]
+    scales: tuple[int, int] = (1, 1)
+    mins: tuple[int, int] = (0, 0)
+
+
+class State(NamedTuple):
+    """w ≈ d·scale·q − dmin·min: `d`, `dmin` `[1, N]`, `scale`, `min` `[S, N]`, `q` `[E, S, N]`, all f32."""
+
+    d: jax.Array
+    dmin: jax.Array
+    scale: jax.Array
+    min: jax.Array
+    q: jax.Array
+
+
+def _whole(low: int, high: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda v: clip(round_half_even(v), low, high)
+
+
+GRIDS = {
+    "Q4_0": Grid(_whole(-8, 7)),
+    "Q5_0": Grid(_whole(-16, 15)),
+    "Q8_0": Grid(_whole(-127, 127)),
+    "IQ4_NL": Grid(nearest_iq4),
+    "Q4_1": Grid(_whole(0, 15), mins=(1, 1)),
+    "Q5_1": Grid(_whole(0, 31), mins=(1, 1)),
+    "Q2_K": Grid(_whole(0, 3), (0, 15), (0, 15)),
+    "Q3_K": Grid(_whole(-4, 3), (-32, 31)),
+    "Q4_K": Grid(_whole(0, 15), (0, 63), (0, 63)),
+    "Q5_K": Grid(_whole(0, 31), (0, 63), (0, 63)),
+    "Q6_K": Grid(_whole(-32, 31), (-128, 127)),
+    "IQ4_XS": Grid(nearest_iq4, (-32, 31)),
+}
+
+
+def refine(codes: Codes, w: Float[Array, "*rows I"], importance: Float[Array, " I"] | None, grid: Grid) -> Codes:
+    """Codes of the same format, no block of which has a larger weighted squared error than `codes`."""
+    size = codes.q.shape[-1]
+    blocks = blocks_of(w, size)
+    weight = jnp.ones_like(w) if importance is None else jnp.broadcast_to(importance, w.shape)
+    lanes = [_lanes(a) for a in (blocks, blocks_of(weight, size))]
+    parts = [_lanes(a[..., None] if a.ndim < blocks.ndim else a) for a in codes]
+    found = map_lanes(functools.partial(_refine_lanes, type(codes), grid), LANES * 32 // size, *lanes, *parts)
+    return type(codes)(
+        *(jnp.moveaxis(new, -1, 0).reshape(old.shape).astype(old.dtype) for new, old in zip(found, codes, strict=True))
+    )
+
+
+def _refine_lanes(kind: type, grid: Grid, x: jax.Array, weight: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:
+    state = _state(kind, parts)
+    x, weight = (_split(a, state.scale.shape[0]) for a in (x, weight))
+    moves = [_fit] if grid.scales == (1, 1) else [_step, _fit]
+
+    def one_round(_: int, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        for move in moves:
+            carry = _keep(carry, move(carry[0], x, weight, grid), x, weight)
+        return carry
+
+    carry = (state, _error(state, x, weight))
+    if grid.scales == (1, 1):
+        carry = _stretch(carry, x, weight, grid)
+    best, _ = lax.fori_loop(0, _ROUNDS, one_round, carry)
+    return _parts(kind, best)
+
+
+def _stretch(carry: tuple[State, jax.Array], x: jax.Array, weight: jax.Array, grid: Grid) -> tuple[State, jax.Array]:
+    """The best multiple of the block's scale, each one fitted."""
+    start = carry[0]
+    factors = jnp.asarray(_FACTORS)
+
+    def attempt(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        moved = _rounded(start._replace(d=_half(start.d * factors[i])), x, grid)
+        carry = _keep(carry, moved, x, weight)
+        return _keep(carry, _fit(moved, x, weight, grid), x, weight)
+
+    return lax.fori_loop(0, len(_FACTORS), attempt, carry)
+
+
+def _step(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
+    """Every sub-block takes the best of its neighbouring integer scales and minima."""
+    reach = (-1, 0, 1) if grid.mins[1] > grid.mins[0] else (0,)
+    deltas = [d for d in itertools.product((-1, 0, 1), reach) if any(d)]
+    table = jnp.asarray(np.asarray(deltas, np.float32))
+
+    def attempt(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        best, least = carry
+        scale = clip(state.scale + table[i, 0], *grid.scales)
+        low = clip(state.min + table[i, 1], *grid.mins)
+        moved = _rounded(State(state.d, state.dmin, scale, low, state.q), x, grid)
+        e = _sub_errors(moved, x, weight)
+        better = e < least
+        pick = (jnp.where(better, a, b) for a, b in zip((scale, low), (best.scale, best.min), strict=True))
+        q = jnp.where(better[None], moved.q, best.q)
+        return State(state.d, state.dmin, *pick, q), jnp.minimum(e, least)
+
+    return lax.fori_loop(0, len(deltas), attempt, (state, _sub_errors(state, x, weight)))[0]
+
+
+def _fit(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
+    """Superscales by weighted least squares for the codes at hand, rounded to f16."""
+    a = state.scale[None] * state.q
+    aa, ax = _total(weight * a * a), _total(weight * a * x)
+    if grid.mins == (0, 0):
+        return _rounded(state._replace(d=_half(ax / aa)), x, grid)
+    b = jnp.broadcast_to(-state.min[None], a.shape)
+    ab, bb, bx = _total(weight * a * b), _total(weight * b * b), _total(weight * b * x)
+    det = aa * bb - ab * ab
+    both = (_half((ax * bb - bx * ab) / det), _half((bx * aa - ax * ab) / det))
+    sound = det > 1e-6 * aa * bb
+    d, dmin = (jnp.where(sound, new, old) for new, old in zip(both, (_half(ax / aa), state.dmin), strict=True))
+    return _rounded(state._replace(d=d, dmin=dmin), x, grid)
+
+
+def _keep(carry: tuple[State, jax.Array], new: State, x: jax.Array, weight: jax.Array) -> tuple[State, jax.Array]:
+    """Per block the state with the smaller error; a state that is not finite never wins."""
+    old, least = carry
+    e = _error(new, x, weight)
+    better = e < least
+
+    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(better[None] if a.ndim == 3 else better, a, b)
+
+    return jax.tree.map(pick, new, old), jnp.where(better, e, least)
+
+
+def _rounded(state: State, x: jax.Array, grid: Grid) -> State:
+    step = (state.d * state.scale)[None]
+    q = grid.round((x + (state.dmin * state.min)[None]) / step)
+    return state._replace(q=jnp.where(step == 0, state.q, q))
+
+
+def _sub_errors(state: State, x: jax.Array, weight: jax.Array) -> Float[Array, "S N"]:
+    off = (state.d * state.scale)[None] * state.q - (state.dmin * state.min)[None] - x
+    return functools.reduce(jnp.add, list(weight * off * off))
+
+
+def _error(state: State, x: jax.Array, weight: jax.Array) -> Float[Array, "1 N"]:
+    return jnp.sum(_sub_errors(state, x, weight), axis=0, keepdims=True)
+
+
+def _total(a: Float[Array, "E S N"]) -> Float[Array, "1 N"]:
+    return jnp.sum(functools.reduce(jnp.add, list(a)), axis=0, keepdims=True)
+
+
+def _half(d: jax.Array) -> jax.Array:
+    return d.astype(jnp.float16).astype(jnp.float32)
+
+
+def _state(kind: type, parts: tuple[jax.Array, ...]) -> State:
+    parts = tuple(a.astype(jnp.float32) for a in parts)
+    ones = jnp.ones_like(parts[0])
+    if kind is ScaledCodes:
+        d, q = parts
+        return State(d, 0 * d, ones, 0 * ones, q[:, None])
+    if kind is AffineCodes:
+        d, m, q = parts
+        return State(d, -m, ones, ones, q[:, None])
+    if kind is SuperScaledCodes:
+        d, scales, q = parts
+        return State(d, 0 * d, scales, 0 * scales, _split(q, scales.shape[0]))
+    d, dmin, scales, mins, q = parts
+    return State(d, dmin, scales, mins, _split(q, scales.shape[0]))
+
+
+def _parts(kind: type, state: State) -> tuple[jax.Array, ...]:
+    d, dmin, q = state.d, state.dmin, jnp.swapaxes(state.q, 0, 1).reshape(-1, state.d.shape[-1])
+    if kind is ScaledCodes:
+        return d, q
+    if kind is AffineCodes:
+        return d, -dmin, q
+    if kind is SuperScaledCodes:
+        return d, state.scale, q
+    return SuperAffineCodes(d, dmin, state.scale, state.min, q)
+
+
+def _lanes(a: jax.Array) -> jax.Array:
+    return a.reshape(-1, a.shape[-1]).T
+
+
+def _split(a: Float[Array, "B N"], subs: int) -> Float[Array, "E S N"]:
+    return jnp.swapaxes(a.reshape(subs, -1, a.shape[-1]), 0, 1)

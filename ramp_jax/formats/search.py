@@ -1,0 +1,216 @@
+"""ggml's scale searches, for many blocks at once.
+
+Arrays are `[elements, N]`: one lane per block, so that every sum runs over a block's elements in ggml's order while
+the lanes fill the vector unit. `w` are the elements' weights in the squared error. `one` is `rounding.opaque_one`.
+Codes are floats with integer values until a format packs them.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from ramp_jax.formats.rounding import clip, divide, nearest_int, round_half_even, sum_rows
+
+LANES = 528
+"""Blocks of one search chunk; not a power of two, or a block's elements would share few cache sets."""
+
+_TINY = 1e-15  # magnitudes below count as an all-zero block
+
+IQ4_VALUES = np.asarray([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+"""The 16 values that IQ4 codes stand for."""
+
+
+class AffineGrid(NamedTuple):
+    """Candidates of an affine search: inverse scales (`first` + `step` · i + `top`) / range for i < `count`."""
+
+    top: int
+    first: float
+    step: float
+    count: int
+    absolute: bool = False  # the error is absolute, not squared
+
+    def numerators(self) -> np.ndarray:
+        """f32, summed in ggml's order."""
+        i = np.arange(self.count, dtype=np.float32)
+        return (np.float32(self.first) + np.float32(self.step) * i) + np.float32(self.top)
+
+
+def first_largest(x: Float[Array, "E N"]) -> Float[Array, " N"]:
+    """Per lane the element of largest magnitude, the first of equals, with its sign."""
+    return functools.reduce(lambda best, v: jnp.where(jnp.abs(v) > jnp.abs(best), v, best), list(x))
+
+
+def search_affine(
+    x: Float[Array, "E N"], w: Float[Array, "E N"], grid: AffineGrid, one: Float[Array, ""]
+) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, "E N"]]:
+    """Scale, negated minimum ≥ 0 and codes in 0..top of w ≈ scale · code − minimum."""
+    highest = functools.reduce(jnp.maximum, list(x))
+    lowest = jnp.minimum(functools.reduce(jnp.minimum, list(x)), 0.0)
+    sum_w = sum_rows(list(w), one)
+    sum_x = sum_rows([a * b for a, b in zip(w, x, strict=True)], one)
+    numerators = jnp.asarray(grid.numerators())
+
+    def levels(inverse: jax.Array, low: jax.Array) -> jax.Array:
+        return clip(nearest_int(one * (inverse[None] * (x - low[None]))), 0, grid.top)
+
+    def error(q: jax.Array, scale: jax.Array, low: jax.Array) -> jax.Array:
+        terms = []
+        for j in range(x.shape[0]):
+            off = (one * (scale * q[j]) + low) - x[j]
+            terms.append(w[j] * (jnp.abs(off) if grid.absolute else off * off))
+        return sum_rows(terms, one)
+
+    def candidate(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        least, _, low, *_ = best
+        inverse = numerators[i] / (highest - low)
+        q = levels(inverse, low)
+        weighted = [w[j] * q[j] for j in range(x.shape[0])]
+        sum_q = sum_rows(weighted, one)
+        sum_qq = sum_rows([p * q[j] for j, p in enumerate(weighted)], one)
+        sum_qx = sum_rows([p * x[j] for j, p in enumerate(weighted)], one)
+        det = one * (sum_w * sum_qq) - one * (sum_q * sum_q)
+        scale = (one * (sum_w * sum_qx) - one * (sum_x * sum_q)) / det
+        new_low = (one * (sum_qq * sum_x) - one * (sum_q * sum_qx)) / det
+        scale = jnp.where(new_low > 0, sum_qx / sum_qq, scale) / one
+        new_low = jnp.where(new_low > 0, 0.0, new_low) / one
+        e = error(q, scale, new_low)
+        better = (det > 0) & (e < least)
+        return tuple(jnp.where(better, a, b) for a, b in zip((e, scale, new_low, inverse, low), best, strict=True))
+
+    inverse = one * (grid.top / (highest - lowest))
+    start = (error(levels(inverse, lowest), 1 / inverse, lowest), 1 / inverse, lowest, inverse, lowest)
+    _, scale, low, inverse, used_low = lax.fori_loop(0, grid.count, candidate, start)
+    flat = highest <= lowest
+    q = jnp.where(flat[None], 0.0, levels(inverse, used_low))
+    return jnp.where(flat, 0.0, scale), -jnp.where(flat, lowest, low), q
+
+
+def search_symmetric(
+    x: Float[Array, "E N"], w: Float[Array, "E N"], half: int, one: Float[Array, ""]
+) -> tuple[Float[Array, " N"], Float[Array, "E N"]]:
+    """Scale and codes in −half..half − 1 of w ≈ scale · code; an all-zero block has scale 0 and codes −half."""
+    peak = first_largest(x)
+    steps = np.asarray([i for i in range(-9, 10) if i], np.float32)
+    numerators = jnp.asarray(-(np.float32(half) + np.float32(0.1) * steps))
+
+    def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q = clip(round_half_even(inverse[None] * x), -half, half - 1)
+        return _products(x, w, q, one)
+
+    def candidate(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        inverse = numerators[i] / peak
+        xq, qq = sums(inverse)
+        better = (qq > 0) & (xq * xq > best[0] * qq)
+        scale = xq / qq
+        return tuple(jnp.where(better, a, b) for a, b in zip((scale * xq, scale, inverse), best, strict=True))
+
+    inverse = -half / peak
+    xq, qq = sums(inverse)
+    scale = jnp.where(qq == 0, 0.0, xq / qq)
+    _, scale, inverse = lax.fori_loop(0, len(steps), candidate, (scale * xq, scale, inverse))
+    zero = jnp.abs(peak) < _TINY
+    q = clip(round_half_even(inverse[None] * x), -half, half - 1)
+    return jnp.where(zero, 0.0, scale), jnp.where(zero[None], -float(half), q)
+
+
+def search_iq4(x: Float[Array, "E N"], w: Float[Array, "E N"], one: Float[Array, ""]) -> Float[Array, " N"]:
+    """Scale of w ≈ scale · value for the 16 IQ4 values."""
+    peak = first_largest(x)
+    numerators = jnp.asarray(np.arange(-7, 8, dtype=np.float32) + np.float32(IQ4_VALUES[0]))
+
+    def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q = nearest_iq4(inverse[None] * x)
+        weighted = [w[j] * q[j] for j in range(x.shape[0])]
+        xq = sum_rows([p * x[j] for j, p in enumerate(weighted)], one)
+        return xq, sum_rows([p * q[j] for j, p in enumerate(weighted)], one)
+
+    def candidate(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        xq, qq = sums(numerators[i] / peak)
+        better = (qq > 0) & (xq * xq > best[0] * qq)
+        scale = xq / qq
+        return jnp.where(better, scale * xq, best[0]), jnp.where(better, scale, best[1])
+
+    xq, qq = sums(1 / (one * divide(-peak, float(IQ4_VALUES[0]))))
+    scale = jnp.where(qq > 0, xq / qq, 0.0)
+    _, scale = lax.fori_loop(0, len(numerators), candidate, (scale * xq, scale))
+    return jnp.where(jnp.abs(peak) < _TINY, 0.0, scale)
+
+
+def nearest_iq4(v: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The nearest IQ4 value, the larger of two equally near ones."""
+    values = IQ4_VALUES.astype(np.float32)
+    q = jnp.full_like(v, values[0])
+    for low, high in itertools.pairwise(values):
+        q = jnp.where(v >= (low + high) / 2, high, q)
+    return q
+
+
+def descend_symmetric(
+    x: Float[Array, "E N"], half: int, one: Float[Array, ""]
+) -> tuple[Float[Array, " N"], Float[Array, "E N"]]:
+    """As `search_symmetric` with weights x², by five rounds of coordinate descent over the codes."""
+    peak = first_largest(x)
+    q = clip(round_half_even((-half / peak)[None] * x), -half, half - 1)
+    scale, q = _descend(x, x * x, q, (-half, half - 1), one)
+    zero = jnp.abs(peak) < _TINY
+    return jnp.where(zero, 0.0, scale), jnp.where(zero[None], -float(half), q)
+
+
+def search_positive(
+    x: Float[Array, "E N"], w: Float[Array, "E N"], top: int, one: Float[Array, ""]
+) -> tuple[Float[Array, " N"], Float[Array, "E N"]]:
+    """Scale and codes in 0..top of x ≈ scale · code for x ≥ 0: the sub-scales or minima of a superblock."""
+    peak = functools.reduce(jnp.maximum, list(x))
+    steps = np.asarray([0, *(i for i in range(-4, 5) if i)], np.float32)
+    numerators = jnp.asarray(np.float32(0.1) * steps + np.float32(top))
+
+    def candidate(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        inverse = one * (numerators[i] / peak)
+        scale = 1 / inverse
+        off = x - one * (scale[None] * jnp.minimum(round_half_even(inverse[None] * x), top))
+        e = sum_rows([w[j] * off[j] * off[j] for j in range(x.shape[0])], one)
+        return jnp.where(e < best[0], e, best[0]), jnp.where(e < best[0], inverse, best[1])
+
+    _, inverse = lax.fori_loop(0, len(steps), candidate, (jnp.full_like(peak, jnp.inf), top / peak))
+    q = jnp.minimum(round_half_even(inverse[None] * x), top)
+    scale, q = _descend(x, w, q, (None, top), one)
+    zero = peak < _TINY
+    return jnp.where(zero, 0.0, scale), jnp.where(zero[None], 0.0, q)
+
+
+def _products(x: jax.Array, w: jax.Array, q: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Σ w·x·q and Σ w·q² in ggml's order."""
+    rows = range(x.shape[0])
+    return sum_rows([w[j] * x[j] * q[j] for j in rows], one), sum_rows([w[j] * q[j] * q[j] for j in rows], one)
+
+
+def _descend(
+    x: jax.Array, w: jax.Array, q: jax.Array, bounds: tuple[int | None, int], one: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Five rounds over the elements: each takes the code that best fits the scale of all others, if that helps."""
+    low, high = bounds
+
+    def visit(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        xq, qq, q = state
+        i = step % x.shape[0]
+        xi, wi, old = x[i], w[i], q[i]
+        rest_xq = (xq - one * (wi * xi * old)) / one
+        rest_qq = (qq - one * (wi * old * old)) / one
+        new = jnp.minimum(round_half_even(xi * rest_qq / rest_xq), high)
+        new = (new if low is None else jnp.maximum(new, low)) / one
+        new_xq = (rest_xq + one * (wi * xi * new)) / one
+        new_qq = (rest_qq + one * (wi * new * new)) / one
+        open_to_change = (rest_xq > 0) & ((rest_qq > 0) if low is None else (new_qq > 0))
+        better = open_to_change & (new != old) & (new_xq * new_xq * qq > xq * xq * new_qq)
+        q = q.at[i].set(jnp.where(better, new, old))
+        return jnp.where(better, new_xq, xq), jnp.where(better, new_qq, qq), q
+
+    start = (*_products(x, w, q, one), q)
+    xq, qq, q = lax.fori_loop(0, 5 * x.shape[0], visit, start)
+    return jnp.where(qq > 0, xq / qq, 0.0), q

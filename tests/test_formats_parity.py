@@ -1,0 +1,91 @@
+"""Encoders make ggml's bytes, decoders its weights."""
+
+import jax
+import libggml
+import numpy as np
+import pytest
+
+from ramp_jax.formats import encode, get_format
+from ramp_jax.models import load_model
+
+LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+SUPER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+
+
+def _inputs(n_in: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(n_in)
+    gauss = rng.standard_normal((16, n_in)).astype(np.float32)
+    outlier = gauss[:4] * np.float32(0.01)
+    outlier[:, 37 % n_in] = 5
+    holes = gauss[:4].copy()
+    holes[:, : n_in // 3] = 0
+    return {
+        "gaussian": gauss,
+        "student_t": (rng.standard_t(3, (16, n_in)) * 0.02).astype(np.float32),
+        "zero": np.zeros((2, n_in), np.float32),
+        "constant": np.full((2, n_in), 0.7, np.float32),
+        "negative constant": np.full((2, n_in), -0.3, np.float32),
+        "outlier": outlier,
+        "holes": holes,
+        "f16 subnormal scales": gauss[:4] * np.float32(1e-4),
+        "alternating": np.tile(np.float32([1, -1]), (2, n_in // 2)) * np.abs(gauss[:2, :1]),
+    }
+
+
+def _weighted_error(name: str, raw: np.ndarray, w: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    off = np.square(libggml.dequantize(name, raw).astype(np.float64) - w)
+    return (off if importance is None else off * importance).reshape(-1, get_format(name).block_size).sum(-1)
+
+
+def _assert_parity(name: str, w: np.ndarray, importance: np.ndarray | None, least: float) -> None:
+    fmt = get_format(name)
+    ours = fmt.to_bytes(encode(w, name, importance))
+    theirs = libggml.quantize(name, w, importance)
+    same = (ours.reshape(-1, fmt.block_bytes) == theirs.reshape(-1, fmt.block_bytes)).all(-1)
+    a, b = (_weighted_error(name, raw, w, importance) for raw in (ours, theirs))
+    gap = np.where(same, 0, np.abs(a - b) / np.maximum(b, 1e-30))
+    worst = int(np.argmax(gap))
+    report = f"{name}: {same.mean():.5f} of {same.size} blocks equal; worst block {worst}: errors {a[worst]} {b[worst]}"
+    assert same.mean() >= least, report
+    assert gap[worst] <= 1e-4, report
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", LEGACY + SUPER)
+def test_reference_bytes(name: str, weighted: bool) -> None:
+    n_in = 1024
+    importance = np.random.default_rng(1).chisquare(1, n_in).astype(np.float32) if weighted else None
+    w = np.concatenate(list(_inputs(n_in).values()))
+    _assert_parity(name, w, importance, 1.0 if name in LEGACY else 0.999)
+
+
+@pytest.mark.parametrize("n_in", [256, 768])
+def test_row_lengths(n_in: int) -> None:
+    w = _inputs(n_in)["student_t"]
+    importance = np.random.default_rng(2).chisquare(1, n_in).astype(np.float32)
+    _assert_parity("Q4_K", w, importance, 1.0)
+
+
+@pytest.mark.parametrize("name", LEGACY + SUPER)
+def test_decode_and_bytes_on_random_bytes(name: str) -> None:
+    fmt = get_format(name)
+    raw = np.random.default_rng(3).integers(0, 256, (16, fmt.row_bytes(1024)), dtype=np.uint8)
+    codes = fmt.from_bytes(raw)
+    assert np.array_equal(fmt.to_bytes(codes), raw)
+    ours, theirs = np.asarray(jax.jit(fmt.decode)(codes)), libggml.dequantize(name, raw)
+    finite = np.isfinite(theirs)
+    assert np.array_equal(np.isfinite(ours), finite)
+    with np.errstate(invalid="ignore"):
+        largest = np.max(np.abs(np.where(finite, theirs, 0)).reshape(-1, fmt.block_size), axis=-1)
+    off = np.abs(np.where(finite, ours, 0) - np.where(finite, theirs, 0)).reshape(-1, fmt.block_size)
+    affine = name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
+    assert (off <= (np.spacing(largest)[:, None] if affine else 0)).all()
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_real_weights(name: str) -> None:
+    blk = load_model("smollm2-135m", dtype="float32").params["blk"]
+    key = "ffn_down" if get_format(name).block_size == 256 else "attn_q"
+    for layer in (0, 29):
+        w = np.asarray(blk[key][layer], np.float32)
+        _assert_parity(name, w, None, 0.999)

@@ -1,0 +1,129 @@
+"""Levels, `best`, checks, the cache, and properties that every format has."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+
+from ramp_jax.formats import LEVELS, encode, format_for, get_format, round_trip
+from ramp_jax.formats.check import EncodeCache, check
+from ramp_jax.formats.integers import BITS, GROUPS
+
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+
+
+def _weights(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_t(4, shape) * 0.02).astype(np.float32)
+
+
+def test_levels() -> None:
+    by_256 = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
+    assert {level: format_for(level, 512).name for level in LEVELS} == by_256
+    by_32 = {4: "IQ4_NL", 5: "Q5_0", 6: "Q5_1", 8: "Q8_0"}
+    assert {level: fmt.name for level in LEVELS if (fmt := format_for(level, 96))} == by_32
+    assert format_for(8, 40) is None
+    assert format_for(7, 512) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("Q2_K", 2.625),
+        ("Q3_K", 3.4375),
+        ("Q4_K", 4.5),
+        ("Q5_K", 5.5),
+        ("Q6_K", 6.5625),
+        ("IQ4_XS", 4.25),
+        ("Q8_0", 8.5),
+    ],
+)
+def test_bits_per_weight(name: str, bits: float) -> None:
+    assert get_format(name).bits_per_weight == bits
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_best_is_never_worse(name: str) -> None:
+    w = _weights(0, (32, 256))
+    importance = np.random.default_rng(1).chisquare(1, 256).astype(np.float32) + np.float32(0.05)
+    fmt = get_format(name)
+
+    def errors(effort: str) -> np.ndarray:
+        codes = encode(w, name, importance, effort)
+        assert np.isfinite(fmt.decode(fmt.from_bytes(fmt.to_bytes(codes)))).all()
+        off = np.asarray(fmt.decode(codes), np.float64) - w
+        return (off * off * importance).reshape(-1, fmt.block_size).sum(-1)
+
+    best, reference = errors("best"), errors("reference")
+    assert (best <= reference * (1 + 1e-5)).all()
+    assert best.sum() < reference.sum() * {"Q2_K": 0.95, "Q4_K": 0.96, "Q3_K": 0.98}.get(name, 1.0)
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(seed=st.integers(0, 2**31), scale=st.floats(0.1, 1e3))
+def test_error_falls_with_the_level(seed: int, scale: float) -> None:
+    w = _weights(seed, (8, 512)) * np.float32(scale)
+    errors = [np.square(np.asarray(round_trip(w, format_for(level, 512).name)) - w).sum() for level in LEVELS]
+    assert errors == sorted(errors, reverse=True)
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(seed=st.integers(0, 2**31))
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q5_0", "Q6_K"])
+def test_sign_symmetry(name: str, seed: int) -> None:
+    w = _weights(seed, (4, 512))
+    assert np.array_equal(np.asarray(round_trip(-w, name)), -np.asarray(round_trip(w, name)))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "IQ4_NL", "Q3_K", "Q4_K"])
+def test_batching_changes_nothing(name: str) -> None:
+    w = _weights(2, (3, 4, 256))
+    fmt = get_format(name)
+    whole = fmt.to_bytes(encode(w, name))
+    rows = np.stack([fmt.to_bytes(encode(part, name)) for part in w])
+    mapped = fmt.to_bytes(jax.jit(jax.vmap(functools.partial(encode, name=name)))(w))
+    assert np.array_equal(whole, rows)
+    assert np.array_equal(whole, mapped)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_integer_groups(bits: int, group: int) -> None:
+    fmt = get_format(f"INT{bits}_G{group}")
+    assert fmt.bits_per_weight == bits + 32 / group
+    assert not fmt.exportable
+    assert format_for(fmt.level, 256).exportable
+    w = _weights(3, (8, 2 * group))
+    step = np.ptp(np.concatenate([w.reshape(-1, group), np.zeros((16, 1), np.float32)], axis=1), axis=1) / (2**bits - 1)
+    off = np.abs(np.asarray(round_trip(w, fmt.name)) - w).reshape(-1, group)
+    assert (off <= step[:, None] * 1.1 + 1e-6).all()
+    with pytest.raises(ValueError, match="simulated only"):
+        _ = fmt.ggml_type
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, i: (w * np.nan, i), "NaN"),
+        (lambda w, i: (w + np.inf, i), "infinity"),
+        (lambda w, i: (w + 1e9, i), "beyond its f16 scales"),
+        (lambda w, i: (w[:, :100], i), "no multiple of 256"),
+        (lambda w, i: (w, i[:-1]), "importance has shape"),
+        (lambda w, i: (w, -i), "negative or non-finite"),
+    ],
+)
+def test_bad_input(change, message: str) -> None:
+    w, importance = change(_weights(4, (2, 256)), np.ones(256, np.float32))
+    with pytest.raises(ValueError, match=f"blk.0.attn_q.weight cannot be Q4_K: .*{message}"):
+        check("blk.0.attn_q.weight", w, "Q4_K", importance)
+
+
+def test_cache_encodes_once_and_zero_importance_is_none() -> None:
+    cache, w = EncodeCache(), _weights(5, (4, 256))
+    first = cache.encode("a", w, "Q4_K")
+    assert cache.encode("b", w.copy(), "Q4_K", np.zeros(256, np.float32)) is first
+    assert cache.hits == 1
+    assert cache.encode("a", w, "Q4_K", effort="best") is not first
+    assert cache.encode("a", w + 1, "Q4_K") is not first
