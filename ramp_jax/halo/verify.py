@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ramp_jax.evaluation.perplexity import Evaluation, Protocol, Reference, first_scored, token_losses
-from ramp_jax.halo.handoff import captured_log, require
+from ramp_jax.halo.handoff import captured_log, last_line, require
 from ramp_jax.models.decoder import matmul
 from ramp_jax.progress import track
 
@@ -69,7 +69,7 @@ def _context(path: str | Path, context: int) -> Iterator[Any]:
     with captured_log() as log, contextlib.ExitStack() as stack:
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         if not model:
-            raise RuntimeError(f"llama.cpp cannot load {path}: {''.join(log).strip().splitlines()[-1:]}")
+            raise RuntimeError(f"llama.cpp cannot load {path}: {last_line(log)}.")
         stack.callback(llama_cpp.llama_model_free, model)
         session = llama_cpp.llama_init_from_model(model, params)
         if not session:
@@ -87,7 +87,7 @@ def _context(path: str | Path, context: int) -> Iterator[Any]:
                 batch.logits[t] = t in wanted
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(session), True)
             if llama_cpp.llama_decode(session, batch):
-                raise RuntimeError(f"llama.cpp failed to run {path}: {''.join(log).strip().splitlines()[-1:]}")
+                raise RuntimeError(f"llama.cpp failed to run {path}: {last_line(log)}.")
             logits = ctypes.cast(llama_cpp.llama_get_logits(session), ctypes.POINTER(ctypes.c_float))
             return np.ctypeslib.as_array(logits, (len(wanted), vocabulary)).copy()
 

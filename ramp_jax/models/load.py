@@ -10,7 +10,7 @@ import gguf
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder, names
@@ -63,7 +63,14 @@ def load_model(ref: str, dtype: str = "float32") -> Model:
     the faster one of bfloat16 and float32 on this machine.
     """
     path = resolve(ref)
-    spec, values, metadata, tokenizer = _read_gguf(path) if path.suffix == ".gguf" else _read_hf(path)
+    try:
+        spec, values, metadata, tokenizer = _read_gguf(path) if path.suffix == ".gguf" else _read_hf(path)
+    except KeyError as error:
+        raise ValueError(
+            f"{path} does not describe its model: {error} is missing; download or save it again."
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds a damaged safetensors file ({error}); download or save it again.") from error
     _check(spec, values, path)
     params = decoder.cast_weights(names.stack(spec, values), fast_dtype() if dtype == "auto" else dtype)
     return Model(spec, params, metadata, tokenizer)

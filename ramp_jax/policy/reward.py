@@ -3,7 +3,7 @@
 The terminal reward is −q / q_ref − penalty, where q is the loss of the allocation (mean KL divergence in nats per token
 unless the evaluator measures another) and q_ref that of a uniform allocation of the same size, which makes rewards
 comparable across models and budgets. Dense shaping spreads it over the steps in two parts, neither of which moves the
-optimum:
+optimum by itself:
 
 1. r_t = −s[t, a_t] / q_ref from the sensitivity table s; the last step adds predicted minus true loss.
 2. A potential (Ng, Harada and Russell 1999): minus the Lagrangian bound on what the remaining steps must lose,
@@ -12,7 +12,8 @@ optimum:
    bytes: credit for a choice arrives at the choice itself instead of up to T steps later.
 
 Regrets span five orders of magnitude (an embedding at 4 bits against one attention matrix), more than a critic can
-resolve; `symlog` compresses them. It is monotone, so the action without regret stays the best one of every step.
+resolve; `symlog` compresses them. It is monotone, so the action without regret stays the best one of its step; where
+the budget forces regrets on some steps, many small ones weigh more, and one large one less, than in the sum.
 """
 
 from typing import NamedTuple
@@ -112,10 +113,9 @@ def step_rewards(
         return base
     price = price_at(yard, budget)
     bound = jnp.min(jnp.where(cost > 0, loss + price * cost.astype(jnp.float32), _LARGE), axis=1)
-    bound_left = jnp.flip(jnp.cumsum(jnp.flip(bound)))
-    left = (budget - jnp.cumsum(spent) + spent).astype(jnp.float32)  # before each step
-    phi = jnp.append(-(bound_left - price * left) / q_ref, 0.0)
-    return base + jnp.diff(phi)
+    change = bound - price * spent.astype(jnp.float32)  # q_ref (Φ_{t+1} − Φ_t), but for the last step
+    left = (budget - jnp.sum(spent)).astype(jnp.float32)
+    return base + change.at[-1].add(-price * left) / q_ref
 
 
 def symlog(x: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -127,7 +127,8 @@ def _interact(
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
         episode = rollout(problem, budget, sampled, play_key)
         shaped = functools.partial(reward.step_rewards, loss, problem.cost, yard, episode.action, budget)
-        terminal = jnp.sum(shaped(potential=False))
+        q = jnp.sum(jnp.take_along_axis(loss, episode.action[:, None], axis=1))
+        terminal = reward.terminal_reward(q, reward.reference_loss(yard, budget), jnp.float32(0.0))
         rewards = shaped(potential=config.potential) * steps  # in units of the mean loss of a tensor
         return episode, reward.symlog(rewards) if config.potential else rewards, terminal
 
