@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
         model="smollm2-135m",
         levels=(4, 5, 8),
         fold_level=4,
-        sensitivity=WindowsConfig(context=56, count=2),
+        sensitivity=WindowsConfig(context=48, count=2),
         train=TrainConfig(iterations=120),
     )
     return ConfigDict(as_dict(config))

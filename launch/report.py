@@ -9,8 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from ramp_jax import cli, workflow
-from ramp_jax.allocation import Allocation
-from ramp_jax.config import from_dict
+from ramp_jax.allocation import read_saved
 from ramp_jax.halo import report
 from ramp_jax.halo.compare import COMPARISON
 
@@ -26,8 +25,7 @@ def main() -> None:
     for name, maker in {workflow.METRICS: "launch/train.py", COMPARISON: "launch/compare.py"}.items():
         if not (workdir / name).is_file():
             raise FileNotFoundError(f"{workdir} holds no {name}; run {maker} first.")
-    config = from_dict(json.loads((workdir / workflow.CONFIG).read_text(encoding="utf-8")))
-    allocation = Allocation.load(_ALLOCATION.value or workdir / "allocation.json", cli.load(config.model))
+    allocation = read_saved(_ALLOCATION.value or workdir / "allocation.json")
     comparison = json.loads((workdir / COMPARISON).read_text(encoding="utf-8"))
     print(report.text_table(comparison["rows"]))
     page = report.write_report(workdir, allocation, report.read_metrics(workdir / workflow.METRICS), comparison)

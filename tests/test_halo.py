@@ -272,7 +272,7 @@ class Page(HTMLParser):
 
 def test_report_is_self_contained(untied, tmp_path, rng):
     comparison = {"rows": ROWS, "budget_bytes": 92_000_000, "heldout_tokens": 4096}
-    path = report.write_report(tmp_path, mixed(untied, rng), METRICS, comparison)
+    path = report.write_report(tmp_path, mixed(untied, rng).summary(), METRICS, comparison)
     page = Page()
     page.feed(path.read_text(encoding="utf-8"))
     for row in report.table_cells(ROWS):
@@ -295,7 +295,7 @@ def test_plot_shows_the_level_of_every_layer_and_module(untied):
     levels = [4] * 23
     members = [t.name for t in allocatable(untied.spec)]
     levels[members.index("blk.1.ffn_down.weight")] = 8
-    figure = report.plot_allocation(from_levels(untied, levels))
+    figure = report.plot_allocation(from_levels(untied, levels).summary())
     axes = figure.axes[0]
     image = np.asarray(axes.images[0].get_array())
     labels = [label.get_text() for label in axes.get_yticklabels()]
@@ -305,7 +305,7 @@ def test_plot_shows_the_level_of_every_layer_and_module(untied):
 
 
 def test_plot_of_one_level_and_one_seed(tied):
-    assert report.png(report.plot_allocation(uniform(tied, "F16"))).startswith(b"\x89PNG")
+    assert report.png(report.plot_allocation(uniform(tied, "F16").summary())).startswith(b"\x89PNG")
     rows = [{name: value[:1] if isinstance(value, list) else value for name, value in row.items()} for row in METRICS]
     figure = report.plot_training(rows)
     assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]

@@ -72,6 +72,17 @@ def reference_of(model: Model, windows: Int[np.ndarray, "W T"], protocol: Protoc
     return Reference(np.stack(hidden), head_weights(model.params))
 
 
+def evaluate_reference(
+    reference: Reference, windows: Int[np.ndarray, "W T"], protocol: Protocol = "llama.cpp"
+) -> Evaluation:
+    """What `evaluate` finds for the reference itself, from its hidden states alone; the divergence is 0."""
+    start = first_scored(protocol, windows.shape[1])
+    pairs = zip(reference.hidden, windows, strict=True)
+    nll = [head_losses(x, reference.head, ids[start + 1 :], None, None)[0] for x, ids in pairs]
+    together = np.concatenate([np.asarray(losses) for losses in nll])
+    return Evaluation(together, np.zeros_like(together))
+
+
 def evaluate(
     model: Model,
     windows: Int[np.ndarray, "W T"],

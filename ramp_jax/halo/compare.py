@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Int
 
 from ramp_jax import baselines
-from ramp_jax.allocation import ALIGNMENT, Allocation, costs, from_levels
+from ramp_jax.allocation import ALIGNMENT, Allocation, costs, from_levels, read_saved
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.evaluation.perplexity import Evaluation, Reference, evaluate, reference_of
+from ramp_jax.evaluation.perplexity import Evaluation, Reference, evaluate, evaluate_reference, reference_of
 from ramp_jax.evaluation.sensitivity import Sensitivity
 from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
@@ -56,6 +56,12 @@ class Bench:
     workdir: Path
     with_llama_cpp: bool
 
+    def reference_row(self, plain: Allocation, path: Path) -> Row:
+        """The model itself; its F16 file is also what llama.cpp quantizes from."""
+        export_gguf(self.model, plain, path)
+        scored = evaluate_reference(self.reference, self.windows)
+        return self._scored("reference F16", path, _planned(plain), scored, 0.0)
+
     def row(self, name: str, allocation: Allocation, seconds: float, path: Path, *, exported: bool = False) -> Row:
         """Export the allocation to `path`, unless it is there already, and score it."""
         model = refold(self.model, allocation.folding)
@@ -63,8 +69,7 @@ class Bench:
             export_gguf(model, allocation, path)
         params = fake_quantize(model, allocation)
         scored = evaluate(model, self.windows, params=params, reference=self.reference, doing=f"scoring {name}")
-        sizes = (allocation.file_bytes, allocation.linear_bpw, allocation.file_bpw)
-        return self._scored(name, path, sizes, scored, seconds)
+        return self._scored(name, path, _planned(allocation), scored, seconds)
 
     def mix_row(self, source: Path, budget_bytes: int, stats: Stats) -> Row | None:
         """llama.cpp's largest mix that fits, with the importance matrix of our calibration; None where none fits."""
@@ -107,7 +112,7 @@ def compare(
     _check_export(ours, gguf_path)
     if not sensitivity_path.is_file():
         raise FileNotFoundError(f"{sensitivity_path} does not exist; train with launch/train.py first.")
-    notes = json.loads(allocation_path.read_text(encoding="utf-8"))
+    notes = read_saved(allocation_path)
     budget, seconds = notes["budget_bytes"], notes["seconds"]
     with_llama_cpp = handoff.available()
     with gguf_path.open("rb") as exported:
@@ -124,7 +129,7 @@ def compare(
 
     plain = Allocation(model.spec, model.metadata, dict.fromkeys(ours.formats, "F16"))
     source = workdir / "reference-F16.gguf"
-    rows = [bench.row("reference F16", plain, 0.0, source)]
+    rows = [bench.reference_row(plain, source)]
     table = Sensitivity.load(sensitivity_path)
     folded = refold(model, ours.folding)
     uniform = dataclasses.replace(ours, formats=dict.fromkeys(ours.formats, UNIFORM))
@@ -172,6 +177,11 @@ def _knapsack(model: Model, table: Sensitivity, budget_bytes: int) -> tuple[Allo
     actions = baselines.knapsack(sizes.per_level // ALIGNMENT, table.kld, units)
     allocation = from_levels(model, [table.levels[a] for a in actions])
     return allocation, table.seconds + time.monotonic() - started
+
+
+def _planned(allocation: Allocation) -> tuple[int, float, float]:
+    """File bytes, linear bpw and file bpw."""
+    return allocation.file_bytes, allocation.linear_bpw, allocation.file_bpw
 
 
 def _sizes(model: Model, path: Path) -> tuple[int, float, float]:

@@ -12,7 +12,6 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ramp_jax.allocation import Allocation
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import get_format
 from ramp_jax.models.names import LINEARS
@@ -57,12 +56,15 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def plot_allocation(allocation: Allocation) -> Figure:
-    """Layers × modules, colored by nominal bits; the tensors outside the layers stand in the title."""
-    bits = np.array(
-        [[_bits(allocation.formats[f"blk.{layer}.{key}.weight"]) for key in LINEARS] for layer in _layers(allocation)]
-    )
-    outside = {name: fmt for name, fmt in allocation.formats.items() if not name.startswith("blk.")}
+def plot_allocation(allocation: Mapping[str, Any]) -> Figure:
+    """Layers × modules, colored by nominal bits; the tensors outside the layers stand in the title.
+
+    `allocation` is `Allocation.summary()`, or what `read_saved` reads.
+    """
+    formats = allocation["formats"]
+    layers = 1 + max(int(name.split(".")[1]) for name in formats if name.startswith("blk."))
+    bits = np.array([[_bits(formats[f"blk.{layer}.{key}.weight"]) for key in LINEARS] for layer in range(layers)])
+    outside = {name: fmt for name, fmt in formats.items() if not name.startswith("blk.")}
     levels = sorted({*bits.ravel().tolist(), *(_bits(fmt) for fmt in outside.values())})
     colors = matplotlib.colormaps["viridis"].resampled(max(len(levels), 2))
     figure = Figure(figsize=(max(6.0, 0.24 * len(bits) + 2), 3.4), layout="constrained")
@@ -73,7 +75,8 @@ def plot_allocation(allocation: Allocation) -> Figure:
     bar = figure.colorbar(image, ax=axes, ticks=range(len(levels)), label="bits")
     bar.ax.set_yticklabels([f"{level:g}" for level in levels])
     named = ", ".join(f"{name.removesuffix('.weight')} {fmt}" for name, fmt in outside.items())
-    axes.set_title(f"{allocation.file_bytes:,} bytes, {allocation.linear_bpw:.2f} bits per weight; {named}", fontsize=9)
+    size = f"{allocation['file_bytes']:,} bytes, {allocation['linear_bpw']:.2f} bits per weight"
+    axes.set_title(f"{size}; {named}", fontsize=9)
     return figure
 
 
@@ -117,7 +120,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_report(
-    workdir: Path, allocation: Allocation, metrics: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]
+    workdir: Path, allocation: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]
 ) -> Path:
     """Write both PNGs and `report.html`, which holds them, into `workdir`; returns the page's path."""
     pictures = {ALLOCATION_PNG: png(plot_allocation(allocation)), TRAINING_PNG: png(plot_training(metrics))}
@@ -154,10 +157,6 @@ choosing and measuring took on this model; training the policy is not among them
 {"".join(images)}
 </html>
 """
-
-
-def _layers(allocation: Allocation) -> range:
-    return range(allocation.spec.n_layers)
 
 
 def _bits(fmt: str) -> float:
