@@ -9,6 +9,7 @@ take Q4_K, Q5_K and Q8_0. The weights come from Q4_1, so Q4_1 itself would be ne
 from ml_collections import ConfigDict
 
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
+from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import TrainConfig
 
 
@@ -19,6 +20,6 @@ def get_config() -> ConfigDict:
         levels=(4, 5, 8),
         fold_level=4,
         sensitivity=WindowsConfig(context=48, count=2),
-        train=TrainConfig(iterations=120),
+        train=TrainConfig(iterations=120, sac=SacConfig(batch_size=256)),
     )
     return ConfigDict(as_dict(config))

@@ -34,7 +34,7 @@ echo "== Allocating $BUDGET bytes"
 echo "== Exporting"
 [ -f "$GGUF" ] || python launch/export_gguf.py --model=smollm2-135m --allocation="$ALLOCATION" --output="$GGUF"
 echo "== Comparing on held-out text"
-python launch/compare.py --workdir="$WORKDIR" --allocation="$ALLOCATION" --gguf="$GGUF" --count=5
+python launch/compare.py --workdir="$WORKDIR" --allocation="$ALLOCATION" --gguf="$GGUF" --count=4
 echo "== Report"
 python launch/report.py --workdir="$WORKDIR" --allocation="$ALLOCATION"
 echo "GGUF: $GGUF"
