@@ -143,6 +143,10 @@ class Costs(NamedTuple):
         """Bytes of the largest reachable file."""
         return self.fixed + int(self.per_level.max(axis=1).sum())
 
+    def units(self, budget_bytes: int) -> int:
+        """Units of 32 bytes that a file of `budget_bytes` leaves for allocated tensors, at most what they can use."""
+        return (min(budget_bytes, self.largest) - self.fixed) // ALIGNMENT
+
 
 def from_levels(model: Model, levels: Iterable[int]) -> Allocation:
     """Allocation from one level per allocatable tensor; raises `ValueError` for a masked level."""

@@ -173,8 +173,7 @@ def _knapsack(model: Model, table: Sensitivity, budget_bytes: int) -> tuple[Allo
     """The best allocation by the sensitivity table, and the seconds that table and search took."""
     started = time.monotonic()
     sizes = costs(model, table.levels)
-    units = (min(budget_bytes, sizes.largest) - sizes.fixed) // ALIGNMENT
-    actions = baselines.knapsack(sizes.per_level // ALIGNMENT, table.kld, units)
+    actions = baselines.knapsack(sizes.per_level // ALIGNMENT, table.kld, sizes.units(budget_bytes))
     allocation = from_levels(model, [table.levels[a] for a in actions])
     return allocation, table.seconds + time.monotonic() - started
 

@@ -78,7 +78,7 @@ def allocate(policy: Policy, model: Model, stats: Stats, *, budget_bytes: int) -
     """
     table = costs(model, policy.levels)
     check_budget(table, budget_bytes)
-    units = jnp.int32((min(budget_bytes, table.largest) - table.fixed) // ALIGNMENT)
+    units = jnp.int32(table.units(budget_bytes))
     action = greedy(policy.actor, problem(model, stats, policy.levels, table), units, policy.hidden)
     return from_levels(model, [policy.levels[a] for a in np.asarray(action)])
 

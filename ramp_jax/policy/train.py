@@ -29,7 +29,7 @@ class TrainConfig:
     """How long the policy learns: each iteration plays `episodes` and makes `updates` gradient steps, per seed.
 
     `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`); without it, rewards
-    are the plain ones, which take many times longer to learn from.
+    are the plain ones.
     """
 
     iterations: int = 150
