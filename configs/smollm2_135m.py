@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/smollm2_135m.py --workdir=runs/smollm2-135m
 
-Its rows are 576 weights long, which only blocks of 32 divide (Q4_0, Q5_0, Q8_0); those of ffn_down are 1,536 long and
+Its rows are 576 weights long, which only blocks of 32 divide (IQ4_NL, Q5_0, Q8_0); those of ffn_down are 1,536 long and
 take Q4_K, Q5_K and Q8_0. The weights come from Q4_1, so Q4_1 itself would be nearly lossless and stays out.
 """
 

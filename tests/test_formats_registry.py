@@ -22,7 +22,7 @@ def _weights(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 def test_levels() -> None:
     by_256 = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
     assert {level: format_for(level, 512).name for level in LEVELS} == by_256
-    by_32 = {4: "Q4_0", 5: "Q5_0", 6: "Q5_1", 8: "Q8_0"}
+    by_32 = {4: "IQ4_NL", 5: "Q5_0", 6: "Q5_1", 8: "Q8_0"}
     assert {level: fmt.name for level in LEVELS if (fmt := format_for(level, 96))} == by_32
     assert format_for(8, 40) is None
     assert format_for(7, 512) is None

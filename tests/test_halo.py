@@ -301,7 +301,7 @@ def test_plot_shows_the_level_of_every_layer_and_module(untied):
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert image.shape == (7, 3)
     assert np.argwhere(image != image[0, 0]).tolist() == [[labels.index("ffn_down"), 1]]
-    assert "token_embd Q4_0, output Q4_0" in axes.get_title()
+    assert "token_embd IQ4_NL, output IQ4_NL" in axes.get_title()
 
 
 def test_plot_of_one_level_and_one_seed(tied):

@@ -156,7 +156,7 @@ def test_the_whole_way(whole, untied):
     assert whole.exported.stat().st_size == allocation.file_bytes <= whole.budget
     assert f"{allocation.file_bytes:,} bytes" in whole.printed["export_gguf"]
     rows = json.loads((whole.workdir / "comparison.json").read_text())["rows"]
-    kinds = ["reference F16", "uniform Q4_0", "llama.cpp", "knapsack", "RAMP policy"]
+    kinds = ["reference F16", "uniform IQ4_NL", "llama.cpp", "knapsack", "RAMP policy"]
     assert [kind for kind, row in zip(kinds, rows, strict=True) if row["name"].startswith(kind)] == kinds
     page = (whole.workdir / "report.html").read_text()
     for row in rows:
@@ -351,6 +351,6 @@ def test_report_and_comparison_before_their_time(fails, whole, tmp_path):
 
 
 def test_comparison_of_a_file_that_is_not_the_allocation_s(fails, whole):
-    uniform = whole.workdir / "uniform-Q4_0.gguf"
+    uniform = whole.workdir / "uniform-IQ4_NL.gguf"
     arguments = (f"--workdir={whole.workdir}", f"--allocation={whole.allocation}", f"--gguf={uniform}", *WINDOWS)
-    assert re.search("holds .* as Q4_0, the allocation says Q[58]_0", fails("compare", *arguments))
+    assert re.search("holds .* as IQ4_NL, the allocation says Q[58]_0", fails("compare", *arguments))

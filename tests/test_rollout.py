@@ -109,7 +109,7 @@ def test_allocations_fit_and_use_the_policy_s_levels(prepared, seed, share):
     budget = table.smallest + int(share * (table.largest - table.smallest))
     allocation = allocate(policy_of(seed), folded, stats, budget_bytes=budget)
     assert table.smallest <= allocation.file_bytes <= budget
-    assert set(allocation.formats.values()) <= {"Q4_0", "Q5_0", "Q8_0"}
+    assert set(allocation.formats.values()) <= {"IQ4_NL", "Q5_0", "Q8_0"}
     assert set(allocation.folding) == {"attn_in", "ffn_in"}
 
 
@@ -129,7 +129,7 @@ def test_ends_of_the_range_are_the_uniform_files(prepared):
     table = costs(folded, LEVELS)
     for seed in (0, 1):
         small = allocate(policy_of(seed), folded, stats, budget_bytes=table.smallest)
-        assert set(small.formats.values()) == {"Q4_0"}
+        assert set(small.formats.values()) == {"IQ4_NL"}
         assert small.file_bytes == table.smallest
 
 

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from ramp_jax.formats.registry import Effort, encode, get_format
+from ramp_jax.formats.parts import encode
+from ramp_jax.formats.registry import Effort, get_format
 
 _F16_MAX = 65504.0
 

@@ -111,7 +111,7 @@ def _affine(
 def _q3_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
     subs = _subs(x, 16)
     if importance is None:
-        scale, searched = _search(lambda a, _: search.descend_symmetric(a, 4, one), subs, subs)
+        scale, searched = _search(lambda a, _: search.descend_symmetric(a, 4, one), subs, subs, 8 * LANES)
         largest = search.first_largest(scale)
         inverse = one * (-32.0 / largest)
         scales = jnp.where(largest == 0, -32.0, clip(round_half_even(inverse[None] * scale), -32, 31))
@@ -170,10 +170,12 @@ def _error_weights(x: jax.Array, importance: jax.Array, spread: int, size: int, 
     return _subs(importance * jnp.sqrt(mean_square[None] + one * (x * x)), size)
 
 
-def _search(find: Callable[..., tuple[jax.Array, ...]], subs: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+def _search(
+    find: Callable[..., tuple[jax.Array, ...]], subs: jax.Array, weight: jax.Array, lanes: int = LANES
+) -> tuple[jax.Array, ...]:
     """Run a search over the lanes of all sub-blocks `[E, S, N]`; results `[…, S, N]`."""
     tail = subs.shape[1:]
-    found = map_lanes(find, LANES, subs.reshape(subs.shape[0], -1), weight.reshape(subs.shape[0], -1))
+    found = map_lanes(find, lanes, subs.reshape(subs.shape[0], -1), weight.reshape(subs.shape[0], -1))
     return tuple(a.reshape(*a.shape[:-1], *tail) for a in found)
 
 

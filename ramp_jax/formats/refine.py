@@ -17,19 +17,23 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ramp_jax.formats.codes import AffineCodes, Codes, ScaledCodes, SuperAffineCodes, SuperScaledCodes
-from ramp_jax.formats.rounding import blocks_of, clip, map_lanes, round_half_even
+from ramp_jax.formats.rounding import blocks_of, clip, map_lanes, reciprocal, round_half_even
 from ramp_jax.formats.search import LANES, nearest_iq4
 
-_ROUNDS = 3
+_ROUNDS = 2
 _FACTORS = np.asarray([*np.arange(0.80, 1.0, 0.02), *np.arange(1.02, 1.13, 0.02)], np.float32)
 
 
 class Grid(NamedTuple):
-    """What a format can store: code rounding, and the ends of its integer sub-scales and minima."""
+    """What a format can store: code rounding, and the ends of its integer sub-scales and minima.
+
+    `reach` is how far a sub-scale looks for a better neighbour.
+    """
 
     round: Callable[[jax.Array], jax.Array]
     scales: tuple[int, int] = (1, 1)
     mins: tuple[int, int] = (0, 0)
+    reach: int = 1
 
 
 class State(NamedTuple):
@@ -54,7 +58,7 @@ GRIDS = {
     "Q4_1": Grid(_whole(0, 15), mins=(1, 1)),
     "Q5_1": Grid(_whole(0, 31), mins=(1, 1)),
     "Q2_K": Grid(_whole(0, 3), (0, 15), (0, 15)),
-    "Q3_K": Grid(_whole(-4, 3), (-32, 31)),
+    "Q3_K": Grid(_whole(-4, 3), (-32, 31), reach=3),
     "Q4_K": Grid(_whole(0, 15), (0, 63), (0, 63)),
     "Q5_K": Grid(_whole(0, 31), (0, 63), (0, 63)),
     "Q6_K": Grid(_whole(-32, 31), (-128, 127)),
@@ -107,8 +111,9 @@ def _stretch(carry: tuple[State, jax.Array], x: jax.Array, weight: jax.Array, gr
 
 def _step(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
     """Every sub-block takes the best of its neighbouring integer scales and minima."""
-    reach = (-1, 0, 1) if grid.mins[1] > grid.mins[0] else (0,)
-    deltas = [d for d in itertools.product((-1, 0, 1), reach) if any(d)]
+    scales = range(-grid.reach, grid.reach + 1)
+    mins = (-1, 0, 1) if grid.mins[1] > grid.mins[0] else (0,)
+    deltas = [d for d in itertools.product(scales, mins) if any(d)]
     table = jnp.asarray(np.asarray(deltas, np.float32))
 
     def attempt(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
@@ -154,7 +159,7 @@ def _keep(carry: tuple[State, jax.Array], new: State, x: jax.Array, weight: jax.
 
 def _rounded(state: State, x: jax.Array, grid: Grid) -> State:
     step = (state.d * state.scale)[None]
-    q = grid.round((x + (state.dmin * state.min)[None]) / step)
+    q = grid.round((x + (state.dmin * state.min)[None]) * reciprocal(step))
     return state._replace(q=jnp.where(step == 0, state.q, q))
 
 

@@ -17,7 +17,7 @@ Effort = Literal["reference", "best"]
 LEVEL_FORMATS: dict[int, tuple[str | None, str | None]] = {
     2: ("Q2_K", None),
     3: ("Q3_K", None),
-    4: ("Q4_K", "Q4_0"),
+    4: ("Q4_K", "IQ4_NL"),
     5: ("Q5_K", "Q5_0"),
     6: ("Q6_K", "Q5_1"),
     8: ("Q8_0", "Q8_0"),
@@ -150,21 +150,3 @@ def format_for(level: int, n_in: int) -> Format | None:
         if name is not None and n_in % get_format(name).block_size == 0:
             return get_format(name)
     return None
-
-
-def formats_for(n_in: int, levels: tuple[int, ...]) -> list[Format]:
-    """The formats that rows of `n_in` weights can take at `levels`, masked levels left out."""
-    return [fmt for level in levels if (fmt := format_for(level, n_in))]
-
-
-@functools.partial(jax.jit, static_argnames=("name", "effort"))
-def encode(w: jax.Array, name: str, importance: jax.Array | None = None, effort: Effort = "reference") -> Any:
-    """Codes of the weights `[*rows, I]` in format `name`, compiled once per shape."""
-    return get_format(name).encode(w, importance, effort)
-
-
-@functools.partial(jax.jit, static_argnames=("name", "effort"))
-def round_trip(w: jax.Array, name: str, importance: jax.Array | None = None, effort: Effort = "reference") -> jax.Array:
-    """`decode(encode(w))` in one compiled call: what the weights `[*rows, I]` become in format `name`."""
-    fmt = get_format(name)
-    return fmt.decode(fmt.encode(w, importance, effort))

@@ -91,10 +91,13 @@ def sum_rows(terms: Sequence[Float[Array, "*n"]], one: Float[Array, ""]) -> Floa
 
 
 def map_lanes(f: Callable[..., Any], lanes: int, *arrays: Float[Array, "*n N"]) -> Any:
-    """f over chunks of `lanes` of the last axis, one after the other, so that a chunk's arrays stay in cache."""
+    """f over chunks of `lanes` of the last axis, one after the other, so that a chunk's arrays stay in a CPU's cache.
+
+    Accelerators take all lanes at once.
+    """
     total = arrays[0].shape[-1]
     chunks = -(-total // lanes)
-    if chunks == 1:
+    if chunks == 1 or jax.default_backend() != "cpu":
         return f(*arrays)
 
     def split(a: jax.Array) -> jax.Array:

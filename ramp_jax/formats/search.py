@@ -7,7 +7,7 @@ Codes are floats with integer values until a format packs them.
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,24 +193,56 @@ def _products(x: jax.Array, w: jax.Array, q: jax.Array, one: jax.Array) -> tuple
 def _descend(
     x: jax.Array, w: jax.Array, q: jax.Array, bounds: tuple[int | None, int], one: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Five rounds over the elements: each takes the code that best fits the scale of all others, if that helps."""
+    """Five rounds over the elements: each takes the code that best fits the scale of all others, if that helps.
+
+    A lane that a round leaves unchanged stays so. The first round leaves four of five, so the others go to the lanes
+    that still move, brought together; where those are more than a quarter, to all.
+    """
+    lanes = x.shape[1]
+    few = -(-lanes // 4)
+    q = q / one  # exact; or XLA would compute the first codes again wherever one is used
+
+    def rounds(x: jax.Array, w: jax.Array, *state: jax.Array) -> tuple[jax.Array, ...]:
+        def one_round(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            left, _, *before = state
+            after = _visit_all(x, w, *before, bounds, one)
+            return left - 1, jnp.any(after[2] != before[2]), *after
+
+        return lax.while_loop(lambda state: (state[0] > 0) & state[1], one_round, (4, True, *state))[2:]
+
+    def rounds_of_few(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        index = jnp.nonzero(moved, size=few, fill_value=lanes)[0]
+        found = rounds(*(jnp.take(a, index, axis=-1, mode="clip") for a in arrays))
+        return tuple(old.at[..., index].set(new, mode="drop") for old, new in zip(arrays[2:], found, strict=True))
+
+    first = _visit_all(x, w, *_products(x, w, q, one), q, bounds, one)
+    moved = jnp.any(first[2] != q, axis=0)
+    xq, qq, q = lax.cond(jnp.sum(moved) > few, rounds, rounds_of_few, x, w, *first)
+    return jnp.where(qq > 0, xq / qq, 0.0), q
+
+
+def _visit_all(
+    x: jax.Array, w: jax.Array, xq: jax.Array, qq: jax.Array, q: jax.Array, bounds: tuple[int | None, int], one: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One round of `_descend`: Σ w·x·q, Σ w·q² and the codes after every element had its turn."""
     low, high = bounds
 
-    def visit(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        xq, qq, q = state
-        i = step % x.shape[0]
-        xi, wi, old = x[i], w[i], q[i]
-        rest_xq = (xq - one * (wi * xi * old)) / one
-        rest_qq = (qq - one * (wi * old * old)) / one
-        new = jnp.minimum(round_half_even(xi * rest_qq / rest_xq), high)
-        new = (new if low is None else jnp.maximum(new, low)) / one
-        new_xq = (rest_xq + one * (wi * xi * new)) / one
-        new_qq = (rest_qq + one * (wi * new * new)) / one
-        open_to_change = (rest_xq > 0) & ((rest_qq > 0) if low is None else (new_qq > 0))
-        better = open_to_change & (new != old) & (new_xq * new_xq * qq > xq * xq * new_qq)
-        q = q.at[i].set(jnp.where(better, new, old))
-        return jnp.where(better, new_xq, xq), jnp.where(better, new_qq, qq), q
+    def visit(sums: jax.Array, element: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        xi, wi, old = element
+        rest = sums - one * _terms(xi, wi, old)
+        new = jnp.minimum(round_half_even(xi * rest[1] / rest[0]), high)
+        new = new if low is None else jnp.maximum(new, low)
+        new_xq, new_qq = rest + one * _terms(xi, wi, new)
+        open_to_change = (rest[0] > 0) & ((rest[1] > 0) if low is None else (new_qq > 0))
+        better = open_to_change & (new != old) & (new_xq * new_xq * sums[1] > sums[0] * sums[0] * new_qq)
+        kept = jnp.where(better, new, old) / one  # exact; keeps XLA from computing all this again for the sums
+        return jnp.where((kept != old)[None], rest + one * _terms(xi, wi, kept), sums) / one, kept
 
-    start = (*_products(x, w, q, one), q)
-    xq, qq, q = lax.fori_loop(0, 5 * x.shape[0], visit, start)
-    return jnp.where(qq > 0, xq / qq, 0.0), q
+    (xq, qq), q = lax.scan(visit, jnp.stack([xq, qq]), (x, w, q), unroll=x.shape[0])
+    return xq, qq, q
+
+
+def _terms(x: jax.Array, w: jax.Array, q: jax.Array) -> Float[Array, "2 N"]:
+    """w·x·q and w·q² of one element."""
+    factor = jnp.where(jnp.arange(2)[:, None] == 0, x[None], q[None])
+    return w[None] * factor * q[None]

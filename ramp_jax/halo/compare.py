@@ -16,6 +16,7 @@ from ramp_jax.allocation import ALIGNMENT, Allocation, costs, from_levels, read_
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.evaluation.perplexity import Evaluation, Reference, evaluate, evaluate_reference, reference_of
 from ramp_jax.evaluation.sensitivity import Sensitivity
+from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
@@ -23,7 +24,7 @@ from ramp_jax.models import Model, load_model, tensors
 from ramp_jax.quantization import Stats, calibrate, fake_quantize, refold
 
 COMPARISON = "comparison.json"
-UNIFORM = "Q4_0"
+UNIFORM = "IQ4_NL"
 """The format of the uniform row: the smallest that every row length of a multiple of 32 can take."""
 
 
@@ -55,6 +56,7 @@ class Bench:
     reference: Reference
     workdir: Path
     with_llama_cpp: bool
+    cache: EncodeCache = dataclasses.field(default_factory=EncodeCache)
 
     def reference_row(self, plain: Allocation, path: Path) -> Row:
         """The model itself; its F16 file is also what llama.cpp quantizes from."""
@@ -67,7 +69,7 @@ class Bench:
         model = refold(self.model, allocation.folding)
         if not exported:
             export_gguf(model, allocation, path)
-        params = fake_quantize(model, allocation)
+        params = fake_quantize(model, allocation, self.cache)
         scored = evaluate(model, self.windows, params=params, reference=self.reference, doing=f"scoring {name}")
         return self._scored(name, path, _planned(allocation), scored, seconds)
 

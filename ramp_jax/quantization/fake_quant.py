@@ -3,17 +3,23 @@
 import jax.numpy as jnp
 
 from ramp_jax.allocation import Allocation
-from ramp_jax.formats import round_trip
+from ramp_jax.formats import decode
+from ramp_jax.formats.check import EncodeCache
 from ramp_jax.models import Model, Tensor, allocatable, lookup
 from ramp_jax.models.decoder import Params
 
 
-def fake_quantize(model: Model, allocation: Allocation) -> Params:
-    """Parameters whose every allocated tensor went through its format; shapes and dtypes are the model's."""
+def fake_quantize(model: Model, allocation: Allocation, cache: EncodeCache | None = None) -> Params:
+    """Parameters whose every allocated tensor went through its format; shapes and dtypes are the model's.
+
+    With a `cache`, what an earlier allocation encoded is only decoded. Raises `ValueError` where a tensor cannot be
+    encoded.
+    """
+    cache = EncodeCache(max_bytes=0) if cache is None else cache
 
     def rounded(tensor: Tensor) -> jnp.ndarray:
-        w = lookup(model.params, tensor)
-        return round_trip(w.astype(jnp.float32), allocation.formats[tensor.name]).astype(w.dtype)
+        w, fmt = lookup(model.params, tensor), allocation.formats[tensor.name]
+        return decode(cache.encode(tensor.name, w, fmt), fmt).astype(w.dtype)
 
     members = allocatable(model.spec)
     top = {tensor.key: rounded(tensor) for tensor in members if tensor.layer is None}

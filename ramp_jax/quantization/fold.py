@@ -6,7 +6,6 @@ The search follows AWQ (Lin et al. 2024), the grouping the paper's Scale Folding
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +46,7 @@ def fold(model: Model, stats: Stats, level: int, alphas: tuple[float, ...] = ALP
     for tap, (norm, linears) in GROUPS.items():
         per_layer = []
         for layer in track(range(model.spec.n_layers), f"folding {norm}", "layer"):
-            group = [blk[name][layer].astype(jnp.float32) for name in linears]
+            group = jnp.concatenate([blk[name][layer].astype(jnp.float32) for name in linears])
             per_layer.append(_best_scale(group, square[tap][layer], alphas, fmt.name))
         scales[tap] = jnp.stack(per_layer)  # [L, D]
     return _scaled(model, scales)
@@ -82,19 +81,23 @@ def _scaled(model: Model, scales: dict[str, Float[Array, "L D"]]) -> Model:
     return dataclasses.replace(model, params={**model.params, "blk": blk}, folding=folding)
 
 
-@functools.partial(jax.jit, static_argnames=("alphas", "fmt"))
 def _best_scale(
-    group: list[Float[Array, "O D"]], square: Float[Array, " D"], alphas: tuple[float, ...], fmt: str
+    group: Float[Array, "O D"], square: Float[Array, " D"], alphas: tuple[float, ...], fmt: str
 ) -> Float[Array, " D"]:
-    candidates = jax.vmap(functools.partial(_scale, square))(jnp.asarray(alphas, jnp.float32))  # [α, D]
-
-    def error(s: Float[Array, " D"]) -> Float[Array, ""]:
-        column, weight = s[None, :], square[None, :]
-        return sum(jnp.sum(jnp.square(round_trip(w * column, fmt) / column - w) * weight) for w in group)
-
-    return candidates[jnp.argmin(jax.lax.map(error, candidates))]
+    candidates = [_scale(square, alpha) for alpha in alphas]
+    errors = [_error(group, round_trip(group * s[None, :], fmt), s, square) for s in candidates]
+    return candidates[int(np.argmin(errors))]
 
 
+@jax.jit
+def _error(
+    w: Float[Array, "O D"], rounded: Float[Array, "O D"], s: Float[Array, " D"], square: Float[Array, " D"]
+) -> Float[Array, ""]:
+    """Activation-weighted squared error of w, whose columns were widened by s before rounding."""
+    return jnp.sum(jnp.square(rounded / s[None, :] - w) * square[None, :])
+
+
+@jax.jit
 def _scale(square: Float[Array, " D"], alpha: Any) -> Float[Array, " D"]:
     rms = jnp.sqrt(square)
     log_s = alpha * jnp.log(jnp.maximum(rms, _SMALLEST_RMS * jnp.maximum(jnp.max(rms), 1e-30)))

@@ -1,0 +1,87 @@
+"""Whole tensors from the host: rows go in parts, so memory is bounded, all cores work and one compilation serves all
+tensors with the same row length.
+
+Inside a compiled function the same calls simply become part of it.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ramp_jax.formats.registry import Effort, get_format
+from ramp_jax.formats.search import LANES
+
+_CPU_PART = 256 * LANES  # weights; the searches' chunks fit into it without a remainder
+_ACCELERATOR_PART = 1 << 26
+
+
+def encode(
+    w: Float[Array, "*rows I"],
+    name: str,
+    importance: Float[Array, " I"] | None = None,
+    effort: Effort = "reference",
+) -> Any:
+    """Codes of w in format `name`, see `Format.encode`; peaks below 6 times the size of w in f32, w included."""
+    return _in_parts(functools.partial(_encode, name=name, effort=effort), w, importance)
+
+
+def round_trip(
+    w: Float[Array, "*rows I"],
+    name: str,
+    importance: Float[Array, " I"] | None = None,
+    effort: Effort = "reference",
+) -> Float[Array, "*rows I"]:
+    """What w becomes in format `name`: encoded and decoded in one compiled call."""
+    return _in_parts(functools.partial(_round_trip, name=name, effort=effort), w, importance)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def decode(codes: Any, name: str) -> Float[Array, "*rows I"]:
+    """Weights that codes of format `name` stand for."""
+    return get_format(name).decode(codes)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "effort"))
+def _encode(w: jax.Array, importance: jax.Array | None, name: str, effort: Effort) -> Any:
+    return get_format(name).encode(w, importance, effort)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "effort"))
+def _round_trip(w: jax.Array, importance: jax.Array | None, name: str, effort: Effort) -> jax.Array:
+    fmt = get_format(name)
+    return fmt.decode(fmt.encode(w, importance, effort))
+
+
+def _in_parts(run: Callable[..., Any], w: jax.Array, importance: jax.Array | None) -> Any:
+    """`run(rows [R, I], importance)` over all rows of w, R the same for every tensor of that row length."""
+    if isinstance(w, jax.core.Tracer):
+        return run(w, importance)
+    *lead, n_in = w.shape
+    rows = w.reshape(-1, n_in)
+    on_cpu = jax.default_backend() == "cpu"
+    size = max(1, (_CPU_PART if on_cpu else _ACCELERATOR_PART) // n_in)
+    size = min(size, 1 << (len(rows) - 1).bit_length())
+
+    def one_part(start: int) -> Any:
+        part = jnp.asarray(rows[start : start + size], jnp.float32)
+        short = size - len(part)
+        return jax.block_until_ready(run(jnp.pad(part, ((0, short), (0, 0))) if short else part, importance))
+
+    parts = list((_pool().map if on_cpu else map)(one_part, range(0, len(rows), size)))
+
+    def join(*leaves: jax.Array) -> jax.Array:
+        return jnp.concatenate(leaves)[: len(rows)].reshape(*lead, *leaves[0].shape[1:])
+
+    return jax.tree.map(join, *parts)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """One thread per core: a part of this size keeps one core busy, XLA does not spread it over more."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
