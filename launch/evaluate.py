@@ -1,8 +1,10 @@
-"""Perplexity of a model, and with --reference how far its predictions are from another one's.
+"""Perplexity of a model or its accuracy on tasks, and with --reference how far it is from another one.
 
     python launch/evaluate.py --model=REF [--allocation=alloc.json] [--reference=REF] [--backend=jax|llama.cpp]
         [--data=builtin|FILE|hf:NAME:CONFIG:SPLIT] [--split=heldout|all] [--protocol=llama.cpp|sliding] [--context=N]
         [--count=N] [--json=FILE]
+    python launch/evaluate.py --model=REF [--allocation=alloc.json] [--reference=REF] --tasks=piqa,hellaswag,winogrande
+        [--task_path=DIR] [--limit=N] [--json=FILE]
 
 With --allocation, the model is quantized as the allocation says; --backend=llama.cpp runs a .gguf in llama.cpp.
 --protocol=llama.cpp scores the second half of every window as llama-perplexity does, sliding every token as papers do;
@@ -10,16 +12,20 @@ the two are not comparable. Text is the last fifth of --data, which calibration 
 
     python launch/evaluate.py --model=model.gguf --reference=path/or/hub-id --protocol=sliding
         --data=hf:Salesforce/wikitext:wikitext-2-raw-v1:test --split=all
+
+--tasks are lm-eval's (extra `tasks`), whose data comes from the hub; those of the YAML files in --task_path, with data
+wherever they say; and `passages`, which needs neither: true and false endings of passages of the built-in text.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from ramp_jax import cli, workflow
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.evaluation.scores import text_table
+from ramp_jax.evaluation import scores
 from ramp_jax.halo.export import check_writable
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
@@ -34,6 +40,9 @@ _CONTEXT = flags.DEFINE_integer(
 _COUNT = flags.DEFINE_integer("count", None, "Windows, spread evenly over the text; default: all.", lower_bound=1)
 _BACKEND = flags.DEFINE_enum("backend", "jax", ["jax", "llama.cpp"], "What runs the model.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Data type of the matrices in JAX; auto is the fastest here.")
+_TASKS = flags.DEFINE_list("tasks", [], "Measure accuracy on these instead of perplexity.")
+_TASK_PATH = flags.DEFINE_string("task_path", None, "A folder with more tasks: lm-eval's YAML files.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Only the first examples of each task.", lower_bound=2)
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
 flags.mark_flags_as_required(["model"])
 
@@ -41,6 +50,13 @@ flags.mark_flags_as_required(["model"])
 def main() -> None:
     if _JSON.value:
         check_writable(Path(_JSON.value))
+    found, table = _tasks() if _TASKS.value else _perplexity()
+    print(table)
+    if _JSON.value:
+        write_bytes(Path(_JSON.value), (json.dumps(found, indent=1) + "\n").encode())
+
+
+def _perplexity() -> tuple[dict[str, Any], str]:
     found = workflow.evaluate(
         _MODEL.value,
         reference=_REFERENCE.value,
@@ -53,9 +69,24 @@ def main() -> None:
         backend=_BACKEND.value,
         dtype=_DTYPE.value,
     )
-    print(text_table(found))
-    if _JSON.value:
-        write_bytes(Path(_JSON.value), (json.dumps(found, indent=1) + "\n").encode())
+    return found, scores.text_table(found)
+
+
+def _tasks() -> tuple[dict[str, Any], str]:
+    if _BACKEND.value == "llama.cpp":
+        raise ValueError("--tasks runs in JAX only; leave --backend out.")
+    found = workflow.evaluate_tasks(
+        _MODEL.value,
+        _TASKS.value,
+        reference=_REFERENCE.value,
+        allocation=_ALLOCATION.value,
+        folder=Path(_TASK_PATH.value) if _TASK_PATH.value else None,
+        limit=_LIMIT.value,
+        dtype=_DTYPE.value,
+    )
+    from ramp_jax.evaluation.tasks import text_table
+
+    return found, text_table(found)
 
 
 if __name__ == "__main__":

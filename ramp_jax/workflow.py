@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +88,31 @@ def evaluate(
         scored = perplexity.evaluate(model, windows, reference=reference, protocol=protocol)
     how = {"protocol": protocol, "context": context, "windows": len(windows), "data": data, "split": split}
     return numbers(scored) | how | {"backend": backend, "dtype": dtype if backend == "jax" else None}
+
+
+def evaluate_tasks(
+    model: str | Path | Model,
+    names: Sequence[str],
+    *,
+    reference: str | Path | Model | None = None,
+    allocation: str | Path | None = None,
+    folder: Path | None = None,
+    limit: int | None = None,
+    dtype: str = "float32",
+) -> dict[str, dict[str, float]]:
+    """Accuracy on lm-eval's tasks and, with `reference`, the share retained of its: the rows of `tasks.compared`.
+
+    Tasks are lm-eval's, `passages`, and those of the YAML files in `folder`; `limit` takes the first examples of each.
+    Raises `RuntimeError` where lm-eval is not installed, else as `tasks.accuracies`.
+    """
+    try:
+        from ramp_jax.evaluation import tasks
+    except ImportError as error:
+        raise RuntimeError(f"lm-eval is not installed ({error}); run `pip install 'ramp-jax[tasks]'`.") from error
+    quantized = _quantized(_loaded(model, dtype), allocation)
+    found = tasks.accuracies(quantized, names, folder=folder, limit=limit)
+    aim = None if reference is None else _loaded(reference, dtype)
+    return tasks.compared(found, None if aim is None else tasks.accuracies(aim, names, folder=folder, limit=limit))
 
 
 def _loaded(model: str | Path | Model, dtype: str) -> Model:

@@ -235,6 +235,17 @@ def test_exported_file_scores_as_its_row(whole, call, tmp_path):
         assert f"{found['kld']:.6f} ± {found['kld_stderr']:.6f}" in printed
 
 
+def test_accuracy_of_the_exported_file(whole, call, tmp_path):
+    output = tmp_path / "numbers.json"
+    arguments = (f"--model={whole.exported}", f"--reference={whole.model}", "--tasks=passages", "--limit=4")
+    code, printed, errors = call("evaluate", *arguments, f"--json={output}")
+    assert code == 0, errors
+    found = json.loads(output.read_text())
+    assert found["passages"]["examples"] == 4
+    assert re.search(rf"passages +4 +{found['passages']['acc']:.2%} ± ", printed)
+    assert re.search(rf"mean +{found['mean']['score']:.2%} +{found['mean']['reference']:.2%}", printed)
+
+
 def test_inputs_that_cannot_be_evaluated(fails, whole, tmp_path):
     """One sentence each, and no file of numbers."""
     (tmp_path / "short.txt").write_text("Too short.")
@@ -245,6 +256,7 @@ def test_inputs_that_cannot_be_evaluated(fails, whole, tmp_path):
         (model, "--data=hf:a:b", *WINDOWS): "offline choices are builtin or a text file",
         (model, "--protocol=sliding"): "windows of 2048 tokens are longer than the 256",
         (model, "--backend=llama.cpp"): "llama.cpp scores a .gguf; make one with launch/export_gguf.py",
+        (model, "--tasks=passages", "--backend=llama.cpp"): "--tasks runs in JAX only; leave --backend out",
         (model, f"--allocation={whole.allocation}", "--split=all", *WINDOWS): "score it with --split=heldout",
     }.items():
         assert sentence in fails("evaluate", *arguments, f"--json={output}")
