@@ -1,71 +1,92 @@
-"""Perplexity of a model, and with --reference its KL divergence from another one.
+"""Perplexity of a model or its accuracy on tasks, and with --reference how far it is from another one.
 
-    python launch/evaluate.py --model=REF [--allocation=alloc.json] [--reference=REF] [--data=builtin|FILE|hf:N:C:S]
-        [--protocol=llama.cpp|sliding] [--context=N] [--count=8] [--backend=jax|llama.cpp] [--json=FILE]
+    python launch/evaluate.py --model=REF [--allocation=alloc.json] [--reference=REF] [--backend=jax|llama.cpp]
+        [--data=builtin|FILE|hf:NAME:CONFIG:SPLIT] [--split=heldout|all] [--protocol=llama.cpp|sliding] [--context=N]
+        [--count=N] [--json=FILE]
+    python launch/evaluate.py --model=REF [--allocation=alloc.json] [--reference=REF] --tasks=piqa,hellaswag,winogrande
+        [--task_path=DIR] [--limit=N] [--json=FILE]
 
-With --allocation, the model is quantized as the allocation says. --protocol=llama.cpp scores the second half of every
-window as llama-perplexity does, sliding every token as papers do; the two are not comparable. --backend=llama.cpp runs
-a .gguf in llama.cpp. Text is the held-out part of --data, which calibration never sees.
+With --allocation, the model is quantized as the allocation says; --backend=llama.cpp runs a .gguf in llama.cpp.
+--protocol=llama.cpp scores the second half of every window as llama-perplexity does, sliding every token as papers do;
+the two are not comparable. Text is the last fifth of --data, which calibration never sees, or all of a test set:
+
+    python launch/evaluate.py --model=model.gguf --reference=path/or/hub-id --protocol=sliding
+        --data=hf:Salesforce/wikitext:wikitext-2-raw-v1:test --split=all
+
+--tasks are lm-eval's (extra `tasks`), whose data comes from the hub; those of the YAML files in --task_path, with data
+wherever they say; and `passages`, which needs neither: true and false endings of passages of the built-in text.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from ramp_jax import cli, workflow
-from ramp_jax.allocation import Allocation
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.config import WindowsConfig
-from ramp_jax.evaluation.perplexity import evaluate, reference_of
+from ramp_jax.evaluation import scores
 from ramp_jax.halo.export import check_writable
-from ramp_jax.halo.verify import evaluate_gguf
-from ramp_jax.quantization import fake_quantize, refold
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
 _ALLOCATION = flags.DEFINE_string("allocation", None, "Quantize the model like this before scoring it.")
 _REFERENCE = flags.DEFINE_string("reference", None, "The model whose predictions are the aim.")
 _DATA = flags.DEFINE_string("data", "builtin", "Text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
+_SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "all"], "Which part of the text.")
 _PROTOCOL = flags.DEFINE_enum("protocol", "llama.cpp", ["llama.cpp", "sliding"], "Which tokens count.")
 _CONTEXT = flags.DEFINE_integer(
-    "context", None, "Tokens of a window; default: 512 for llama.cpp, 2048 for sliding.", lower_bound=4
+    "context", None, "Tokens of a window; default: 512 for llama.cpp, 2048 for sliding.", lower_bound=6
 )
-_COUNT = flags.DEFINE_integer("count", 8, "Windows.", lower_bound=1)
+_COUNT = flags.DEFINE_integer("count", None, "Windows, spread evenly over the text; default: all.", lower_bound=1)
 _BACKEND = flags.DEFINE_enum("backend", "jax", ["jax", "llama.cpp"], "What runs the model.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Data type of the matrices in JAX; auto is the fastest here.")
+_TASKS = flags.DEFINE_list("tasks", [], "Measure accuracy on these instead of perplexity.")
+_TASK_PATH = flags.DEFINE_string("task_path", None, "A folder with more tasks: lm-eval's YAML files.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Only the first examples of each task.", lower_bound=2)
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
 flags.mark_flags_as_required(["model"])
 
 
 def main() -> None:
-    if _BACKEND.value == "llama.cpp" and (_ALLOCATION.value or not _MODEL.value.endswith(".gguf")):
-        raise ValueError(
-            "--backend=llama.cpp scores a .gguf; make one with launch/export_gguf.py and pass it as --model."
-        )
     if _JSON.value:
         check_writable(Path(_JSON.value))
-    context = _CONTEXT.value or (512 if _PROTOCOL.value == "llama.cpp" else 2048)
-    model = cli.load(_MODEL.value, _DTYPE.value)
-    windows = workflow.tokens(model, WindowsConfig(_DATA.value, context, _COUNT.value), "heldout")
-    reference = None
-    if _REFERENCE.value:
-        reference = reference_of(cli.load(_REFERENCE.value, _DTYPE.value), windows, _PROTOCOL.value)
-    if _BACKEND.value == "llama.cpp":
-        scored = evaluate_gguf(_MODEL.value, windows, reference=reference, protocol=_PROTOCOL.value)
-    else:
-        params = None
-        if _ALLOCATION.value:
-            allocation = Allocation.load(_ALLOCATION.value, model)
-            model = refold(model, allocation.folding)
-            params = fake_quantize(model, allocation)
-        scored = evaluate(model, windows, params=params, reference=reference, protocol=_PROTOCOL.value)
-    numbers = {"ppl": scored.ppl, "ppl_stderr": scored.ppl_stderr, "nll": scored.mean_nll, "kld": scored.mean_kld}
-    numbers |= {"tokens": scored.nll.size, "protocol": _PROTOCOL.value, "context": context, "data": _DATA.value}
-    print(f"Perplexity {scored.ppl:.4f} ± {scored.ppl_stderr:.4f} on {scored.nll.size:,} tokens")
-    if scored.kld is not None:
-        print(f"Mean KL divergence from {_REFERENCE.value}: {scored.mean_kld:.6f} nats per token")
+    found, table = _tasks() if _TASKS.value else _perplexity()
+    print(table)
     if _JSON.value:
-        write_bytes(Path(_JSON.value), (json.dumps(numbers, indent=1) + "\n").encode())
+        write_bytes(Path(_JSON.value), (json.dumps(found, indent=1) + "\n").encode())
+
+
+def _perplexity() -> tuple[dict[str, Any], str]:
+    found = workflow.evaluate(
+        _MODEL.value,
+        reference=_REFERENCE.value,
+        allocation=_ALLOCATION.value,
+        data=_DATA.value,
+        split=_SPLIT.value,
+        protocol=_PROTOCOL.value,
+        context=_CONTEXT.value,
+        count=_COUNT.value,
+        backend=_BACKEND.value,
+        dtype=_DTYPE.value,
+    )
+    return found, scores.text_table(found)
+
+
+def _tasks() -> tuple[dict[str, Any], str]:
+    if _BACKEND.value == "llama.cpp":
+        raise ValueError("--tasks runs in JAX only; leave --backend out.")
+    found = workflow.evaluate_tasks(
+        _MODEL.value,
+        _TASKS.value,
+        reference=_REFERENCE.value,
+        allocation=_ALLOCATION.value,
+        folder=Path(_TASK_PATH.value) if _TASK_PATH.value else None,
+        limit=_LIMIT.value,
+        dtype=_DTYPE.value,
+    )
+    from ramp_jax.evaluation.tasks import text_table
+
+    return found, text_table(found)
 
 
 if __name__ == "__main__":

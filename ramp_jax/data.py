@@ -1,5 +1,6 @@
 """Text to token windows: deterministic, and calibration never overlaps held-out text."""
 
+import functools
 import pydoc_data.topics
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,8 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-Split = Literal["calibration", "heldout"]
+Split = Literal["calibration", "heldout", "all"]
+Begin = Literal["window", "text"]
 
 _CALIBRATION_SHARE = 0.8  # of the tokens, from the start; the rest is held out
 
@@ -25,42 +27,73 @@ def read_text(source: str) -> str:
         return _read_hub(source)
     if not Path(source).is_file():
         raise FileNotFoundError(f"data {source!r} is not a file; pass a text file, builtin, or hf:NAME:CONFIG:SPLIT.")
-    return Path(source).read_text(encoding="utf-8")
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data {source!r} is not UTF-8 text ({error}); convert it or pass a text file.") from error
 
 
 def windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, context: int, count: int, split: Split = "calibration"
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    count: int | None,
+    split: Split = "calibration",
+    bos: Begin = "window",
 ) -> Int[np.ndarray, "count context"]:
-    """`count` disjoint windows of `context` tokens, spread evenly over one split of the text.
+    """`count` disjoint windows of `context` tokens, spread evenly over one split of the text; None takes all.
 
-    Where the tokenizer begins texts with BOS, each window's first token is replaced by it (as llama.cpp does).
-    Raises `ValueError` where the split is too short.
+    `calibration` is the first four fifths of the tokens and `heldout` the rest, so that they never overlap; `all` is
+    for texts that are a test set as a whole. A tokenizer that begins texts with BOS begins the text with it; with
+    `bos="window"` it also replaces each window's first token, as in llama.cpp, and with `"text"` it does not, as in
+    GPTQ's evaluation and those after it. Raises `ValueError` where the split is too short.
     """
-    tokens = np.asarray(tokenizer.encode(read_text(source), add_special_tokens=False), np.int32)
+    tokens = _encode(read_text(source), tokenizer)
     border = int(len(tokens) * _CALIBRATION_SHARE)
-    tokens = tokens[:border] if split == "calibration" else tokens[border:]
+    tokens = {"calibration": tokens[:border], "heldout": tokens[border:], "all": tokens}[split]
     available = len(tokens) // context
-    if count > available:
+    if not available:
+        raise ValueError(
+            f"the {split} part of {source!r} holds {len(tokens)} tokens, fewer than one window of {context}; "
+            f"ask for shorter windows, or pass a longer text."
+        )
+    if count is not None and count > available:
         raise ValueError(
             f"the {split} part of {source!r} holds {available} windows of {context} tokens, fewer than the {count} "
             f"asked for; ask for fewer or shorter windows, or pass a longer text."
         )
-    chosen = np.arange(count) * available // count
-    cut = tokens[: available * context].reshape(available, context)[chosen]
-    if tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id:
+    count = count or available
+    cut = tokens[: available * context].reshape(available, context)[np.arange(count) * available // count]
+    if bos == "window" and _begins_with_bos(tokenizer):
         cut[:, 0] = tokenizer.bos_token_id
     return cut
 
 
+@functools.lru_cache(maxsize=4)
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " tokens"]:
+    """Tokens of a text, kept: a run cuts several sets of windows from one text."""
+    begin = [tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []
+    return np.asarray(begin + tokenizer.encode(text, add_special_tokens=False), np.int32)
+
+
+def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+
+
 def _read_hub(source: str) -> str:
+    """All texts of a data set with blank lines between, as GPTQ and the papers after it join WikiText's rows.
+
+    (`wiki.test.raw`, which llama.cpp's numbers are on, has no added lines; pass that file where those are wanted.)
+    """
     from datasets import load_dataset
 
     try:
-        _, name, config, split = source.split(":")
-        rows = load_dataset(name, config or None, split=split)
-        return "\n".join(rows["text"])
+        _, name, config, split = source.split(":", 3)
+        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
     except Exception as error:
+        cause = str(error).splitlines()[0][:200] if str(error) else ""
         raise FileNotFoundError(
-            f"data set {source!r} could not be read ({type(error).__name__}: {str(error)[:200]}); "
+            f"data set {source!r} could not be read ({type(error).__name__}: {cause}); "
             f"the form is hf:NAME:CONFIG:SPLIT, and offline choices are builtin or a text file."
         ) from error

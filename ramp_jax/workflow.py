@@ -1,37 +1,141 @@
-"""The jobs that `launch/` runs, from files to files: train a policy, allocate with it."""
+"""The jobs that `launch/` runs, from files to files: train a policy, allocate with it, evaluate."""
 
+import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
 
-from ramp_jax import data
-from ramp_jax.allocation import Allocation
+from ramp_jax import data as texts
+from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
+from ramp_jax.evaluation import perplexity
+from ramp_jax.evaluation.perplexity import Protocol
+from ramp_jax.evaluation.scores import numbers
 from ramp_jax.evaluation.sensitivity import Sensitivity, exact_sensitivity
 from ramp_jax.halo.export import check_writable
+from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
+from ramp_jax.models.load import read_tokenizer
 from ramp_jax.policy import rollout, train
 from ramp_jax.policy.rollout import Policy, load_policy
-from ramp_jax.quantization import Stats, calibrate, fold
+from ramp_jax.quantization import Stats, calibrate, fake_quantize, fold, refold
 
 CONFIG, SENSITIVITY, METRICS, CHECKPOINT = "config.json", "sensitivity.npz", "metrics.jsonl", "checkpoint.msgpack"
 
 Say = Callable[[str], None]
 
 
-def tokens(model: Model, config: WindowsConfig, split: data.Split) -> Int[np.ndarray, "W T"]:
+def tokens(model: Model, config: WindowsConfig, split: texts.Split) -> Int[np.ndarray, "W T"]:
     """The windows that a config asks for; raises `ValueError` where the model brings no tokenizer."""
+    tokenizer = _tokenizer(model)
+    return texts.windows(config.data, tokenizer, context=config.context, count=config.count, split=split)
+
+
+def _tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer, so no text can be read; add its tokenizer files.")
-    return data.windows(config.data, model.tokenizer, context=config.context, count=config.count, split=split)
+    return model.tokenizer
+
+
+def evaluate(
+    model: str | Path | Model,
+    *,
+    reference: str | Path | Model | None = None,
+    allocation: str | Path | None = None,
+    data: str = "builtin",
+    split: texts.Split = "heldout",
+    protocol: Protocol = "llama.cpp",
+    context: int | None = None,
+    count: int | None = None,
+    backend: Literal["jax", "llama.cpp"] = "jax",
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Perplexity of a model on a text and, with `reference`, how far it is from that: the dict of `scores.numbers`.
+
+    The model is first quantized as the `allocation` file says. `context` is 512 for llama.cpp's protocol and 2,048 for
+    sliding unless given; `count` windows, by default all. With `backend="llama.cpp"` a GGUF runs there, its reference
+    in JAX. Raises `ValueError` or an `OSError` where an input does not serve.
+    """
+    context = context or (512 if protocol == "llama.cpp" else 2048)
+    _check_calibration(allocation, data, split)
+    if backend == "llama.cpp":
+        if allocation or isinstance(model, Model) or Path(model).suffix != ".gguf":
+            raise ValueError("llama.cpp scores a .gguf; make one with launch/export_gguf.py and evaluate that.")
+        tokenizer = read_tokenizer(model)
+    else:
+        model = _quantized(_loaded(model, dtype), allocation)
+        tokenizer = _tokenizer(model)
+        if context > model.spec.context_length:
+            raise ValueError(
+                f"windows of {context} tokens are longer than the {model.spec.context_length} that the model was made "
+                f"for; choose a shorter --context."
+            )
+    bos = "window" if protocol == "llama.cpp" else "text"
+    windows = texts.windows(data, tokenizer, context=context, count=count, split=split, bos=bos)
+    reference = None if reference is None else _loaded(reference, dtype)
+    if backend == "llama.cpp":
+        scored = evaluate_gguf(model, windows, reference=reference, protocol=protocol)
+    else:
+        scored = perplexity.evaluate(model, windows, reference=reference, protocol=protocol)
+    how = {"protocol": protocol, "context": context, "windows": len(windows), "data": data, "split": split}
+    return numbers(scored) | how | {"backend": backend, "dtype": dtype if backend == "jax" else None}
+
+
+def evaluate_tasks(
+    model: str | Path | Model,
+    names: Sequence[str],
+    *,
+    reference: str | Path | Model | None = None,
+    allocation: str | Path | None = None,
+    folder: Path | None = None,
+    limit: int | None = None,
+    dtype: str = "float32",
+) -> dict[str, dict[str, float]]:
+    """Accuracy on lm-eval's tasks and, with `reference`, the share retained of its: the rows of `tasks.compared`.
+
+    Tasks are lm-eval's, `passages`, and those of the YAML files in `folder`; `limit` takes the first examples of each.
+    Raises `RuntimeError` where lm-eval is not installed, else as `tasks.accuracies`.
+    """
+    try:
+        from ramp_jax.evaluation import tasks
+    except ImportError as error:
+        raise RuntimeError(f"lm-eval is not installed ({error}); run `pip install 'ramp-jax[tasks]'`.") from error
+    quantized = _quantized(_loaded(model, dtype), allocation)
+    found = tasks.accuracies(quantized, names, folder=folder, limit=limit)
+    aim = None if reference is None else _loaded(reference, dtype)
+    return tasks.compared(found, None if aim is None else tasks.accuracies(aim, names, folder=folder, limit=limit))
+
+
+def _loaded(model: str | Path | Model, dtype: str) -> Model:
+    return model if isinstance(model, Model) else load_model(str(model), dtype)
+
+
+def _quantized(model: Model, allocation: str | Path | None) -> Model:
+    """The model folded and fake-quantized as the file says; as it is without one."""
+    if allocation is None:
+        return model
+    loaded = Allocation.load(allocation, model)
+    folded = refold(model, loaded.folding)
+    return dataclasses.replace(folded, params=fake_quantize(folded, loaded))
+
+
+def _check_calibration(allocation: str | Path | None, data: str, split: texts.Split) -> None:
+    """Raise `ValueError` where an allocation would be scored on the text that it was calibrated on."""
+    calibration = read_saved(allocation).get("calibration", {}) if allocation else {}
+    if calibration.get("data") == data and split != "heldout":
+        raise ValueError(
+            f"{allocation} was calibrated on the first four fifths of {data!r}; score it with --split=heldout "
+            f"or on another text."
+        )
 
 
 def prepare(model: Model, calibration: WindowsConfig, fold_level: int) -> tuple[Model, Stats]:

@@ -1,5 +1,7 @@
 """Token windows: deterministic, disjoint, and never held-out text in calibration."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
@@ -70,17 +72,20 @@ def test_windows_by_hand():
     np.testing.assert_array_equal(chosen[:, -1], [99, 299, 599])
 
 
-def test_bos_replaces_the_first_token_where_the_tokenizer_adds_one():
+def test_bos_where_the_tokenizer_adds_one():
     plain, adding = tiny.builtin_tokenizer(), tiny.builtin_tokenizer()
     bos = (tiny.END, adding.bos_token_id)
     adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{tiny.END} $A", special_tokens=[bos]
     )
-    without = data.windows("builtin", plain, context=CONTEXT, count=4)
-    with_bos = data.windows("builtin", adding, context=CONTEXT, count=4)
-    np.testing.assert_array_equal(with_bos[:, 0], [adding.bos_token_id] * 4)
-    np.testing.assert_array_equal(with_bos[:, 1:], without[:, 1:])
-    assert (without[:, 0] != adding.bos_token_id).all()
+    text = [adding.bos_token_id, *plain.encode(data.read_text("builtin"))]
+    expected = np.reshape(text[: 4 * CONTEXT], (4, CONTEXT))
+    as_papers = data.windows("builtin", adding, context=CONTEXT, count=None, split="all", bos="text")
+    assert as_papers.shape == (len(text) // CONTEXT, CONTEXT)
+    np.testing.assert_array_equal(as_papers[:4], expected)
+    as_llama_cpp = data.windows("builtin", adding, context=CONTEXT, count=None, split="all")
+    np.testing.assert_array_equal(as_llama_cpp[:, 0], adding.bos_token_id)
+    np.testing.assert_array_equal(as_llama_cpp[:, 1:], as_papers[:, 1:])
 
 
 @pytest.mark.parametrize(("split", "available"), [("calibration", 8), ("heldout", 2)])
@@ -94,16 +99,67 @@ def test_missing_file(tmp_path, tokenizer):
         data.windows(str(tmp_path / "absent.txt"), tokenizer, context=CONTEXT, count=1)
 
 
-def test_rows_of_a_hub_data_set_are_joined(monkeypatch):
-    asked = []
+@pytest.mark.parametrize("split", ["calibration", "heldout", "all"])
+def test_text_shorter_than_one_window(split):
+    held = {"calibration": 800, "heldout": 200, "all": 1000}[split]
+    for count in (1, None):
+        with pytest.raises(ValueError, match=f"the {split} part of .* holds {held} tokens, fewer than one window"):
+            data.windows("builtin", Counter(), context=held + 1, count=count, split=split)
 
-    def load_dataset(name, config, split):
-        asked.append((name, config, split))
-        return {"text": ["first", "second"]}
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert data.read_text("hf:owner/name::test") == "first\nsecond"
-    assert asked == [("owner/name", None, "test")]
+def test_all_windows_of_a_split():
+    together = [data.windows("builtin", Counter(), context=10, count=None, split=s) for s in ("calibration", "heldout")]
+    assert [len(part) for part in together] == [80, 20]
+    np.testing.assert_array_equal(
+        np.concatenate(together), data.windows("builtin", Counter(), context=10, count=None, split="all")
+    )
+
+
+def test_a_text_is_cut_once(tmp_path, monkeypatch):
+    """By its contents: another text under the same name is cut anew."""
+    path, tokenizer, seen = tmp_path / "text.txt", Counter(), []
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **_: seen.append(text) or list(range(50)), raising=False)
+    for text in ("first", "first", "second", "first"):
+        path.write_text(text)
+        data.windows(str(path), tokenizer, context=5, count=2)
+    assert seen == ["first", "second"]
+
+
+def test_file_that_is_not_text(tmp_path, tokenizer):
+    (tmp_path / "a.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"a\.bin' is not UTF-8 text .*; convert it"):
+        data.windows(str(tmp_path / "a.bin"), tokenizer, context=CONTEXT, count=1)
+
+
+@pytest.fixture
+def local_set(tmp_path, monkeypatch):
+    """A data set of three rows that `datasets` itself reads from a folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [{"text": text, "title": "x"} for text in ("first", "", "third")]
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_rows_of_a_data_set_are_joined_as_in_papers(local_set):
+    assert data.read_text(f"hf:{local_set}::test") == "first\n\n\n\nthird"
+    assert data.read_text(f"hf:{local_set}::test[:1]") == "first"
+
+
+def test_data_set_without_texts(local_set):
+    (local_set / "test.jsonl").write_text('{"sentence": "first"}')
+    with pytest.raises(FileNotFoundError, match=r"\(.*Column 'text' doesn't exist.*offline choices are builtin or"):
+        data.read_text(f"hf:{local_set}::test")
+
+
+def test_data_set_that_cannot_be_reached(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = "hf:owner/never-published:raw:test"
+    with pytest.raises(FileNotFoundError, match=f"'{source}' could not be read .*offline choices are builtin or a"):
+        data.read_text(source)
 
 
 @pytest.mark.parametrize("source", ["hf:only-a-name", "hf:a:b"])

@@ -10,7 +10,8 @@ from scipy.special import log_softmax
 
 from ramp_jax import data
 from ramp_jax.allocation import from_levels
-from ramp_jax.evaluation.perplexity import Evaluation, evaluate, head_losses
+from ramp_jax.evaluation.perplexity import evaluate, head_losses
+from ramp_jax.evaluation.scores import Evaluation
 from ramp_jax.evaluation.sensitivity import Sensitivity, exact_sensitivity
 from ramp_jax.formats import format_for
 from ramp_jax.models import allocatable, lookup

@@ -223,11 +223,44 @@ def test_dry_run_prints_the_range_and_writes_nothing(call, allocate, untied, tmp
 
 def test_exported_file_scores_as_its_row(whole, call, tmp_path):
     row = json.loads((whole.workdir / "comparison.json").read_text())["rows"][-1]
-    for backend, column in (("jax", "ppl"), ("llama.cpp", "ppl_llama_cpp")):
+    for backend, column, rel in (("jax", "ppl", 1e-3), ("llama.cpp", "ppl_llama_cpp", 0.2)):  # 8-bit activations
         output = tmp_path / "numbers.json"
         arguments = (f"--model={whole.exported}", f"--backend={backend}", f"--json={output}", *WINDOWS)
-        assert call("evaluate", *arguments)[0] == 0
-        assert json.loads(output.read_text())["ppl"] == pytest.approx(row[column], rel=1e-4)
+        code, printed, errors = call("evaluate", *arguments, f"--reference={whole.model}")
+        assert code == 0, errors
+        found = json.loads(output.read_text())
+        assert found["ppl"] == pytest.approx(row[column], rel=1e-4)
+        assert found["kld"] == pytest.approx(row["kld"], rel=rel)
+        assert f"{found['ppl']:.4f} ± {found['ppl_stderr']:.4f}" in printed
+        assert f"{found['kld']:.6f} ± {found['kld_stderr']:.6f}" in printed
+
+
+def test_accuracy_of_the_exported_file(whole, call, tmp_path):
+    output = tmp_path / "numbers.json"
+    arguments = (f"--model={whole.exported}", f"--reference={whole.model}", "--tasks=passages", "--limit=4")
+    code, printed, errors = call("evaluate", *arguments, f"--json={output}")
+    assert code == 0, errors
+    found = json.loads(output.read_text())
+    assert found["passages"]["examples"] == 4
+    assert re.search(rf"passages +4 +{found['passages']['acc']:.2%} ± ", printed)
+    assert re.search(rf"mean +{found['mean']['score']:.2%} +{found['mean']['reference']:.2%}", printed)
+
+
+def test_inputs_that_cannot_be_evaluated(fails, whole, tmp_path):
+    """One sentence each, and no file of numbers."""
+    (tmp_path / "short.txt").write_text("Too short.")
+    output, model = tmp_path / "numbers.json", f"--model={whole.model}"
+    for arguments, sentence in {
+        (model, f"--data={tmp_path / 'short.txt'}", *WINDOWS): "tokens, fewer than one window of 24",
+        (model, f"--data={tmp_path / 'none.txt'}", *WINDOWS): "is not a file; pass a text file, builtin, or hf:",
+        (model, "--data=hf:a:b", *WINDOWS): "offline choices are builtin or a text file",
+        (model, "--protocol=sliding"): "windows of 2048 tokens are longer than the 256",
+        (model, "--backend=llama.cpp"): "llama.cpp scores a .gguf; make one with launch/export_gguf.py",
+        (model, "--tasks=passages", "--backend=llama.cpp"): "--tasks runs in JAX only; leave --backend out",
+        (model, f"--allocation={whole.allocation}", "--split=all", *WINDOWS): "score it with --split=heldout",
+    }.items():
+        assert sentence in fails("evaluate", *arguments, f"--json={output}")
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("name", ["train", "allocate", "export_gguf", "evaluate", "compare", "report"])

@@ -5,16 +5,18 @@ Protocols: `llama.cpp` scores the second half of each window, as llama-perplexit
 in nats per token.
 """
 
-import dataclasses
 import functools
-import math
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from ramp_jax.evaluation.diagnose import check_windows, explain
+from ramp_jax.evaluation.scores import Evaluation
 from ramp_jax.models import DecoderSpec, Model
 from ramp_jax.models.decoder import Params, head_weights, hidden_states, matmul
 from ramp_jax.progress import track
@@ -24,52 +26,61 @@ Protocol = Literal["llama.cpp", "sliding"]
 _HEAD_CHUNK = 128  # tokens whose logits exist at one time
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Losses of the scored tokens, in text order; `kld` per token against the reference, None without one."""
-
-    nll: Float[np.ndarray, " tokens"]
-    kld: Float[np.ndarray, " tokens"] | None = None
-
-    @property
-    def mean_nll(self) -> float:
-        """Nats per token."""
-        return float(self.nll.mean(dtype=np.float64))
-
-    @property
-    def ppl(self) -> float:
-        """Perplexity, exp of the mean loss."""
-        return math.exp(self.mean_nll)
-
-    @property
-    def ppl_stderr(self) -> float:
-        """Standard error of the perplexity, tokens taken as independent."""
-        return self.ppl * float(self.nll.std(dtype=np.float64)) / math.sqrt(self.nll.size)
-
-    @property
-    def mean_kld(self) -> float | None:
-        """Nats per token."""
-        return None if self.kld is None else float(self.kld.mean(dtype=np.float64))
-
-
 def first_scored(protocol: Protocol, context: int) -> int:
     """The first position of a window whose prediction of the next token counts."""
     return context // 2 if protocol == "llama.cpp" else 0
 
 
 class Reference(NamedTuple):
-    """What a model predicts at the scored tokens: normed hidden states, and the head that turns them into logits."""
+    """What a model predicts at the scored tokens: normed hidden states per window, and the head that makes logits."""
 
-    hidden: Float[np.ndarray, "W S D"]
+    hidden: Iterable[Float[Array, "S D"]]
     head: Float[Array, "V D"]
 
 
 def reference_of(model: Model, windows: Int[np.ndarray, "W T"], protocol: Protocol = "llama.cpp") -> Reference:
-    """The model's predictions, computed once for any number of comparisons on the same windows and protocol."""
-    start = first_scored(protocol, windows.shape[1])
+    """The model's predictions, computed once for any number of comparisons on the same windows and protocol.
+
+    Raises `ValueError` where they are not finite.
+    """
     bar = track(windows, "running the reference", "window")
-    hidden = [np.asarray(_scored_hidden(model.spec, model.params, window[None], start)) for window in bar]
-    return Reference(np.stack(hidden), head_weights(model.params))
+    hidden = [np.asarray(hidden) for hidden in _reference_hidden(model, bar, first_scored(protocol, windows.shape[1]))]
+    return Reference(hidden, head_weights(model.params))
+
+
+def predictions(
+    reference: Model | Reference | None, windows: Int[np.ndarray, "W T"], vocab_size: int, protocol: Protocol
+) -> Reference:
+    """The reference beside a model of `vocab_size` tokens; one that has not run yet runs window by window.
+
+    Without a reference its hidden states and head are None. Raises `ValueError` for a token outside of the vocabulary,
+    or a reference with another one.
+    """
+    check_windows(windows, vocab_size)
+    if reference is None:
+        return Reference(itertools.repeat(None, len(windows)), None)
+    if isinstance(reference, Model):
+        hidden = _reference_hidden(reference, windows, first_scored(protocol, windows.shape[1]))
+        reference = Reference(hidden, head_weights(reference.params))
+    if len(reference.head) != vocab_size:
+        raise ValueError(
+            f"the reference predicts {len(reference.head)} tokens and the model {vocab_size}; "
+            f"compare models of one vocabulary."
+        )
+    return reference
+
+
+def _reference_hidden(
+    model: Model, windows: Iterable[Int[np.ndarray, " T"]], start: int
+) -> Iterator[Float[Array, "S D"]]:
+    whole = bool(jnp.isfinite(head_weights(model.params)).all())
+    for i, window in enumerate(windows):
+        check_windows(window[None], model.spec.vocab_size)
+        hidden = _scored_hidden(model.spec, model.params, window[None], start)
+        if not (whole and jnp.isfinite(hidden).all()):
+            cause = explain(model.spec, model.params, window)
+            raise ValueError(f"what the reference predicts in window {i} is not finite, {cause}.")
+        yield hidden
 
 
 def evaluate_reference(
@@ -78,9 +89,8 @@ def evaluate_reference(
     """What `evaluate` finds for the reference itself, from its hidden states alone; the divergence is 0."""
     start = first_scored(protocol, windows.shape[1])
     pairs = zip(reference.hidden, windows, strict=True)
-    nll = [head_losses(x, reference.head, ids[start + 1 :], None, None)[0] for x, ids in pairs]
-    together = np.concatenate([np.asarray(losses) for losses in nll])
-    return Evaluation(together, np.zeros_like(together))
+    nll = np.concatenate([head_scores(x, reference.head, ids[start + 1 :], None, None).nll for x, ids in pairs])
+    return Evaluation(nll, kld=np.zeros_like(nll), ref_nll=nll, same_top=np.ones(nll.shape, bool))
 
 
 def evaluate(
@@ -94,36 +104,68 @@ def evaluate(
 ) -> Evaluation:
     """Score `params` (default: the model's own) on the windows, one window at a time.
 
-    With `reference`, also the KL divergence of its next-token distributions from the scored ones. Only one chunk of
-    logits is held in memory. Raises `ValueError` where the loss is not finite.
+    With `reference`, also how its next-token distributions differ from the scored ones. Only one chunk of logits is
+    held in memory. Raises `ValueError` where the loss is not finite, naming where that began.
     """
     start = first_scored(protocol, windows.shape[1])
     params = model.params if params is None else params
-    if isinstance(reference, Model):
-        reference = reference_of(reference, windows, protocol)
-    nll, kld = [], []
-    for i, window in enumerate(track(windows, doing, "window")):
+    beside = predictions(reference, windows, model.spec.vocab_size, protocol)
+    scores = []
+    for i, (window, hidden) in enumerate(zip(track(windows, doing, "window"), beside.hidden, strict=True)):
         x = _scored_hidden(model.spec, params, window[None], start)
-        ref_x, ref_head = (None, None) if reference is None else (reference.hidden[i], reference.head)
-        losses, divergences = head_losses(x, head_weights(params), window[start + 1 :], ref_x, ref_head)
-        if not all(np.isfinite(values).all() for values in jax.tree.leaves((losses, divergences))):
-            raise ValueError(f"the loss of window {i} is not finite; load the models with dtype=float32.")
-        nll.append(np.asarray(losses))
-        kld.append(divergences)
-    together = None if reference is None else np.concatenate([np.asarray(k) for k in kld])
-    return Evaluation(np.concatenate(nll), together)
+        found = head_scores(x, head_weights(params), window[start + 1 :], hidden, beside.head)
+        if not jnp.isfinite(found.nll).all():
+            raise ValueError(f"the loss of window {i} is not finite, {explain(model.spec, params, window)}.")
+        scores.append(found)
+    return joined(scores)
 
 
-def token_losses(
+class TokenScores(NamedTuple):
+    """`Evaluation` of some tokens, on the device."""
+
+    nll: Float[Array, " T"]
+    kld: Float[Array, " T"] | None = None
+    ref_nll: Float[Array, " T"] | None = None
+    same_top: Bool[Array, " T"] | None = None
+
+
+def joined(scores: Sequence[TokenScores]) -> Evaluation:
+    """All tokens in one."""
+    columns = zip(*scores, strict=True)
+    return Evaluation(*(None if parts[0] is None else np.concatenate(parts) for parts in columns))
+
+
+def token_scores(
     logits: Float[Array, "T V"], targets: Int[Array, " T"], ref_logits: Float[Array, "T V"] | None
-) -> tuple[Float[Array, " T"], Float[Array, " T"] | None]:
-    """Per token: −log p(target) and, with a reference, KL(p_ref ‖ p)."""
+) -> TokenScores:
+    """Scores of the logits against the true tokens and, if given, against the reference's logits."""
     log_p = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
     if ref_logits is None:
-        return nll, None
+        return TokenScores(nll)
     log_ref = jax.nn.log_softmax(ref_logits)
-    return nll, jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
+    kld = jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
+    ref_nll = -jnp.take_along_axis(log_ref, targets[:, None], axis=-1)[:, 0]
+    likeliest = (a == jnp.max(a, axis=-1, keepdims=True) for a in (log_p, log_ref))
+    return TokenScores(nll, kld, ref_nll, same_top=jnp.any(jnp.logical_and(*likeliest), axis=-1))
+
+
+@jax.jit
+def head_scores(
+    x: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " T"],
+    ref_x: Float[Array, "T D"] | None,
+    ref_head: Float[Array, "V D"] | None,
+) -> TokenScores:
+    """`token_scores` of hidden states under their heads; only one chunk of logits exists at a time."""
+
+    def one_chunk(chunk: tuple[jax.Array, ...]) -> TokenScores:
+        hidden, target, ref_hidden = chunk
+        return token_scores(matmul(hidden, head), target, None if ref_hidden is None else matmul(ref_hidden, ref_head))
+
+    scores = jax.lax.map(one_chunk, jax.tree.map(_chunked, (x, targets, ref_x)))
+    return jax.tree.map(lambda a: a.reshape(-1)[: x.shape[0]], scores)
 
 
 @jax.jit
@@ -134,14 +176,8 @@ def head_losses(
     ref_x: Float[Array, "T D"] | None,
     ref_head: Float[Array, "V D"] | None,
 ) -> tuple[Float[Array, " T"], Float[Array, " T"] | None]:
-    """Per token: −log p(target) and, with a reference, KL(p_ref ‖ p); only one chunk of logits exists at a time."""
-
-    def one_chunk(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array | None]:
-        hidden, target, ref_hidden = chunk
-        return token_losses(matmul(hidden, head), target, None if ref_hidden is None else matmul(ref_hidden, ref_head))
-
-    losses = jax.lax.map(one_chunk, jax.tree.map(_chunked, (x, targets, ref_x)))
-    return jax.tree.map(lambda a: a.reshape(-1)[: x.shape[0]], losses)
+    """Loss and divergence of `head_scores` alone."""
+    return head_scores(x, head, targets, ref_x, ref_head)[:2]
 
 
 @jax.jit

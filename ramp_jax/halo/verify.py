@@ -12,10 +12,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-from ramp_jax.evaluation.perplexity import Evaluation, Protocol, Reference, first_scored, token_losses
+from ramp_jax.evaluation.perplexity import (
+    Protocol,
+    Reference,
+    TokenScores,
+    first_scored,
+    joined,
+    predictions,
+    token_scores,
+)
+from ramp_jax.evaluation.scores import Evaluation
 from ramp_jax.halo.handoff import captured_log, last_line, require
+from ramp_jax.models import Model
 from ramp_jax.models.decoder import matmul
 from ramp_jax.progress import track
 
@@ -26,38 +36,40 @@ def evaluate_gguf(
     path: str | Path,
     windows: Int[np.ndarray, "W T"],
     *,
-    reference: Reference | None = None,
+    reference: Model | Reference | None = None,
     protocol: Protocol = "llama.cpp",
 ) -> Evaluation:
-    """Score a GGUF in llama.cpp on the windows; with `reference`, also the KL divergence from it.
+    """What `evaluate` finds, with the GGUF run by llama.cpp; a reference still runs in JAX.
 
-    Raises `RuntimeError` where llama.cpp cannot load or run the file.
+    Raises `RuntimeError` where llama.cpp cannot load or run the file, `ValueError` where its loss is not finite.
     """
-    count, context = windows.shape
+    context = windows.shape[1]
     start = first_scored(protocol, context)
-    nll, kld = [], []
-    with _context(path, context) as run:
-        for i in track(range(count), f"scoring {Path(path).stem} in llama.cpp", "window"):
-            logits = run(windows[i], start)
+    scores = []
+    with _session(path, context) as (run, vocab_size):
+        beside = predictions(reference, windows, vocab_size, protocol)
+        bar = track(windows, f"scoring {Path(path).stem} in llama.cpp", "window")
+        for i, (window, hidden) in enumerate(zip(bar, beside.hidden, strict=True)):
+            logits = run(window, start)
             for first in range(0, len(logits), _CHUNK):
-                rows = slice(first, min(first + _CHUNK, len(logits)))
-                targets = windows[i, start + 1 :][rows]
-                hidden = None if reference is None else reference.hidden[i][rows]
-                losses, divergences = _losses(logits[rows], targets, hidden, reference and reference.head)
-                nll.append(np.asarray(losses))
-                kld.append(divergences)
-    together = None if reference is None else np.concatenate([np.asarray(k) for k in kld])
-    return Evaluation(np.concatenate(nll), together)
+                rows = slice(first, first + _CHUNK)
+                ref_hidden = None if hidden is None else hidden[rows]
+                scores.append(_scores(logits[rows], window[start + 1 :][rows], ref_hidden, beside.head))
+                if not np.isfinite(scores[-1].nll).all():
+                    raise ValueError(f"llama.cpp's loss of window {i} is not finite; score {path} with --backend=jax.")
+    return joined(scores)
 
 
 @jax.jit
-def _losses(logits: jax.Array, targets: jax.Array, hidden: jax.Array | None, head: jax.Array | None) -> Any:
-    return token_losses(logits, targets, None if hidden is None else matmul(hidden, head))
+def _scores(
+    logits: Float[Array, "S V"], targets: Int[Array, " S"], hidden: Float[Array, "S D"] | None, head: Array | None
+) -> TokenScores:
+    return token_scores(logits, targets, None if hidden is None else matmul(hidden, head))
 
 
 @contextlib.contextmanager
-def _context(path: str | Path, context: int) -> Iterator[Any]:
-    """A function (ids `[T]`, start) → logits `[T − 1 − start, V]` of the positions from `start` on but the last."""
+def _session(path: str | Path, context: int) -> Iterator[tuple[Any, int]]:
+    """A function (ids `[T]`, start) → logits `[T − 1 − start, V]` of the positions from `start` on but the last; V."""
     require()
     import llama_cpp
 
@@ -91,4 +103,4 @@ def _context(path: str | Path, context: int) -> Iterator[Any]:
             logits = ctypes.cast(llama_cpp.llama_get_logits(session), ctypes.POINTER(ctypes.c_float))
             return np.ctypeslib.as_array(logits, (len(wanted), vocabulary)).copy()
 
-        yield run
+        yield run, vocabulary

@@ -115,11 +115,24 @@ def _download(ref: str) -> Path:
         ) from error
 
 
-def _read_gguf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, PreTrainedTokenizerBase]:
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF of any architecture; its weights are left alone.
+
+    Raises `FileNotFoundError` where it does not exist, `ValueError` where it is damaged or its tokenizer not supported.
+    """
+    path = resolve(str(path))
+    return tokenizer_from_gguf(plain(read_metadata(_open_gguf(path))), path)
+
+
+def _open_gguf(path: Path) -> gguf.GGUFReader:
     try:
-        reader = gguf.GGUFReader(path)
+        return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
         raise ValueError(f"{path} is not a whole GGUF file ({error}); download or export it again.") from error
+
+
+def _read_gguf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, PreTrainedTokenizerBase]:
+    reader = _open_gguf(path)
     metadata = read_metadata(reader)
     fields = plain(metadata)
     by_name = {tensor.name: tensor for tensor in reader.tensors}
@@ -160,6 +173,11 @@ def _read_hf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, 
     parameters = sum(t.size for t in names.tensors(spec))
     metadata = describe(spec, path.resolve().name, parameters)
     if tokenizer is not None:
+        if len(tokenizer) > spec.vocab_size:
+            raise ValueError(
+                f"{path}: its tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {spec.vocab_size}; "
+                f"put the tokenizer files there that came with these weights."
+            )
         metadata |= typed(gguf_from_tokenizer(tokenizer, spec.vocab_size))
     return spec, values, metadata, tokenizer
 

@@ -1,0 +1,58 @@
+"""Where a forward pass stops being finite, and windows that a model cannot read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from ramp_jax.models import DecoderSpec
+from ramp_jax.models.decoder import Params, block_forward, head_weights, hidden_states
+
+
+def check_windows(windows: Int[np.ndarray, "W T"], vocab_size: int) -> None:
+    """Raise `ValueError` where a token lies outside of the vocabulary."""
+    if windows.min() < 0 or windows.max() >= vocab_size:
+        token = windows.min() if windows.min() < 0 else windows.max()
+        raise ValueError(
+            f"the text holds token {token}, the model's vocabulary ends at {vocab_size - 1}; the tokenizer belongs to "
+            f"another model: cut the text with the tokenizer that came with this one."
+        )
+
+
+def explain(spec: DecoderSpec, params: Params, window: Int[np.ndarray, " T"]) -> str:
+    """Where values that are not finite first appear in the pass over a window, and what to do about it.
+
+    A damaged tensor is named itself; where weights are finite, the layer whose output is not.
+    """
+    ids = window[None]
+    if not _finite(x := _embed(params, ids)):
+        return _damaged("token_embd")
+    for i in range(spec.n_layers):
+        layer = {key: value[i] for key, value in params["blk"].items()}
+        if not _finite(x := _block(spec, layer, x)):
+            weights = [key for key, value in layer.items() if not _finite(value)]
+            return _damaged(f"blk.{i}.{weights[0]}") if weights else _overflow(f"layer blk.{i}")
+    if not _finite(_hidden(spec, params, ids)):
+        return _damaged("output_norm") if not _finite(params["output_norm"]) else _overflow("output_norm")
+    head = "token_embd" if spec.tied else "output"
+    return _damaged(head) if not _finite(head_weights(params)) else _overflow(f"the head, {head}")
+
+
+def _damaged(tensor: str) -> str:
+    return f"first in the weights of {tensor}.weight, which are damaged; download or export the model again"
+
+
+def _overflow(place: str) -> str:
+    return f"first in the output of {place}, although its weights are; load the model with dtype=float32"
+
+
+def _finite(values: Array) -> bool:
+    return bool(jnp.isfinite(values).all())
+
+
+def _embed(params: Params, ids: Int[np.ndarray, "1 T"]) -> Array:
+    return params["token_embd"][ids].astype(jnp.float32)
+
+
+_block = jax.jit(block_forward, static_argnames="spec")
+_hidden = jax.jit(hidden_states, static_argnames="spec")
