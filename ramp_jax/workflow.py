@@ -15,7 +15,9 @@ from ramp_jax import data
 from ramp_jax.allocation import Allocation
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
-from ramp_jax.evaluation.sensitivity import Sensitivity, exact_sensitivity
+from ramp_jax.evaluation.fisher import fisher_sensitivity
+from ramp_jax.evaluation.sensitivity import exact_sensitivity
+from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.halo.export import check_writable
 from ramp_jax.models import Model, load_model
 from ramp_jax.policy import rollout, train
@@ -90,15 +92,14 @@ def claim(workdir: Path, config: RunConfig) -> None:
 
 
 def sensitivity(model: Model, config: RunConfig, workdir: Path, say: Say) -> Sensitivity:
-    """The exact table of a run, measured once."""
-    path = workdir / SENSITIVITY
-    if path.exists():
-        return Sensitivity.load(path)
+    """The table of a run, measured once in f32; one that was stopped goes on.
+
+    Raises `ValueError` where `workdir` holds a table of other inputs.
+    """
     windows = tokens(model, config.sensitivity, "calibration")
     say(f"Measuring what every tensor loses at every level, on {windows.size} tokens")
-    table = exact_sensitivity(model, windows, config.levels, "sliding")
-    table.save(path)
-    return table
+    measure = {"exact": exact_sensitivity, "fisher": fisher_sensitivity}[config.sensitivity_method]
+    return measure(model.astype(jnp.float32), windows, config.levels, "sliding", path=workdir / SENSITIVITY)
 
 
 def allocate(

@@ -15,7 +15,7 @@ from ramp_jax import baselines
 from ramp_jax.allocation import ALIGNMENT, Allocation, costs, from_levels, read_saved
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.evaluation.perplexity import Evaluation, Reference, evaluate, evaluate_reference, reference_of
-from ramp_jax.evaluation.sensitivity import Sensitivity
+from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
