@@ -97,7 +97,7 @@ def sensitivity(model: Model, config: RunConfig, workdir: Path, say: Say) -> Sen
     Raises `ValueError` where `workdir` holds a table of other inputs.
     """
     windows = tokens(model, config.sensitivity, "calibration")
-    say(f"Measuring what every tensor loses at every level, on {windows.size} tokens")
+    say(f"What every tensor loses at every level ({config.sensitivity_method}), on {windows.size} tokens")
     measure = {"exact": exact_sensitivity, "fisher": fisher_sensitivity}[config.sensitivity_method]
     return measure(model.astype(jnp.float32), windows, config.levels, "sliding", path=workdir / SENSITIVITY)
 

@@ -12,6 +12,8 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import spearmanr
 
+from ramp_jax import workflow
+from ramp_jax.config import RunConfig, WindowsConfig
 from ramp_jax.evaluation import fisher, sensitivity
 from ramp_jax.evaluation.fisher import fisher_sensitivity
 from ramp_jax.evaluation.perplexity import divergence, mean_divergences
@@ -162,9 +164,10 @@ def test_stopped_table_goes_on_to_the_same_bits(untied, windows, exact, tmp_path
     path = tmp_path / "table.npz"
     monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", 11 * windows.size)
     whole = exact_sensitivity(untied, windows, LEVELS)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         stopped_after(patched, batches)
-        exact_sensitivity(untied, windows, LEVELS, path=path)
+        with pytest.raises(KeyboardInterrupt):
+            exact_sensitivity(untied, windows, LEVELS, path=path)
     with pytest.raises(ValueError, match=r"measuring .*table.npz was stopped; run launch/train.py"):
         Sensitivity.load(path)
     with monkeypatch.context() as patched:
@@ -182,6 +185,21 @@ def test_finished_table_is_read_not_measured(measure, untied, windows, tmp_path,
     for module in (sensitivity, fisher):
         monkeypatch.setattr(module, "_costs", lambda *_: pytest.fail("measured again"))
     np.testing.assert_array_equal(measure(untied, windows, LEVELS, path=path).kld, first.kld)
+
+
+def test_run_goes_on_with_its_table(untied, tmp_path, monkeypatch):
+    config = RunConfig(sensitivity=WindowsConfig(context=24, count=3))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    expected = workflow.sensitivity(untied, config, whole, print)
+    with monkeypatch.context() as patched:
+        stopped_after(patched, 2)
+        with pytest.raises(KeyboardInterrupt):
+            workflow.sensitivity(untied, config, stopped, print)
+    np.testing.assert_array_equal(workflow.sensitivity(untied, config, stopped, print).kld, expected.kld)
+    with pytest.raises(ValueError, match=r"\(changed: method\)"):
+        workflow.sensitivity(untied, dataclasses.replace(config, sensitivity_method="fisher"), stopped, print)
 
 
 def changed_inputs(untied, windows):
