@@ -1,9 +1,9 @@
 """Measure this machine.
 
-    python launch/benchmark.py --suite=quantize [--json=FILE]
+    python launch/benchmark.py --suite=quantize,sensitivity [--json=FILE] [--plots=FOLDER]
 
 `quantize`: encoding speed in million weights per second beside `ggml_quantize_chunk` in two threads on the same arrays,
-medians of interleaved repetitions.
+medians of interleaved repetitions. `sensitivity`: what launch/sensitivity_suite.py says, about five minutes.
 """
 
 import json
@@ -23,6 +23,7 @@ from ramp_jax.formats import encode
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import libggml
+from sensitivity_suite import sensitivity
 
 _SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
 _JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")
@@ -69,7 +70,7 @@ def _medians(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[st
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-SUITES: dict[str, Callable[[int], Any]] = {"quantize": quantize}
+SUITES: dict[str, Callable[[int], Any]] = {"quantize": quantize, "sensitivity": sensitivity}
 
 
 def main(argv: list[str]) -> None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ramp_jax.policy.train import TrainConfig
+
+SensitivityMethod = Literal["exact", "fisher"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +20,11 @@ class WindowsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A training run: the model, its calibration and sensitivity windows, the levels, and the learner."""
+    """A training run: the model, its calibration and sensitivity windows, the levels, and the learner.
+
+    `sensitivity_method` is `exact` (half a forward pass per tensor and level) or `fisher` (an estimate from one
+    backward pass for all of them, for models that are too large to measure).
+    """
 
     model: str = "smollm2-135m"
     dtype: str = "auto"
@@ -27,7 +33,12 @@ class RunConfig:
     fold_level: int = 4
     calibration: WindowsConfig = dataclasses.field(default_factory=WindowsConfig)
     sensitivity: WindowsConfig = dataclasses.field(default_factory=lambda: WindowsConfig(context=64, count=2))
+    sensitivity_method: SensitivityMethod = "exact"
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.sensitivity_method not in (known := get_args(SensitivityMethod)):
+            raise ValueError(f"sensitivity_method is {self.sensitivity_method!r}; choose {' or '.join(known)}.")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

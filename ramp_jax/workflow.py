@@ -18,9 +18,11 @@ from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
 from ramp_jax.evaluation import perplexity
+from ramp_jax.evaluation.fisher import fisher_sensitivity
 from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.evaluation.scores import numbers
-from ramp_jax.evaluation.sensitivity import Sensitivity, exact_sensitivity
+from ramp_jax.evaluation.sensitivity import exact_sensitivity
+from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
@@ -194,15 +196,14 @@ def claim(workdir: Path, config: RunConfig) -> None:
 
 
 def sensitivity(model: Model, config: RunConfig, workdir: Path, say: Say) -> Sensitivity:
-    """The exact table of a run, measured once."""
-    path = workdir / SENSITIVITY
-    if path.exists():
-        return Sensitivity.load(path)
+    """The table of a run, measured once in f32; one that was stopped goes on.
+
+    Raises `ValueError` where `workdir` holds a table of other inputs.
+    """
     windows = tokens(model, config.sensitivity, "calibration")
-    say(f"Measuring what every tensor loses at every level, on {windows.size} tokens")
-    table = exact_sensitivity(model, windows, config.levels, "sliding")
-    table.save(path)
-    return table
+    say(f"What every tensor loses at every level ({config.sensitivity_method}), on {windows.size} tokens")
+    measure = {"exact": exact_sensitivity, "fisher": fisher_sensitivity}[config.sensitivity_method]
+    return measure(model.astype(jnp.float32), windows, config.levels, "sliding", path=workdir / SENSITIVITY)
 
 
 def allocate(

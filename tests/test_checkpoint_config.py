@@ -125,3 +125,8 @@ def test_missing_fields_keep_their_defaults():
 def test_unknown_field_is_named(values, name):
     with pytest.raises(ValueError, match=f"the config has no '{name}'; it has "):
         from_dict(values)
+
+
+def test_unknown_sensitivity_method_is_named():
+    with pytest.raises(ValueError, match="sensitivity_method is 'guess'; choose exact or fisher"):
+        from_dict({"sensitivity_method": "guess"})

@@ -1,9 +1,8 @@
-"""Losses and divergences against NumPy over whole logits, and the sensitivity table against the plain loop."""
+"""Losses and divergences against NumPy over whole logits."""
 
 import dataclasses
 import math
 
-import gguf
 import numpy as np
 import pytest
 from scipy.special import log_softmax
@@ -12,12 +11,8 @@ from ramp_jax import data
 from ramp_jax.allocation import from_levels
 from ramp_jax.evaluation.perplexity import evaluate, head_losses
 from ramp_jax.evaluation.scores import Evaluation
-from ramp_jax.evaluation.sensitivity import Sensitivity, exact_sensitivity
-from ramp_jax.formats import format_for
-from ramp_jax.models import allocatable, lookup
 from ramp_jax.quantization import fake_quantize
 
-LEVELS = (4, 5, 8)
 FIRST = {"sliding": 0, "llama.cpp": 12}
 
 
@@ -110,53 +105,3 @@ def test_reference_that_is_not_finite_names_the_window(untied, windows):
     reference = dataclasses.replace(untied, params=poisoned(untied, windows))
     with pytest.raises(ValueError, match="window 1 is not finite"):
         evaluate(untied, windows, reference=reference, protocol="sliding")
-
-
-def replaced(model, tensor, level):
-    """The model with one tensor quantized by gguf-py."""
-    w = lookup(model.params, tensor)
-    ggml_type = format_for(level, tensor.shape[-1]).ggml_type
-    new = gguf.quants.dequantize(gguf.quants.quantize(np.asarray(w), ggml_type), ggml_type)
-    if tensor.layer is None:
-        params = {**model.params, tensor.key: new}
-    else:
-        stacked = model.params["blk"][tensor.key].at[tensor.layer].set(new)
-        params = {**model.params, "blk": {**model.params["blk"], tensor.key: stacked}}
-    return dataclasses.replace(model, params=params)
-
-
-def test_sensitivity_equals_the_plain_loop(model, windows):
-    table = exact_sensitivity(model, windows, LEVELS)
-    members = allocatable(model.spec)
-    assert table.tensors == tuple(t.name for t in members)
-    assert table.levels == LEVELS
-    log_p = log_probabilities(model, windows, FIRST["llama.cpp"])
-    expected = np.array(
-        [
-            [divergence(log_p, log_probabilities(replaced(model, t, level), windows, 12)).mean() for level in LEVELS]
-            for t in members
-        ]
-    )
-    assert expected.min() > 1e-6
-    np.testing.assert_allclose(table.kld, expected, rtol=1e-4, atol=1e-7)
-    assert (expected[:, 0] > expected[:, 2]).all()
-
-
-def test_sensitivity_of_bf16_weights_is_near(untied, windows):
-    table, expected = (exact_sensitivity(m, windows, (4, 5)) for m in (untied.astype("bfloat16"), untied))
-    np.testing.assert_allclose(table.kld, expected.kld, rtol=0.5)
-
-
-def test_masked_levels_have_no_cost(untied, windows):
-    table = exact_sensitivity(untied, windows[:1], (7, 8))
-    np.testing.assert_array_equal(table.kld[:, 0], 0)
-    assert (table.kld[:, 1] > 0).all()
-
-
-def test_table_saved_and_loaded(tmp_path):
-    table = Sensitivity(("a.weight", "blk.0.b.weight"), (4, 8), np.array([[0.5, 0.25], [1e-9, 0.0]]))
-    table.save(tmp_path / "table.npz")
-    loaded = Sensitivity.load(tmp_path / "table.npz")
-    assert (loaded.tensors, loaded.levels) == (table.tensors, table.levels)
-    assert all(isinstance(level, int) for level in loaded.levels)
-    np.testing.assert_array_equal(loaded.kld, table.kld)

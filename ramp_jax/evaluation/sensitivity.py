@@ -1,83 +1,75 @@
 """The exact sensitivity table: what quantizing one tensor to one level costs, everything else unchanged.
 
 The cost is the mean KL divergence to the unquantized model on calibration windows. Hidden states before a layer do
-not change when a later layer is quantized, so they are computed once and each measurement runs from its layer on; all
-tensors and levels of one layer run together as a batch, and share the reference's logits.
+not change when that layer is quantized: they are advanced layer by layer, each measurement runs from its layer on, and
+all tensors and levels of one layer run together as a batch that shares the reference's logits.
+
+Memory beside the weights, for W windows of T tokens and batches of K cells (K · W · T is at most `_TOKENS_AT_ONCE`,
+or W · T where that is more): (K + 3) · W · T · D f32 of hidden states, one layer's activations of K · W · T tokens
+(about 3 · F f32 each), K tensors and one chunk of logits. With 7B shapes and 8 × 2,048 tokens (K = 1): 1.1 GB, 2.2 GB
+and less than 0.5 GB. No axis grows with the number of layers.
 """
 
-import dataclasses
 import functools
-import io
 import itertools
 import time
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.checkpoint import write_bytes
-from ramp_jax.evaluation.perplexity import Protocol, first_scored, head_losses, mean_divergences
+from ramp_jax.evaluation.perplexity import Protocol, first_scored, mean_divergences
+from ramp_jax.evaluation.table import Sensitivity, fingerprint
 from ramp_jax.formats import Format, format_for, round_trip
-from ramp_jax.models import DecoderSpec, Model, allocatable, lookup
-from ramp_jax.models.decoder import Params, block_forward, head_weights, hidden_states, rms_norm
-from ramp_jax.models.names import Tensor
+from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
+from ramp_jax.models.decoder import Params, block_forward, head_weights, rms_norm
 from ramp_jax.progress import track
 
 _TOKENS_AT_ONCE = 8192  # of all variants that run together
-
-
-@dataclasses.dataclass(frozen=True)
-class Sensitivity:
-    """Mean KL divergence in nats per token, `[T, A]`: rows are `tensors`, columns `levels`, 0 where masked.
-
-    `seconds` is what measuring took.
-    """
-
-    tensors: tuple[str, ...]
-    levels: tuple[int, ...]
-    kld: Float[np.ndarray, "T A"]
-    seconds: float = 0.0
-
-    def save(self, path: Any) -> None:
-        """Write a NumPy archive, whole or not at all."""
-        archive = io.BytesIO()
-        np.savez(archive, **{field: np.asarray(value) for field, value in vars(self).items()})
-        write_bytes(path, archive.getvalue())
-
-    @classmethod
-    def load(cls, path: Any) -> "Sensitivity":
-        """Read what `save` wrote."""
-        with np.load(path) as saved:
-            names, levels = saved["tensors"].tolist(), saved["levels"].tolist()
-            return cls(tuple(names), tuple(levels), saved["kld"], float(saved["seconds"]))
+_NUDGE = 2.0**-20  # of every hidden state; Q8_0 moves a tensor's outputs by about 2⁻⁸, which costs 10⁷ times more
 
 
 def exact_sensitivity(
-    model: Model, windows: Int[np.ndarray, "W T"], levels: tuple[int, ...], protocol: Protocol = "llama.cpp"
+    model: Model,
+    windows: Int[np.ndarray, "W T"],
+    levels: tuple[int, ...],
+    protocol: Protocol = "llama.cpp",
+    *,
+    path: str | Path | None = None,
+    tensors: Collection[str] | None = None,
 ) -> Sensitivity:
-    """Measure every allocatable tensor at every level that can hold its rows, on the tokens that `protocol` scores.
+    """Measure tensors (default: every allocatable one) at every level that can hold their rows.
 
-    Runs in the dtype of the model's weights. Rounding to bf16 adds the same small floor to every entry of a tensor,
-    which leaves the order of its levels unchanged.
+    Counts the tokens that `protocol` scores and runs in the dtype of the model's weights. The noise floor of a row is
+    what the same computation reads when the hidden states before the row's layer move by a part in a million, up and
+    down by turns over the channels. With `path`, the table is saved there after every batch, and
+    one that was stopped goes on to the same bits. Raises `ValueError` where `path` holds a table of other inputs.
     """
-    started = time.monotonic()
-    members = allocatable(model.spec)
-    table = np.zeros((len(members), len(levels)))
+    members = [tensor for tensor in allocatable(model.spec) if tensors is None or tensor.name in tensors]
+    table = Sensitivity.begin(members, levels, fingerprint(model, windows, members, levels, protocol, "exact"), path)
     scored = slice(first_scored(protocol, windows.shape[1]), -1)
     batches = _batches(members, levels, size=max(1, _TOKENS_AT_ONCE // windows.size))
     with jax.default_matmul_precision("default"):
-        prefixes = _prefixes(model.spec, model.params, windows)
+        state, depth = _embed(model.params["token_embd"], windows), 0
+        reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
         for batch in track(batches, "measuring sensitivity", "batch"):
-            rows, columns = zip(*((entry.row, entry.column) for entry in batch), strict=True)
-            measure = _top_costs if batch[0].tensor.layer is None else _layer_costs
-            table[rows, columns] = measure(model, batch, prefixes, windows, scored)
-    names = tuple(tensor.name for tensor in members)
-    return Sensitivity(names, levels, table, time.monotonic() - started)
+            started = time.monotonic()
+            while depth < _depth(model.spec, batch[0].tensor):
+                state, depth = advance(model.spec, layer_params(model.params, depth), state), depth + 1
+            rows, columns = zip(*((cell.row, cell.column) for cell in batch), strict=True)
+            if np.isnan(table.kld[rows, columns]).any():
+                floor, *kld = _costs(model, batch, state, windows, reference, scored)
+                table = table.with_cells(rows, columns, kld, floor, time.monotonic() - started)
+                if path is not None:
+                    table.save(path)
+    return table
 
 
-class _Entry(NamedTuple):
+class Cell(NamedTuple):
     """One cell of the table: tensor `row` at level `column`."""
 
     row: int
@@ -86,65 +78,83 @@ class _Entry(NamedTuple):
     format: Format
 
 
-def _batches(members: list[Tensor], levels: tuple[int, ...], size: int) -> list[list[_Entry]]:
-    """All cells, in batches of up to `size` of one layer."""
-    entries = [
-        _Entry(row, column, tensor, fmt)
+def cells(members: list[Tensor], levels: tuple[int, ...]) -> list[Cell]:
+    """Every cell that is not masked, row by row."""
+    return [
+        Cell(row, column, tensor, fmt)
         for row, tensor in enumerate(members)
         for column, level in enumerate(levels)
         if (fmt := format_for(level, tensor.shape[-1]))
     ]
-    layers = [list(group) for _, group in itertools.groupby(entries, key=lambda entry: entry.tensor.layer)]
-    return [layer[start : start + size] for layer in layers for start in range(0, len(layer), size)]
 
 
-def _layer_costs(
-    model: Model, batch: list[_Entry], prefixes: jax.Array, windows: Int[np.ndarray, "W T"], scored: slice
+def quantized(params: Params, tensor: Tensor, fmt: Format) -> jax.Array:
+    """The tensor as it is after its format, in its own dtype."""
+    w = lookup(params, tensor)
+    return round_trip(w.astype(jnp.float32), fmt.name).astype(w.dtype)
+
+
+def _batches(members: list[Tensor], levels: tuple[int, ...], size: int) -> list[list[Cell]]:
+    """All cells, in batches of one layer and up to `size`; those of a layer are equally long, so that all layers share
+    one compiled function: the last cell fills up what is missing."""
+    layers = [list(group) for _, group in itertools.groupby(cells(members, levels), lambda cell: cell.tensor.layer)]
+    return [part for layer in layers for part in _split(layer, size)]
+
+
+def _split(layer: list[Cell], size: int) -> list[list[Cell]]:
+    equal = -(-len(layer) // -(-len(layer) // size))
+    filled = layer + layer[-1:] * (-len(layer) % equal)
+    return [filled[start : start + equal] for start in range(0, len(filled), equal)]
+
+
+def _depth(spec: DecoderSpec, tensor: Tensor) -> int:
+    """How many layers of the unchanged model run before the tensor is read."""
+    if tensor.layer is not None:
+        return tensor.layer
+    return spec.n_layers if tensor.key == "output" else 0
+
+
+def _costs(
+    model: Model,
+    batch: list[Cell],
+    state: Float[Array, "W T D"],
+    windows: Int[np.ndarray, "W T"],
+    reference: Float[Array, "W S D"],
+    scored: slice,
 ) -> Float[np.ndarray, " K"]:
-    """Mean KL of each cell of one layer: the layer runs once per cell, all later layers once for the whole batch."""
-    spec, params = model.spec, model.params
-    index = batch[0].tensor.layer
-    layer = {key: value[index] for key, value in params["blk"].items()}
-    changed = [_block(spec, layer | {e.tensor.key: _quantized(params, e)}, prefixes[index]) for e in batch]
-    hidden = _run_from(spec, params, jnp.stack(changed), index + 1)[:, :, scored]
-    reference = prefixes[-1][:, scored]
-    return np.asarray(mean_divergences(_tokens(hidden, 1), _tokens(reference), head_weights(params)))
+    """Mean KL of the nudged reference and of each cell of one layer, which share every later layer."""
+    spec, params, first = model.spec, model.params, batch[0].tensor
+    new = [quantized(params, cell.tensor, cell.format) for cell in batch]
+    nudged = state * (1 + _NUDGE * (1 - 2 * (jax.lax.broadcasted_iota(jnp.float32, state.shape, 2) % 2)))
+    if first.layer is not None:
+        layer = layer_params(params, first.layer)
+        changed = [advance(spec, layer | {cell.tensor.key: w}, state) for cell, w in zip(batch, new, strict=True)]
+        starts, depth = [advance(spec, layer, nudged), *changed], first.layer + 1
+    elif first.key == "output":
+        starts, depth = [nudged] + [state] * len(new), spec.n_layers
+    else:
+        starts, depth = [nudged, *(_embed(w, windows) for w in new)], 0
+    hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
+    head, reference = head_weights(params), _tokens(reference)
+    if first.layer is not None or (first.key == "token_embd" and not spec.tied):
+        return np.asarray(mean_divergences(hidden, head, reference, head))
+    pairs = zip(hidden, [head, *new], strict=True)
+    return np.concatenate([mean_divergences(x[None], changed, reference, head) for x, changed in pairs])
 
 
-def _top_costs(
-    model: Model, batch: list[_Entry], prefixes: jax.Array, windows: Int[np.ndarray, "W T"], scored: slice
-) -> list[float]:
-    """Mean KL of embedding or head at each format: whole forward passes, since every layer or the head differs."""
-    spec, params = model.spec, model.params
-    reference = prefixes[-1]
-    costs = []
-    for entry in batch:
-        changed = {**params, entry.tensor.key: _quantized(params, entry)}
-        runs = [reference] if entry.tensor.key == "output" else [_hidden(spec, changed, row[None]) for row in windows]
-        hidden = jnp.concatenate(runs)[:, scored]
-        targets = windows[:, scored.start + 1 :].reshape(-1)
-        heads = (head_weights(changed), head_weights(params))
-        _, kld = head_losses(_tokens(hidden), heads[0], targets, _tokens(reference[:, scored]), heads[1])
-        costs.append(float(jnp.mean(kld)))
-    return costs
+def layer_params(params: Params, index: int) -> Params:
+    """The tensors of one layer."""
+    return {key: value[index] for key, value in params["blk"].items()}
 
 
-def _quantized(params: Params, entry: _Entry) -> jax.Array:
-    w = lookup(params, entry.tensor)
-    return round_trip(w.astype(jnp.float32), entry.format.name).astype(w.dtype)
+def _tokens(hidden: Float[Array, "... W S D"]) -> Float[Array, "... W*S D"]:
+    """Windows and their tokens on one axis."""
+    return hidden.reshape(*hidden.shape[:-3], -1, hidden.shape[-1])
 
 
-def _tokens(hidden: jax.Array, keep: int = 0) -> jax.Array:
-    """Windows and their tokens on one axis, behind the first `keep` axes."""
-    return hidden.reshape(*hidden.shape[:keep], -1, hidden.shape[-1])
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _prefixes(spec: DecoderSpec, params: Params, ids: Int[Array, "W T"]) -> Float[Array, "L+1 W T D"]:
-    """Hidden states before every layer, then the normed ones after the last."""
-    x = params["token_embd"][ids].astype(jnp.float32)
-    last, before = jax.lax.scan(lambda x, layer: (block_forward(spec, layer, x), x), x, params["blk"])
-    return jnp.concatenate([before, rms_norm(last, params["output_norm"], spec.norm_eps)[None]])
+@jax.jit
+def _embed(embedding: Float[Array, "V D"], ids: Int[Array, "W T"]) -> Float[Array, "W T D"]:
+    return embedding[ids].astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -160,5 +170,5 @@ def _run_from(
     return rms_norm(y, params["output_norm"], spec.norm_eps).reshape(x.shape)
 
 
-_block = jax.jit(block_forward, static_argnames="spec")
-_hidden = jax.jit(hidden_states, static_argnames="spec")
+advance = jax.jit(block_forward, static_argnames="spec")
+"""Hidden states after a layer from those before it: (spec, layer, x `[W, T, D]`)."""

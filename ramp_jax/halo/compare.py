@@ -16,7 +16,7 @@ from ramp_jax.allocation import ALIGNMENT, Allocation, costs, from_levels, read_
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.evaluation.perplexity import Reference, evaluate, evaluate_reference, reference_of
 from ramp_jax.evaluation.scores import Evaluation
-from ramp_jax.evaluation.sensitivity import Sensitivity
+from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf

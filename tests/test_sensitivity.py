@@ -1,0 +1,307 @@
+"""The exact table against the plain loop, its noise floor, one compilation, resuming bit for bit; Fisher beside it."""
+
+import dataclasses
+import itertools
+
+import chex
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+from scipy.stats import spearmanr
+
+from ramp_jax import workflow
+from ramp_jax.config import RunConfig, WindowsConfig
+from ramp_jax.evaluation import fisher, sensitivity
+from ramp_jax.evaluation.fisher import fisher_sensitivity
+from ramp_jax.evaluation.perplexity import divergence, mean_divergences
+from ramp_jax.evaluation.sensitivity import exact_sensitivity
+from ramp_jax.evaluation.table import Sensitivity
+from ramp_jax.formats import format_for
+from ramp_jax.models import allocatable, lookup
+from ramp_jax.models.decoder import block_forward
+
+LEVELS = (4, 5, 8)
+MEASURES = {"exact": exact_sensitivity, "fisher": fisher_sensitivity}
+
+
+def log_probabilities(model, windows):
+    """Log-probabilities f64 of the tokens that protocol llama.cpp scores in windows of 24: `[W, 11, V]`."""
+    return log_softmax(np.asarray(model.logits(windows), np.float64), axis=-1)[:, 12:-1]
+
+
+def mean_kl(log_p, log_q):
+    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
+
+
+def with_weights(model, tensor, new):
+    """The model with one tensor replaced."""
+    if tensor.layer is None:
+        return dataclasses.replace(model, params={**model.params, tensor.key: new})
+    stacked = model.params["blk"][tensor.key].at[tensor.layer].set(new)
+    return dataclasses.replace(model, params={**model.params, "blk": {**model.params["blk"], tensor.key: stacked}})
+
+
+def quantized(model, tensor, level):
+    """The model with one tensor quantized by gguf-py."""
+    ggml_type = format_for(level, tensor.shape[-1]).ggml_type
+    raw = gguf.quants.quantize(np.asarray(lookup(model.params, tensor)), ggml_type)
+    return with_weights(model, tensor, gguf.quants.dequantize(raw, ggml_type))
+
+
+def plain_loop(model, windows):
+    """The table by whole forward passes, in f64 from the logits on: `[T, A]`."""
+    log_p = log_probabilities(model, windows)
+    return np.array(
+        [
+            [mean_kl(log_p, log_probabilities(quantized(model, t, level), windows)) for level in LEVELS]
+            for t in allocatable(model.spec)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def exact(untied, windows):
+    return exact_sensitivity(untied, windows, LEVELS)
+
+
+def test_exact_equals_the_plain_loop(model, windows):
+    found = exact_sensitivity(model, windows, LEVELS)
+    expected = plain_loop(model, windows)
+    assert found.tensors == tuple(t.name for t in allocatable(model.spec))
+    assert found.levels == LEVELS
+    assert expected.min() > 1e-6
+    np.testing.assert_allclose(found.kld, expected, rtol=1e-4, atol=1e-7)
+    assert (expected[:, 0] > expected[:, 2]).all()
+
+
+def test_batch_size_changes_nothing(untied, windows, exact, monkeypatch):
+    """Batches of 5 cells, so that the last of a layer's 21 is filled up."""
+    monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", 5 * windows.size)
+    np.testing.assert_allclose(exact_sensitivity(untied, windows, LEVELS).kld, exact.kld, rtol=1e-5)
+
+
+def test_tensors_can_be_chosen(untied, windows, exact):
+    chosen = ("blk.1.ffn_up.weight", "output.weight")
+    some = exact_sensitivity(untied, windows, LEVELS, tensors=chosen)
+    assert some.tensors == chosen
+    np.testing.assert_allclose(some.kld, exact.kld[[exact.tensors.index(name) for name in chosen]], rtol=1e-5)
+
+
+def test_all_layers_share_one_compilation(untied, windows, monkeypatch):
+    names = [t.name for t in allocatable(untied.spec) if t.layer is not None]
+    for name in ("_run_from", "advance"):
+        counted = chex.assert_max_traces(getattr(sensitivity, name).__wrapped__, n=2 if name == "_run_from" else 1)
+        monkeypatch.setattr(sensitivity, name, jax.jit(counted, static_argnames="spec"))
+    monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", 5 * windows.size)
+    exact_sensitivity(untied, windows, LEVELS, tensors=names)  # `_run_from`: the reference, and every batch
+
+
+def test_floor_lies_far_below_the_costs(exact):
+    assert exact.floor.shape == (len(exact.tensors),)
+    assert (exact.floor >= 0).all()
+    assert (exact.floor < 1e-5 * exact.kld.min(axis=1)).all()
+
+
+def test_floor_of_bf16_is_rounding_that_flips(untied, windows, exact):
+    found = exact_sensitivity(untied.astype("bfloat16"), windows, (8,), tensors=exact.tensors[:8])
+    assert (found.floor > 1e3 * exact.floor[:8]).all()
+    assert (found.kld[:, 0] > found.floor).all()
+
+
+def test_divergence_of_tiny_changes_keeps_its_digits(rng):
+    """Against f64, where Σ p (log p − log q) in f32 would be rounding alone."""
+    logits = rng.normal(0, 3, (4, 5000))
+    change = rng.normal(0, 1e-4, logits.shape)
+    log_p, log_q = log_softmax(logits, axis=-1), log_softmax(logits + change, axis=-1)
+    expected = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    assert expected.max() < 1e-8
+    single = [a.astype(np.float32) for a in (np.exp(log_p), log_p, log_q)]
+    np.testing.assert_allclose(divergence(*single), expected, rtol=2e-2)
+
+
+def test_divergence_of_large_changes(rng):
+    logits = rng.normal(0, 30, (2, 6, 50))
+    log_p, log_q = log_softmax(logits, axis=-1)
+    found = divergence(*(a.astype(np.float32) for a in (np.exp(log_p), log_p, log_q)))
+    np.testing.assert_allclose(found, (np.exp(log_p) * (log_p - log_q)).sum(axis=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [7, 128, 300])
+def test_mean_divergences_equal_numpy(rng, tokens):
+    """More tokens than a chunk of the head, and another head than the reference's."""
+    x, ref_x = rng.normal(size=(2, tokens, 8)), rng.normal(size=(tokens, 8))
+    head, ref_head = rng.normal(size=(2, 33, 8))
+    log_p = log_softmax(ref_x @ ref_head.T, axis=-1)
+    expected = [mean_kl(log_p, log_softmax(variant @ head.T, axis=-1)) for variant in x]
+    found = mean_divergences(*(jnp.asarray(a, jnp.float32) for a in (x, head, ref_x, ref_head)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_masked_levels_have_no_cost(measure, untied, windows):
+    found = measure(untied, windows, (7, *LEVELS))
+    np.testing.assert_array_equal(found.kld[:, 0], 0)
+    assert (found.kld[:, 1:] > 0).all()
+
+
+def stopped_after(monkeypatch, batches):
+    """From now on, measuring stops like a killed process before one more batch than `batches`."""
+    original, count = sensitivity._costs, itertools.count()
+
+    def costs(*arguments):
+        if next(count) == batches:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(sensitivity, "_costs", costs)
+
+
+@pytest.mark.parametrize("batches", [1, 7])
+def test_stopped_table_goes_on_to_the_same_bits(untied, windows, exact, tmp_path, monkeypatch, batches):
+    path = tmp_path / "table.npz"
+    monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", 11 * windows.size)
+    whole = exact_sensitivity(untied, windows, LEVELS)
+    with monkeypatch.context() as patched:
+        stopped_after(patched, batches)
+        with pytest.raises(KeyboardInterrupt):
+            exact_sensitivity(untied, windows, LEVELS, path=path)
+    with pytest.raises(ValueError, match=r"measuring .*table.npz was stopped; run launch/train.py"):
+        Sensitivity.load(path)
+    with monkeypatch.context() as patched:
+        stopped_after(patched, 8 - batches)  # two batches for each of three layers, one each for embedding and head
+        continued = exact_sensitivity(untied, windows, LEVELS, path=path)
+    for found in (continued, Sensitivity.load(path)):
+        np.testing.assert_array_equal(found.kld, whole.kld)
+        np.testing.assert_array_equal(found.floor, whole.floor)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_finished_table_is_read_not_measured(measure, untied, windows, tmp_path, monkeypatch):
+    path = tmp_path / "table.npz"
+    first = measure(untied, windows, LEVELS, path=path)
+    for module in (sensitivity, fisher):
+        monkeypatch.setattr(module, "_costs", lambda *_: pytest.fail("measured again"))
+    np.testing.assert_array_equal(measure(untied, windows, LEVELS, path=path).kld, first.kld)
+
+
+def test_run_goes_on_with_its_table(untied, tmp_path, monkeypatch):
+    config = RunConfig(sensitivity=WindowsConfig(context=24, count=3))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    expected = workflow.sensitivity(untied, config, whole, print)
+    with monkeypatch.context() as patched:
+        stopped_after(patched, 2)
+        with pytest.raises(KeyboardInterrupt):
+            workflow.sensitivity(untied, config, stopped, print)
+    np.testing.assert_array_equal(workflow.sensitivity(untied, config, stopped, print).kld, expected.kld)
+    with pytest.raises(ValueError, match=r"\(changed: method\)"):
+        workflow.sensitivity(untied, dataclasses.replace(config, sensitivity_method="fisher"), stopped, print)
+
+
+def changed_inputs(untied, windows):
+    """Name of the field → model, windows, levels, protocol of which only that differs."""
+    weights = untied.params["output_norm"].at[3].add(1e-3)
+    other = dataclasses.replace(untied, params={**untied.params, "output_norm": weights})
+    folded = dataclasses.replace(untied, folding={"attn_in": jnp.ones((3, 64))})
+    return {
+        "folded weights": (other, windows, LEVELS, "llama.cpp"),
+        "folding": (folded, windows, LEVELS, "llama.cpp"),
+        "windows": (untied, windows[:, ::-1], LEVELS, "llama.cpp"),
+        "levels": (untied, windows, (4,), "llama.cpp"),
+        "protocol": (untied, windows, LEVELS, "sliding"),
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(untied, windows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "table.npz"
+    fisher_sensitivity(untied, windows, LEVELS, path=path)
+    return path
+
+
+@pytest.mark.parametrize("field", ["folded weights", "folding", "windows", "levels", "protocol"])
+def test_changed_input_is_named(untied, windows, saved, field):
+    with pytest.raises(ValueError, match=rf"table.npz was measured with other inputs \(changed: {field}[,)]"):
+        fisher_sensitivity(*changed_inputs(untied, windows)[field], path=saved)
+
+
+def test_other_method_and_other_version_are_named(untied, windows, saved, monkeypatch):
+    with pytest.raises(ValueError, match=r"\(changed: method\)"):
+        exact_sensitivity(untied, windows, LEVELS, path=saved)
+    monkeypatch.setattr("ramp_jax.evaluation.table.VERSION", 10**6)
+    with pytest.raises(ValueError, match=r"\(changed: code version\)"):
+        fisher_sensitivity(untied, windows, LEVELS, path=saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive"])
+def test_file_that_is_no_table(tmp_path, content):
+    (tmp_path / "table.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"table.npz is no sensitivity table of this version; delete it"):
+        Sensitivity.load(tmp_path / "table.npz")
+
+
+def test_table_saved_and_loaded(tmp_path):
+    kld, floor = np.array([[0.5, 0.25], [1e-9, 0.0]]), np.array([1e-12, 0.0])
+    saved = Sensitivity(("a.weight", "blk.0.b.weight"), (4, 8), kld, floor, 2.5, {"windows": "abc"})
+    saved.save(tmp_path / "table.npz")
+    loaded = Sensitivity.load(tmp_path / "table.npz")
+    assert (loaded.tensors, loaded.levels, loaded.seconds) == (saved.tensors, saved.levels, saved.seconds)
+    assert loaded.inputs == saved.inputs
+    assert all(isinstance(level, int) for level in loaded.levels)
+    np.testing.assert_array_equal(loaded.kld, saved.kld)
+    np.testing.assert_array_equal(loaded.floor, saved.floor)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_cost_that_is_not_finite_names_the_cell(measure, untied, windows):
+    tensor = next(t for t in allocatable(untied.spec) if t.name == "output.weight")
+    broken = with_weights(untied, tensor, untied.params["output"].at[5, 5].set(np.nan))
+    with pytest.raises(
+        ValueError, match=r"what \S+ costs at level \d is not finite; load the model with dtype=float32"
+    ):
+        measure(broken, windows, LEVELS)
+
+
+def test_halves_make_the_layer(model, rng):
+    """Attention, then feed-forward, is the layer, so that gradients may go through the halves."""
+    layer = sensitivity.layer_params(model.params, 1)
+    x = jnp.asarray(rng.normal(size=(2, 9, 64)), jnp.float32)
+    middle = fisher._half(model.spec, layer, "attn", x)
+    np.testing.assert_allclose(
+        fisher._half(model.spec, layer, "ffn", middle), block_forward(model.spec, layer, x), atol=1e-5
+    )
+    assert float(jnp.abs(middle - x).max()) > 0.1
+
+
+def test_probes_have_the_fisher_matrix_as_covariance(model, windows):
+    """δz of a changed head: the mean of (r · δz)² over many probes is δzᵀ (diag p − p pᵀ) δz."""
+    state = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, 64)), jnp.float32)
+    change = jnp.asarray(np.random.default_rng(2).normal(size=(1, 320, 64)), jnp.float32)
+    _, moves = fisher._from_head(model.spec, model.params, state, change, jax.random.key(0), 4096, 2)
+    ones = {**model.params, "output": jnp.eye(64)}
+    hidden = np.asarray(sensitivity._run_from(model.spec, ones, state[None], 3)[0, 0, 2:-1], np.float64)
+    logits = hidden @ np.asarray(model.params.get("output", model.params["token_embd"]), np.float64).T
+    p, dz = np.exp(log_softmax(logits, axis=-1)), hidden @ np.asarray(change[0], np.float64).T
+    expected = (p * dz**2).sum(axis=-1) - (p * dz).sum(axis=-1) ** 2
+    np.testing.assert_allclose(np.square(moves[0, :, 0, 2:-1]).mean(axis=0), expected, rtol=0.15)
+    np.testing.assert_array_equal(moves[0, :, 0, [0, 1, 5]], 0)
+
+
+@pytest.mark.parametrize("protocol", ["sliding", "llama.cpp"])
+def test_fisher_is_near_the_exact_table(model, windows, protocol):
+    """Whole weights are small here only at high levels: 8 must agree in size, all in order."""
+    found = fisher_sensitivity(model, windows, LEVELS, protocol)
+    expected = exact_sensitivity(model, windows, LEVELS, protocol)
+    assert (found.tensors, found.levels) == (expected.tensors, expected.levels)
+    assert spearmanr(found.kld.ravel(), expected.kld.ravel()).statistic > 0.95
+    assert 0.7 < np.median(found.kld[:, 2] / expected.kld[:, 2]) < 1.4
+
+
+def test_fisher_is_deterministic(untied, windows):
+    first, second, other = (fisher_sensitivity(untied, windows, LEVELS, seed=seed).kld for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
