@@ -4,9 +4,9 @@ import dataclasses
 import itertools
 
 import chex
-import gguf
 import jax
 import jax.numpy as jnp
+import libggml
 import numpy as np
 import pytest
 from scipy.special import log_softmax
@@ -47,8 +47,8 @@ def with_weights(model, tensor, new):
 def quantized(model, tensor, level):
     """The model with one tensor quantized by gguf-py."""
     ggml_type = format_for(level, tensor.shape[-1]).ggml_type
-    raw = gguf.quants.quantize(np.asarray(lookup(model.params, tensor)), ggml_type)
-    return with_weights(model, tensor, gguf.quants.dequantize(raw, ggml_type))
+    raw = libggml.quantize(ggml_type.name, np.asarray(lookup(model.params, tensor)))
+    return with_weights(model, tensor, libggml.dequantize(ggml_type.name, raw))
 
 
 def plain_loop(model, windows):

@@ -3,6 +3,7 @@
 import functools
 
 import gguf
+import libggml
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -89,7 +90,9 @@ def write_gguf(path, metadata, values, types=None):
             writer.add_key_value(name, pair.value, pair.type, pair.sub_type)
     for name, value in values.items():
         ggml_type = (types or {}).get(name, gguf.GGMLQuantizationType.F32)
-        writer.add_tensor(name, gguf.quants.quantize(value, ggml_type), raw_dtype=ggml_type)
+        blocks = gguf.GGML_QUANT_SIZES[ggml_type][0] > 1
+        raw = libggml.quantize(ggml_type.name, value) if blocks else gguf.quants.quantize(value, ggml_type)
+        writer.add_tensor(name, raw, raw_dtype=ggml_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
