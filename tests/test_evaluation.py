@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 
 from ramp_jax import data
 from ramp_jax.allocation import from_levels
-from ramp_jax.evaluation.perplexity import evaluate, head_losses
+from ramp_jax.evaluation.perplexity import evaluate, head_scores
 from ramp_jax.evaluation.scores import Evaluation
 from ramp_jax.quantization import fake_quantize
 
@@ -77,7 +77,7 @@ def test_losses_by_hand():
     head = np.eye(2, dtype=np.float32)
     x = np.log(np.array([[3, 1], [1, 1]], np.float32))  # p = (3/4, 1/4), (1/2, 1/2)
     reference = np.log(np.array([[1, 1], [1, 3]], np.float32))  # p = (1/2, 1/2), (1/4, 3/4)
-    nll, kld = head_losses(x, head, np.array([0, 1], np.int32), reference, head)
+    nll, kld, *_ = head_scores(x, head, np.array([0, 1], np.int32), reference, head)
     np.testing.assert_allclose(nll, [math.log(4 / 3), math.log(2)], rtol=1e-6)
     expected = [math.log(4 / 3) / 2, 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)]
     np.testing.assert_allclose(kld, expected, rtol=1e-5)

@@ -169,18 +169,6 @@ def head_scores(
 
 
 @jax.jit
-def head_losses(
-    x: Float[Array, "T D"],
-    head: Float[Array, "V D"],
-    targets: Int[Array, " T"],
-    ref_x: Float[Array, "T D"] | None,
-    ref_head: Float[Array, "V D"] | None,
-) -> tuple[Float[Array, " T"], Float[Array, " T"] | None]:
-    """Loss and divergence of `head_scores` alone."""
-    return head_scores(x, head, targets, ref_x, ref_head)[:2]
-
-
-@jax.jit
 def mean_divergences(
     x: Float[Array, "K T D"], head: Float[Array, "V D"], ref_x: Float[Array, "T D"], ref_head: Float[Array, "V D"]
 ) -> Float[Array, " K"]:
