@@ -66,6 +66,13 @@ def test_scale_alone_minimizes_relative_errors(problem):
     assert errors[1] == min(errors)
 
 
+def test_weights_of_pairs_stay_within_what_correlations_allow(problem):
+    predicted, terms = problem
+    found = additive.fit(predicted, terms, predicted + 5 * terms["ffn_gate", "ffn_up"], pairs=2)
+    assert found.pairs["ffn_gate", "ffn_up"] == pytest.approx(2)
+    assert all(abs(weight) <= 2 for weight in found.pairs.values())
+
+
 def test_true_losses_are_those_of_fake_quantized_models(model, windows):
     actions = additive.random_actions(np.random.default_rng(0), np.ones((len(allocatable(model.spec)), 3), bool), 2)
     kld, delta = additive.true_losses(model, windows, LEVELS, actions)

@@ -1,8 +1,8 @@
 """How far the costs of single tensors add up to the loss of a whole allocation, and a correction fitted to it.
 
 The table predicts Σ_t s[t, a_t]. To second order the loss also holds a product per pair of tensors; those of one layer
-are the largest. For a pair of kinds such as (gate, up) it is taken as ρ Σ_layers √(s_gate s_up), which is what two
-changes of these sizes add when their effects on the logits have correlation ρ / 2.
+are the largest. For a pair of kinds such as (gate, up) it is taken as w Σ_layers √(s_gate s_up): two changes that cost
+s_gate and s_up alone, with effects on the logits of correlation ρ, add 2 ρ √(s_gate s_up), so w lies between −2 and 2.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from scipy.optimize import lsq_linear
 
 from ramp_jax.evaluation.perplexity import Protocol, evaluate, reference_of
 from ramp_jax.evaluation.sensitivity import cells, quantized
@@ -61,7 +62,7 @@ def pair_terms(kld: Float[np.ndarray, "T A"], members: list[Tensor], actions: Ac
 def fit(
     predicted: Float[np.ndarray, " N"], terms: Mapping[Pair, np.ndarray], true: Float[np.ndarray, " N"], pairs: int
 ) -> Correction:
-    """Least relative squares; the pairs are taken one by one, each the one that lowers the error most."""
+    """Least relative squares with weights of pairs in −2..2; each pair taken is the one that lowers the error most."""
     chosen: list[Pair] = []
     weights, _ = _solve([predicted], true)
     for _ in range(pairs):
@@ -113,5 +114,7 @@ def _chosen(kld: Float[np.ndarray, "T A"], actions: Actions) -> Float[np.ndarray
 def _solve(columns: list[np.ndarray], true: Float[np.ndarray, " N"]) -> tuple[np.ndarray, float]:
     """Weights of the columns for the least mean squared relative error, and that error."""
     relative = np.stack(columns, axis=1) / true[:, None]
-    weights = np.linalg.lstsq(relative, np.ones(len(true)), rcond=None)[0]
+    pairs = len(columns) - 1
+    bounds = ([0.0] + [-2.0] * pairs, [np.inf] + [2.0] * pairs)
+    weights = lsq_linear(relative, np.ones(len(true)), bounds, method="bvls").x
     return weights, float(np.mean((relative @ weights - 1) ** 2))
