@@ -132,9 +132,9 @@ def _additive(
 ) -> tuple[dict[str, np.ndarray], Numbers]:
     """Fitted on the first half of the allocations; everything here is of the other half."""
     members = allocatable(model.spec)
-    valid = np.ones_like(exact.kld, bool)
-    for row, tensor in enumerate(members):
-        valid[row] = [any(c.column == a for c in cells([tensor], _LEVELS)) for a in range(len(_LEVELS))]
+    valid = np.zeros_like(exact.kld, bool)
+    for cell in cells(members, _LEVELS):
+        valid[cell.row, cell.column] = True
     actions = additive.random_actions(np.random.default_rng(_SEED), valid, _ALLOCATIONS)
     kld, delta_nll = additive.true_losses(model, windows, _LEVELS, actions, "sliding")
     half = _ALLOCATIONS // 2

@@ -9,17 +9,14 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import lsq_linear
 
 from ramp_jax.evaluation.perplexity import Protocol, evaluate, reference_of
 from ramp_jax.evaluation.sensitivity import cells, quantized
 from ramp_jax.models import Model, Tensor, allocatable
-from ramp_jax.models.decoder import Params
-from ramp_jax.models.names import LINEARS
+from ramp_jax.models.names import LINEARS, replaced
 from ramp_jax.progress import track
 
 Actions = Int[np.ndarray, "N T"]
@@ -92,19 +89,10 @@ def true_losses(
     before = evaluate(model, windows, protocol=protocol).mean_nll
     runs = []
     for row in track(actions, "measuring allocations", "allocation"):
-        chosen = {(t.key, t.layer): choices[i][a] for i, (t, a) in enumerate(zip(members, row, strict=True))}
-        params = _with_weights(model.params, chosen)
+        chosen = {tensor: choices[i][a] for i, (tensor, a) in enumerate(zip(members, row, strict=True))}
+        params = replaced(model.params, members, chosen.__getitem__)
         runs.append(evaluate(model, windows, params=params, reference=reference, protocol=protocol))
     return np.array([run.mean_kld for run in runs]), np.array([run.mean_nll - before for run in runs])
-
-
-def _with_weights(params: Params, chosen: Mapping[tuple[str, int | None], np.ndarray]) -> Params:
-    top: dict[str, jax.Array] = {key: jnp.asarray(w) for (key, layer), w in chosen.items() if layer is None}
-    layers: dict[str, Float[Array, "L O I"]] = {
-        key: jnp.asarray(np.stack([w for (name, layer), w in chosen.items() if name == key and layer is not None]))
-        for key in LINEARS
-    }
-    return {**params, **top, "blk": {**params["blk"], **layers}}
 
 
 def _chosen(kld: Float[np.ndarray, "T A"], actions: Actions) -> Float[np.ndarray, "N T"]:

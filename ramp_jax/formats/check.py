@@ -47,6 +47,17 @@ def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = 
     return importance if importance.any() else None
 
 
+def checked_encode(
+    tensor: str,
+    w: Float[np.ndarray, "*rows I"],
+    fmt: str,
+    importance: Float[np.ndarray, " I"] | None = None,
+    effort: Effort = "reference",
+) -> Any:
+    """Codes of w after `check`; `tensor` names it in errors."""
+    return encode(w, fmt, check(tensor, w, fmt, importance), effort)
+
+
 class EncodeCache:
     """Codes by content: the same weights, format, importance and effort are encoded once.
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ramp_jax.allocation import Allocation, export_metadata
-from ramp_jax.formats import encode, get_format
-from ramp_jax.formats.check import check
+from ramp_jax.formats import get_format
+from ramp_jax.formats.check import checked_encode
 from ramp_jax.models import Model, Tensor, lookup, tensors
 from ramp_jax.models.names import permute_rope, rope_heads
 from ramp_jax.progress import track
@@ -74,7 +74,6 @@ def _encoded(model: Model, tensor: Tensor, fmt_name: str) -> np.ndarray:
     """The tensor's bytes `[*rows, row bytes]`, rows in the file's order."""
     fmt = get_format(fmt_name)
     w = lookup(model.params, tensor).astype(jnp.float32)
-    check(tensor.name, w, fmt_name)
-    raw = fmt.to_bytes(encode(w, fmt_name))
+    raw = fmt.to_bytes(checked_encode(tensor.name, w, fmt_name))
     heads = rope_heads(model.spec, tensor.key)
     return permute_rope(raw, heads) if heads else raw

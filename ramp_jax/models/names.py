@@ -4,9 +4,11 @@ The parameter tree is the GGUF namespace: `{"token_embd", "blk": {"attn_q": [L, 
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ramp_jax.models.spec import DecoderSpec
@@ -106,6 +108,19 @@ def hf_name(tensor: Tensor) -> str:
 def lookup(params: dict[str, Any], tensor: Tensor) -> jax.Array:
     """The tensor's values in a parameter tree."""
     return params[tensor.key] if tensor.layer is None else params["blk"][tensor.key][tensor.layer]
+
+
+def replaced(
+    params: dict[str, Any], members: Sequence[Tensor], new: Callable[[Tensor], jax.typing.ArrayLike]
+) -> dict[str, Any]:
+    """The tree with `new(tensor)` in place of each member's values; a key of the blocks has all its layers among them.
+
+    Keys are made one after the other, so that only one is held twice.
+    """
+    top = {t.key: jnp.asarray(new(t)) for t in members if t.layer is None}
+    keys = dict.fromkeys(t.key for t in members if t.layer is not None)
+    layers = {key: jnp.stack([jnp.asarray(new(t)) for t in members if t.key == key]) for key in keys}
+    return {**params, **top, "blk": {**params["blk"], **layers}}
 
 
 def stack(spec: DecoderSpec, values: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Weights as they will be after export, for the forward pass."""
 
-import jax.numpy as jnp
+import jax
 
 from ramp_jax.allocation import Allocation
 from ramp_jax.formats import decode
-from ramp_jax.formats.check import EncodeCache
+from ramp_jax.formats.check import EncodeCache, checked_encode
 from ramp_jax.models import Model, Tensor, allocatable, lookup
 from ramp_jax.models.decoder import Params
+from ramp_jax.models.names import replaced
 
 
 def fake_quantize(model: Model, allocation: Allocation, cache: EncodeCache | None = None) -> Params:
@@ -15,14 +16,10 @@ def fake_quantize(model: Model, allocation: Allocation, cache: EncodeCache | Non
     With a `cache`, what an earlier allocation encoded is only decoded. Raises `ValueError` where a tensor cannot be
     encoded.
     """
-    cache = EncodeCache(max_bytes=0) if cache is None else cache
+    encode = checked_encode if cache is None else cache.encode
 
-    def rounded(tensor: Tensor) -> jnp.ndarray:
+    def rounded(tensor: Tensor) -> jax.Array:
         w, fmt = lookup(model.params, tensor), allocation.formats[tensor.name]
-        return decode(cache.encode(tensor.name, w, fmt), fmt).astype(w.dtype)
+        return decode(encode(tensor.name, w, fmt), fmt).astype(w.dtype)
 
-    members = allocatable(model.spec)
-    top = {tensor.key: rounded(tensor) for tensor in members if tensor.layer is None}
-    keys = dict.fromkeys(tensor.key for tensor in members if tensor.layer is not None)
-    layers = {key: jnp.stack([rounded(t) for t in members if t.key == key]) for key in keys}
-    return {**model.params, **top, "blk": {**model.params["blk"], **layers}}
+    return replaced(model.params, allocatable(model.spec), rounded)
