@@ -48,7 +48,14 @@ setup(
     extras_require={
         "verify": ["llama-cpp-python>=0.3.36"],
         "tasks": ["lm_eval>=0.4.13"],
-        "test": ["hypothesis>=6.170", "lm_eval>=0.4.13", "pytest>=9.2", "ruff>=0.17", "torch==2.13.0"],
+        "test": [
+            "hypothesis>=6.170",
+            "lm_eval>=0.4.13",
+            "pytest>=9.2",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "torch==2.13.0",
+        ],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
     },

@@ -8,4 +8,4 @@ python -m pip install --quiet --editable '.[test,verify]'
 install_model
 ruff check .
 ruff format --check .
-python -m pytest -q "$@"
+python -m pytest -q -n 2 --dist loadfile "$@"

@@ -238,7 +238,7 @@ def _visit_all(
         kept = jnp.where(better, new, old) / one  # exact; keeps XLA from computing all this again for the sums
         return jnp.where((kept != old)[None], rest + one * _terms(xi, wi, kept), sums) / one, kept
 
-    (xq, qq), q = lax.scan(visit, jnp.stack([xq, qq]), (x, w, q), unroll=x.shape[0])
+    (xq, qq), q = lax.scan(visit, jnp.stack([xq, qq]), (x, w, q), unroll=2)
     return xq, qq, q
 
 
