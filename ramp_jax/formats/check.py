@@ -20,7 +20,7 @@ _REACH = {
 }  # fmt: skip
 
 LARGEST = {name: _F16_MAX * reach for name, reach in _REACH.items()}
-"""The largest |weight| that a format holds; formats that are not named hold every finite one."""
+"""The largest |weight| that a format holds; other files' formats hold every finite one."""
 
 
 def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = None) -> np.ndarray | None:
@@ -36,7 +36,7 @@ def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = 
     if not np.isfinite(w).all():
         kind = "NaN" if np.isnan(w).any() else "infinity"
         raise ValueError(f"{tensor} cannot be {fmt}: a weight is {kind}; repair the source model.")
-    limit = LARGEST.get(fmt, np.inf)
+    limit = LARGEST.get(fmt, np.inf if known.exportable else _F16_MAX)
     peak = float(np.max(np.abs(w), initial=0.0))
     if peak > limit:
         raise ValueError(f"{tensor} cannot be {fmt}: |weight| {peak:g} is beyond its f16 scales, at most {limit:g}.")
