@@ -9,7 +9,6 @@ cores.
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
+from sensitivity_suite import sensitivity
 
 from ramp_jax.formats import encode
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import libggml
-from sensitivity_suite import sensitivity
+from ramp_jax.halo import libggml
 
 _SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
 _JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")
