@@ -1,15 +1,14 @@
 """Measure this machine.
 
-    python launch/benchmark.py --suite=quantize,sensitivity [--json=FILE] [--plots=FOLDER]
+    python launch/benchmark.py --suite=forward,quantize,sensitivity [--json=FILE] [--plots=FOLDER]
 
+`forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
 `quantize`: encoding speed in million weights per second beside `ggml_quantize_chunk` in two threads on the same arrays,
 medians of interleaved repetitions. `sensitivity`: what launch/sensitivity_suite.py says; it took 12 minutes on two busy
 cores.
 """
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
+from forward_suite import forward
+from measuring import medians
 from sensitivity_suite import sensitivity
 
 from ramp_jax.formats import encode
@@ -48,7 +49,7 @@ def quantize(repeats: int) -> list[dict[str, Any]]:
                     "reference": lambda name=name, imp=imp: jax.block_until_ready(encode(w, name, imp)),
                     "best": lambda name=name, imp=imp: jax.block_until_ready(encode(w, name, imp, "best")),
                 }
-                rate = {key: w.size / seconds / 1e6 for key, seconds in _medians(contestants, repeats).items()}
+                rate = {key: w.size / seconds / 1e6 for key, seconds in medians(contestants, repeats).items()}
                 row = {"format": name, "importance": weighted} | {f"{key}_mw_s": value for key, value in rate.items()}
                 row |= {f"{key}_ratio": rate[key] / rate["ggml"] for key in ("reference", "best")}
                 rows.append(row)
@@ -56,19 +57,7 @@ def quantize(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _medians(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each, after one warm-up, taking turns."""
-    times: dict[str, list[float]] = {key: [] for key in contestants}
-    for turn in range(repeats + 1):
-        for key, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(values) for key, values in times.items()}
-
-
-SUITES: dict[str, Callable[[int], Any]] = {"quantize": quantize, "sensitivity": sensitivity}
+SUITES: dict[str, Callable[[int], Any]] = {"forward": forward, "quantize": quantize, "sensitivity": sensitivity}
 
 
 def main(argv: list[str]) -> None:

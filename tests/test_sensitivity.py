@@ -118,14 +118,14 @@ def test_divergence_of_tiny_changes_keeps_its_digits(rng):
     log_p, log_q = log_softmax(logits, axis=-1), log_softmax(logits + change, axis=-1)
     expected = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     assert expected.max() < 1e-8
-    single = [a.astype(np.float32) for a in (np.exp(log_p), log_p, log_q)]
+    single = [a.T.astype(np.float32) for a in (np.exp(log_p), log_p, log_q)]
     np.testing.assert_allclose(divergence(*single), expected, rtol=2e-2)
 
 
 def test_divergence_of_large_changes(rng):
     logits = rng.normal(0, 30, (2, 6, 50))
     log_p, log_q = log_softmax(logits, axis=-1)
-    found = divergence(*(a.astype(np.float32) for a in (np.exp(log_p), log_p, log_q)))
+    found = divergence(*(a.T.astype(np.float32) for a in (np.exp(log_p), log_p, log_q)))
     np.testing.assert_allclose(found, (np.exp(log_p) * (log_p - log_q)).sum(axis=-1), rtol=1e-5)
 
 
