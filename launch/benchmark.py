@@ -1,8 +1,9 @@
 """Measure this machine.
 
-    python launch/benchmark.py --suite=forward,quantize,sensitivity [--json=FILE] [--plots=FOLDER]
+    python launch/benchmark.py --suite=forward,parity,quantize,sensitivity [--json=FILE] [--plots=FOLDER]
 
 `forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
+`parity`: losses of one file in JAX, llama.cpp and transformers (launch/parity_suite.py).
 `quantize`: encoding speed in million weights per second beside `ggml_quantize_chunk` in two threads on the same arrays,
 medians of interleaved repetitions. `sensitivity`: what launch/sensitivity_suite.py says; it took 12 minutes on two busy
 cores.
@@ -19,6 +20,7 @@ import numpy as np
 from absl import app, flags
 from forward_suite import forward
 from measuring import medians
+from parity_suite import parity
 from sensitivity_suite import sensitivity
 
 from ramp_jax.formats import encode
@@ -57,7 +59,12 @@ def quantize(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-SUITES: dict[str, Callable[[int], Any]] = {"forward": forward, "quantize": quantize, "sensitivity": sensitivity}
+SUITES: dict[str, Callable[[int], Any]] = {
+    "forward": forward,
+    "parity": parity,
+    "quantize": quantize,
+    "sensitivity": sensitivity,
+}
 
 
 def main(argv: list[str]) -> None:
