@@ -1,21 +1,23 @@
 """Measure this machine.
 
-    python launch/benchmark.py --suite=quantize,errors,bytes,sensitivity [--json=FILE] [--plots=FOLDER]
+    python launch/benchmark.py --suite=forward,parity,quantize,errors,bytes,sensitivity [--json=FILE] [--plots=FOLDER]
 
-`quantize`, `errors`, `bytes`: the block formats beside ggml's, what launch/formats_suite.py says. `sensitivity`: what
-launch/sensitivity_suite.py says; it took 12 minutes on two busy cores.
+`forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
+`parity`: losses of one file in JAX, llama.cpp and transformers (launch/parity_suite.py).
+`quantize`, `errors`, `bytes`: the block formats beside ggml's (launch/formats_suite.py).
+`sensitivity`: the two estimates beside each other and the truth (launch/sensitivity_suite.py); it took 12 minutes on two
+busy cores.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import formats_suite
+from absl import app, flags
+from forward_suite import forward
+from parity_suite import parity
 from sensitivity_suite import sensitivity
 
 _SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
@@ -23,6 +25,8 @@ _JSON = flags.DEFINE_string("json", None, "Also write the results to this file."
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions per measurement.", lower_bound=1)
 
 SUITES: dict[str, Callable[[int], Any]] = {
+    "forward": forward,
+    "parity": parity,
     "quantize": formats_suite.speed,
     "errors": formats_suite.errors,
     "bytes": formats_suite.equal_bytes,

@@ -6,18 +6,17 @@ importance-weighted squared error of `best` over that of `reference`. `bytes`: h
 equal ggml's, and how far the errors of the others are off.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import libggml
 import numpy as np
 from jaxtyping import Float
+from measuring import medians
 
 from ramp_jax.formats import encode, get_format, round_trip
+from ramp_jax.halo import libggml
 from ramp_jax.models import Tensor, allocatable, load_model, lookup
 from ramp_jax.progress import track
 
@@ -45,7 +44,7 @@ def speed(repeats: int) -> list[Row]:
                 "best": lambda name=name, imp=importance: jax.block_until_ready(encode(w, name, imp, "best")),
                 "trip": lambda name=name, imp=importance: jax.block_until_ready(round_trip(w, name, imp)),
             }
-            seconds = _medians(contestants, repeats)
+            seconds = medians(contestants, repeats)
             rate = {key: w.size / seconds[key] / 1e6 for key in ("ggml", "reference", "best")}
             row = {"format": name, "importance": importance is not None}
             row |= {f"{key}_mw_s": value for key, value in rate.items()}
@@ -120,18 +119,6 @@ def _ggml(pool: ThreadPoolExecutor, name: str, w: np.ndarray, importance: Import
 def _block_errors(name: str, decoded: np.ndarray, w: np.ndarray, importance: Importance) -> np.ndarray:
     off = np.square(decoded.astype(np.float64) - w)
     return (off if importance is None else off * importance).reshape(-1, get_format(name).block_size).sum(-1)
-
-
-def _medians(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each, after one warm-up, taking turns."""
-    times: dict[str, list[float]] = {key: [] for key in contestants}
-    for turn in range(repeats + 1):
-        for key, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def _shown(row: Row) -> Row:

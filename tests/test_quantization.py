@@ -5,13 +5,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import libggml
 import numpy as np
 import pytest
 import tiny
 import torch
 
 from ramp_jax.allocation import Allocation, from_levels
+from ramp_jax.halo import libggml
 from ramp_jax.models import allocatable, lookup
 from ramp_jax.quantization import calibrate, fake_quantize, fold
 from ramp_jax.quantization.fold import ALPHAS, GROUPS

@@ -3,13 +3,13 @@
 import functools
 
 import gguf
-import libggml
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ramp_jax import data
+from ramp_jax.halo import libggml
 
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
 VOCABULARY = 320

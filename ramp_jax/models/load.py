@@ -45,14 +45,11 @@ class Model:
 
     def logits(self, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits f32 of every position."""
-        return _jit_logits(self.spec, self.params, ids)
+        return decoder.logits(self.spec, self.params, ids)
 
     def astype(self, dtype: Any) -> "Model":
         """The same model with matrices (and so all matrix products) in `dtype`."""
         return dataclasses.replace(self, params=decoder.cast_weights(self.params, dtype))
-
-
-_jit_logits = jax.jit(decoder.logits, static_argnames="spec")
 
 
 def load_model(ref: str, dtype: str = "float32") -> Model:
