@@ -18,6 +18,7 @@ from ramp_jax.evaluation.sensitivity import cells
 from ramp_jax.models import Model, Tensor, allocatable
 from ramp_jax.models.names import LINEARS, replaced
 from ramp_jax.progress import track
+from ramp_jax.quantization import decoded
 
 Actions = Int[np.ndarray, "N T"]
 Pair = tuple[str, str]
