@@ -5,8 +5,8 @@
 `forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
 `parity`: losses of one file in JAX, llama.cpp and transformers (launch/parity_suite.py).
 `quantize`, `errors`, `bytes`: the block formats beside ggml's (launch/formats_suite.py).
-`sensitivity`: the two estimates beside each other and the truth (launch/sensitivity_suite.py); it took 12 minutes on two
-busy cores.
+`sensitivity`: the two estimates beside each other and the truth (launch/sensitivity_suite.py); it took 12 minutes on
+two busy cores.
 """
 
 import json

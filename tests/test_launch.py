@@ -235,6 +235,27 @@ def test_exported_file_scores_as_its_row(whole, call, tmp_path):
         assert f"{found['kld']:.6f} ± {found['kld_stderr']:.6f}" in printed
 
 
+def test_encoders_by_name_and_by_imatrix(whole, call, untied, tmp_path):
+    """The default is the recorded one; an importance matrix of the same windows makes the same rounding."""
+    assert json.loads(whole.allocation.read_text())["encoder"] == "best"
+    imatrix, files = tmp_path / "imatrix.gguf", {}
+    code, printed, errors = call("calibrate", f"--model={whole.model}", f"--output={imatrix}", *WINDOWS)
+    assert code == 0, errors
+    assert "48 tokens" in printed
+    for name, choice in {
+        "plain": "--encoder=reference",
+        "again": "--encoder=best",
+        "given": f"--imatrix={imatrix}",
+    }.items():
+        arguments = (f"--model={whole.model}", f"--allocation={whole.allocation}", f"--output={tmp_path / name}")
+        code, _, errors = call("export_gguf", *arguments, choice)
+        assert code == 0, errors
+        files[name] = (tmp_path / name).read_bytes()
+    assert files["plain"] != whole.exported.read_bytes()
+    different = np.frombuffer(files["again"], np.uint8) != np.frombuffer(files["given"], np.uint8)
+    assert np.mean(different) < 1e-3
+
+
 def test_accuracy_of_the_exported_file(whole, call, tmp_path):
     output = tmp_path / "numbers.json"
     arguments = (f"--model={whole.exported}", f"--reference={whole.model}", "--tasks=passages", "--limit=4")
@@ -263,7 +284,7 @@ def test_inputs_that_cannot_be_evaluated(fails, whole, tmp_path):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", ["train", "allocate", "export_gguf", "evaluate", "compare", "report"])
+@pytest.mark.parametrize("name", ["train", "calibrate", "allocate", "export_gguf", "evaluate", "compare", "report"])
 def test_help_shows_the_command(call, name):
     _, printed, _ = call(name, "--help")
     assert f"python launch/{name}.py --" in printed

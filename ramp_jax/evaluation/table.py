@@ -16,6 +16,7 @@ from ramp_jax.checkpoint import write_bytes
 from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.formats import format_for
 from ramp_jax.models import Model, Tensor
+from ramp_jax.quantization import Encoder
 
 VERSION = 1
 """Raised whenever the bytes of a format or the measure change; tables of another version are refused."""
@@ -114,6 +115,7 @@ def fingerprint(
     levels: tuple[int, ...],
     protocol: Protocol,
     method: str,
+    encoder: Encoder,
 ) -> dict[str, str]:
     """What a table depends on, by name; arrays as SHA-256 digests."""
     formats = [fmt.name if (fmt := format_for(a, tensor.shape[-1])) else "" for tensor in members for a in levels]
@@ -124,6 +126,7 @@ def fingerprint(
         "levels": ", ".join(map(str, levels)),
         "tensors": _digest(np.asarray([tensor.name for tensor in members])),
         "formats": _digest(np.asarray(formats)),
+        "encoder": f"{encoder.effort} {_digest(dict(encoder.importance))}",
         "dtype": str(model.params["token_embd"].dtype),
         "windows": _digest(windows),
         "folding": _digest(model.folding),
