@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ramp_jax.models import DecoderSpec
-from ramp_jax.models.decoder import Params, block_forward, head_weights, hidden_states
+from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, hidden_states
 
 
 def check_windows(windows: Int[np.ndarray, "W T"], vocab_size: int) -> None:
@@ -25,7 +25,7 @@ def explain(spec: DecoderSpec, params: Params, window: Int[np.ndarray, " T"]) ->
     A damaged tensor is named itself; where weights are finite, the layer whose output is not.
     """
     ids = window[None]
-    if not _finite(x := _embed(params, ids)):
+    if not _finite(x := embed(spec, params["token_embd"], ids)):
         return _damaged("token_embd")
     for i in range(spec.n_layers):
         layer = {key: value[i] for key, value in params["blk"].items()}
@@ -48,10 +48,6 @@ def _overflow(place: str) -> str:
 
 def _finite(values: Array) -> bool:
     return bool(jnp.isfinite(values).all())
-
-
-def _embed(params: Params, ids: Int[np.ndarray, "1 T"]) -> Array:
-    return params["token_embd"][ids].astype(jnp.float32)
 
 
 _block = jax.jit(block_forward, static_argnames="spec")

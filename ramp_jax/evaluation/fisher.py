@@ -25,7 +25,7 @@ from ramp_jax.evaluation.perplexity import Protocol, first_scored
 from ramp_jax.evaluation.sensitivity import Cell, advance, cells, layer_params, quantized
 from ramp_jax.evaluation.table import Sensitivity, fingerprint
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
-from ramp_jax.models.decoder import Params, block_forward, head_weights, matmul, rms_norm
+from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, matmul, rms_norm
 from ramp_jax.models.names import LINEARS, block_shapes
 from ramp_jax.progress import track
 
@@ -73,7 +73,7 @@ def _costs(
     """Nats per scored token of every cell: forward to the last layer, then back, layer by layer."""
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
-    state, states = params["token_embd"][windows].astype(jnp.float32), []
+    state, states = embed(spec, params["token_embd"], windows), []
     for layer in range(spec.n_layers):
         states.append(np.asarray(state))
         state = advance(spec, layer_params(params, layer), state)
@@ -87,7 +87,8 @@ def _costs(
         new = {key: _changes(params, *of_place[key, layer]) for key in LINEARS}
         g, moved = _through_layer(spec, layer_params(params, layer), states[layer], g, new)
         moves |= {(key, layer): value for key, value in moved.items()}
-    moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, embedding[:, windows])
+    looked_up = embedding[:, windows] * spec.embedding_scale
+    moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
     if spec.tied:
         moves["token_embd", None] += moves.pop(("output", None))
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)

@@ -26,7 +26,7 @@ from ramp_jax.evaluation.perplexity import Protocol, first_scored, mean_divergen
 from ramp_jax.evaluation.table import Sensitivity, fingerprint
 from ramp_jax.formats import Format, format_for, round_trip
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
-from ramp_jax.models.decoder import Params, block_forward, head_weights, rms_norm
+from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, rms_norm
 from ramp_jax.progress import track
 
 _TOKENS_AT_ONCE = 8192  # of all variants that run together
@@ -54,7 +54,7 @@ def exact_sensitivity(
     scored = slice(first_scored(protocol, windows.shape[1]), -1)
     batches = _batches(members, levels, size=max(1, _TOKENS_AT_ONCE // windows.size))
     with jax.default_matmul_precision("default"):
-        state, depth = _embed(model.params["token_embd"], windows), 0
+        state, depth = _embed(model.spec, model.params["token_embd"], windows), 0
         reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
         for batch in track(batches, "measuring sensitivity", "batch"):
             started = time.monotonic()
@@ -133,7 +133,7 @@ def _costs(
     elif first.key == "output":
         starts, depth = [nudged] + [state] * len(new), spec.n_layers
     else:
-        starts, depth = [nudged, *(_embed(w, windows) for w in new)], 0
+        starts, depth = [nudged, *(_embed(spec, w, windows) for w in new)], 0
     hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
     head, reference = head_weights(params), _tokens(reference)
     if first.layer is not None or (first.key == "token_embd" and not spec.tied):
@@ -152,11 +152,6 @@ def _tokens(hidden: Float[Array, "... W S D"]) -> Float[Array, "... W*S D"]:
     return hidden.reshape(*hidden.shape[:-3], -1, hidden.shape[-1])
 
 
-@jax.jit
-def _embed(embedding: Float[Array, "V D"], ids: Int[Array, "W T"]) -> Float[Array, "W T D"]:
-    return embedding[ids].astype(jnp.float32)
-
-
 @functools.partial(jax.jit, static_argnames="spec")
 def _run_from(
     spec: DecoderSpec, params: Params, x: Float[Array, "K W T D"], layer: Int[Array, ""]
@@ -170,5 +165,6 @@ def _run_from(
     return rms_norm(y, params["output_norm"], spec.norm_eps).reshape(x.shape)
 
 
+_embed = jax.jit(embed, static_argnames="spec")
 advance = jax.jit(block_forward, static_argnames="spec")
 """Hidden states after a layer from those before it: (spec, layer, x `[W, T, D]`)."""

@@ -165,7 +165,8 @@ def _read_hf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, 
     for tensor in names.tensors(spec):
         if (key := names.hf_name(tensor)) in shard_of:
             with safe_open(shard_of.pop(key), framework="flax") as opened:
-                values[tensor.name] = np.asarray(opened.get_tensor(key).astype(np.float32))
+                value = np.asarray(opened.get_tensor(key).astype(np.float32))
+                values[tensor.name] = value + np.float32(names.hf_offset(spec, tensor))
     left = [key for key in shard_of if not (key == "lm_head.weight" and spec.tied) and "rotary_emb" not in key]
     if left:
         raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(left)}.")
