@@ -82,7 +82,7 @@ def _costs(
     """Nats per scored token of every cell: forward to the last layer, then back, layer by layer."""
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
-    state, states = embed(params["token_embd"], windows), []
+    state, states = embed(spec, params["token_embd"], windows), []
     for layer in range(spec.n_layers):
         states.append(np.asarray(state))
         state = block_forward(spec, layer_params(params, layer), state)
@@ -96,7 +96,8 @@ def _costs(
         new = {key: _changes(model, encoder, *of_place[key, layer]) for key in LINEARS}
         g, moved = _through_layer(spec, layer_params(params, layer), states[layer], g, new)
         moves |= {(key, layer): value for key, value in moved.items()}
-    moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, embedding[:, windows])
+    looked_up = embedding[:, windows] * spec.embedding_scale
+    moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
     if spec.tied:
         moves["token_embd", None] += moves.pop(("output", None))
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)

@@ -57,7 +57,7 @@ def exact_sensitivity(
     scored = slice(first_scored(protocol, windows.shape[1]), -1)
     batches = _batches(members, levels, size=max(1, _TOKENS_AT_ONCE // windows.size))
     with jax.default_matmul_precision("default"):
-        state, depth = embed(model.params["token_embd"], windows), 0
+        state, depth = embed(model.spec, model.params["token_embd"], windows), 0
         reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
         for batch in track(batches, "measuring sensitivity", "batch"):
             started = time.monotonic()
@@ -131,7 +131,7 @@ def _costs(
     elif first.key == "output":
         starts, depth = [nudged] + [state] * len(new), spec.n_layers
     else:
-        starts, depth = [nudged, *(embed(w, windows) for w in new)], 0
+        starts, depth = [nudged, *(embed(spec, w, windows) for w in new)], 0
     hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
     head, reference = head_weights(params), _tokens(reference)
     if first.layer is not None or (first.key == "token_embd" and not spec.tied):
