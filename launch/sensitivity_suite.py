@@ -5,18 +5,13 @@ layers by whole forward passes, and the exact table measures the same cells agai
 beside whose file they then lie) two plots are written.
 """
 
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from measuring import Numbers, said, save_plots, timed
 from scipy.stats import spearmanr
 
 from ramp_jax import data
@@ -25,19 +20,14 @@ from ramp_jax.evaluation.fisher import fisher_sensitivity
 from ramp_jax.evaluation.perplexity import mean_divergences
 from ramp_jax.evaluation.sensitivity import Cell, cells, exact_sensitivity
 from ramp_jax.evaluation.table import Sensitivity
-from ramp_jax.halo.report import save_png
 from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.models.decoder import head_weights, hidden_states
 from ramp_jax.models.names import LINEARS
 from ramp_jax.quantization import decoded
 
-_PLOTS = flags.DEFINE_string("plots", None, "Folder for plots; default: that of --json.")
-
 _LEVELS = (4, 5, 8)
 _WINDOWS = {"context": 48, "count": 2}
 _ALLOCATIONS, _PAIRS, _SEED = 64, 3, 1
-
-Numbers = dict[str, Any]
 
 
 def sensitivity(repeats: int) -> Numbers:
@@ -47,16 +37,13 @@ def sensitivity(repeats: int) -> Numbers:
     with jax.default_matmul_precision("default"):
         exact = exact_sensitivity(model, windows, _LEVELS, "sliding")
         numbers = {"tokens": windows.size, "cells": int((exact.kld > 0).sum()), "exact_seconds": exact.seconds}
-        numbers |= _said(_beside_the_plain_loop(model, windows))
-        numbers |= _said(_floors(model, windows, exact))
+        numbers |= said(_beside_the_plain_loop(model, windows))
+        numbers |= said(_floors(model, windows, exact))
         estimate, fisher = _fisher(model, windows, exact)
-        numbers |= _said(fisher)
+        numbers |= said(fisher)
         losses, added = _additive(model, windows, exact, estimate)
-        numbers |= _said(added)
-    if folder := _PLOTS.value or (flags.FLAGS.json and Path(flags.FLAGS.json).parent):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_png(Path(folder) / "fisher.png", _plot_fisher(exact, estimate))
-        save_png(Path(folder) / "additive.png", _plot_additive(losses))
+        numbers |= said(added)
+    save_plots({"fisher": lambda: _plot_fisher(exact, estimate), "additive": lambda: _plot_additive(losses)})
     return numbers
 
 
@@ -83,9 +70,9 @@ def _beside_the_plain_loop(model: Model, windows: Int[np.ndarray, "W T"]) -> Num
         some, names = cells(members, _LEVELS), {tensor.name for tensor in members}
         if not plain:
             plain_loop(model, windows, some[:1])
-        took, costs = _timed(lambda some=some: plain_loop(model, windows, some))
+        took, costs = timed(lambda some=some: plain_loop(model, windows, some))
         seconds["plain"] += took
-        took, table = _timed(lambda names=names: exact_sensitivity(model, windows, _LEVELS, "sliding", tensors=names))
+        took, table = timed(lambda names=names: exact_sensitivity(model, windows, _LEVELS, "sliding", tensors=names))
         seconds["exact"] += took
         plain += costs.tolist()
         found += [table.kld[cell.row, cell.column] for cell in some]
@@ -191,14 +178,3 @@ def _with_diagonal(figure: Figure, axes: Axes) -> Figure:
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(spearmanr(a, b).statistic)
-
-
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = run()
-    return time.perf_counter() - started, result
-
-
-def _said(numbers: Numbers) -> Numbers:
-    print("\n".join(f"{name}={value}" for name, value in numbers.items()), flush=True)
-    return numbers

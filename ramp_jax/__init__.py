@@ -15,7 +15,7 @@ ramp_jax.evaluate("model.gguf", reference="smollm2-135m", data="builtin")  # {"p
 from ramp_jax import data, encoders
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
-from ramp_jax.models import Model, load_model
+from ramp_jax.models import Model, load_model, save_model
 from ramp_jax.policy.rollout import Policy, allocate, load_policy
 from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, refold
 from ramp_jax.workflow import evaluate
@@ -39,4 +39,5 @@ __all__ = [
     "load_model",
     "load_policy",
     "refold",
+    "save_model",
 ]

@@ -9,6 +9,7 @@ from scipy.special import log_softmax
 
 from ramp_jax import data
 from ramp_jax.allocation import from_levels
+from ramp_jax.evaluation import perplexity
 from ramp_jax.evaluation.perplexity import evaluate, head_scores
 from ramp_jax.evaluation.scores import Evaluation
 from ramp_jax.quantization import fake_quantize
@@ -51,6 +52,16 @@ def test_losses_of_windows_longer_than_a_chunk_of_the_head(untied, quantized):
     expected = -np.take_along_axis(log_q, windows[:, 1:, None], axis=-1).reshape(-1)
     np.testing.assert_allclose(result.nll, expected, atol=2e-5, rtol=0)
     np.testing.assert_allclose(result.kld, divergence(log_p, log_q).reshape(-1), atol=1e-5, rtol=0)
+
+
+def test_windows_in_batches_score_as_they_do_alone(untied, quantized, windows, monkeypatch):
+    """Three windows in batches of two; the fourth of the second batch only fills it."""
+    alone = [evaluate(quantized, window[None], reference=untied) for window in windows]
+    monkeypatch.setattr(perplexity, "_TOKENS_AT_ONCE", 2 * windows.shape[1])
+    together = evaluate(quantized, windows, reference=untied)
+    for name in ("nll", "kld", "ref_nll"):
+        expected = np.concatenate([getattr(found, name) for found in alone])
+        np.testing.assert_allclose(getattr(together, name), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("protocol", FIRST)

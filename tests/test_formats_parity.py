@@ -1,11 +1,11 @@
 """Encoders make ggml's bytes, decoders its weights."""
 
 import jax
-import libggml
 import numpy as np
 import pytest
 
 from ramp_jax.formats import encode, get_format
+from ramp_jax.halo import libggml
 from ramp_jax.models import load_model
 
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")

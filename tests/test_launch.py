@@ -273,7 +273,7 @@ def test_inputs_that_cannot_be_evaluated(fails, whole, tmp_path):
     output, model = tmp_path / "numbers.json", f"--model={whole.model}"
     for arguments, sentence in {
         (model, f"--data={tmp_path / 'short.txt'}", *WINDOWS): "tokens, fewer than one window of 24",
-        (model, f"--data={tmp_path / 'none.txt'}", *WINDOWS): "is not a file; pass a text file, builtin, or hf:",
+        (model, f"--data={tmp_path / 'none.txt'}", *WINDOWS): "is not a file; pass a text file, builtin, stdlib",
         (model, "--data=hf:a:b", *WINDOWS): "offline choices are builtin or a text file",
         (model, "--protocol=sliding"): "windows of 2048 tokens are longer than the 256",
         (model, "--backend=llama.cpp"): "llama.cpp scores a .gguf; make one with launch/export_gguf.py",

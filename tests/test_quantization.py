@@ -6,13 +6,13 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import libggml
 import numpy as np
 import pytest
 import tiny
 import torch
 
 from ramp_jax.allocation import Allocation, from_levels
+from ramp_jax.halo import libggml
 from ramp_jax.models import allocatable, lookup
 from ramp_jax.quantization import Stats, calibrate, fake_quantize, fold, refold
 from ramp_jax.quantization.calibrate import second_moments as layer_moments

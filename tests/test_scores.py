@@ -141,11 +141,11 @@ def test_numbers_of_the_reference_itself(untied, windows):
 
 
 def test_one_chunk_of_logits_at_a_time():
-    """No array with the vocabulary as its last axis has more rows than a chunk."""
+    """No array with the vocabulary as its first axis has more columns than a chunk."""
     x, head, ids = jnp.zeros((1000, 8)), jnp.zeros((777, 8)), jnp.zeros(1000, jnp.int32)
     program = str(jax.make_jaxpr(head_scores)(x, head, ids, x, head))
-    rows = {int(found) for found in re.findall(r"\[(\d+),777\]", program)}
-    assert max(rows) == 128
+    columns = {int(found) for found in re.findall(r"\[777,(\d+)\]", program)}
+    assert max(columns) == 128
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

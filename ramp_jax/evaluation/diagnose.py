@@ -1,12 +1,11 @@
 """Where a forward pass stops being finite, and windows that a model cannot read."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from ramp_jax.models import DecoderSpec
-from ramp_jax.models.decoder import Params, block_forward, head_weights, hidden_states
+from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, hidden_states, layer_params
 
 
 def check_windows(windows: Int[np.ndarray, "W T"], vocab_size: int) -> None:
@@ -25,14 +24,14 @@ def explain(spec: DecoderSpec, params: Params, window: Int[np.ndarray, " T"]) ->
     A damaged tensor is named itself; where weights are finite, the layer whose output is not.
     """
     ids = window[None]
-    if not _finite(x := _embed(params, ids)):
+    if not _finite(x := embed(spec, params["token_embd"], ids)):
         return _damaged("token_embd")
     for i in range(spec.n_layers):
-        layer = {key: value[i] for key, value in params["blk"].items()}
-        if not _finite(x := _block(spec, layer, x)):
+        layer = layer_params(params, i)
+        if not _finite(x := block_forward(spec, layer, x)):
             weights = [key for key, value in layer.items() if not _finite(value)]
             return _damaged(f"blk.{i}.{weights[0]}") if weights else _overflow(f"layer blk.{i}")
-    if not _finite(_hidden(spec, params, ids)):
+    if not _finite(hidden_states(spec, params, ids)):
         return _damaged("output_norm") if not _finite(params["output_norm"]) else _overflow("output_norm")
     head = "token_embd" if spec.tied else "output"
     return _damaged(head) if not _finite(head_weights(params)) else _overflow(f"the head, {head}")
@@ -48,11 +47,3 @@ def _overflow(place: str) -> str:
 
 def _finite(values: Array) -> bool:
     return bool(jnp.isfinite(values).all())
-
-
-def _embed(params: Params, ids: Int[np.ndarray, "1 T"]) -> Array:
-    return params["token_embd"][ids].astype(jnp.float32)
-
-
-_block = jax.jit(block_forward, static_argnames="spec")
-_hidden = jax.jit(hidden_states, static_argnames="spec")

@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ramp_jax.evaluation.perplexity import Protocol, first_scored
-from ramp_jax.evaluation.sensitivity import Cell, advance, cells, layer_params
+from ramp_jax.evaluation.sensitivity import Cell, cells
 from ramp_jax.evaluation.table import Sensitivity, fingerprint
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
-from ramp_jax.models.decoder import Params, block_forward, head_weights, matmul, rms_norm
+from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, layer_params, matmul, rms_norm
 from ramp_jax.models.names import LINEARS, block_shapes
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
@@ -82,10 +82,10 @@ def _costs(
     """Nats per scored token of every cell: forward to the last layer, then back, layer by layer."""
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
-    state, states = params["token_embd"][windows].astype(jnp.float32), []
+    state, states = embed(spec, params["token_embd"], windows), []
     for layer in range(spec.n_layers):
         states.append(np.asarray(state))
-        state = advance(spec, layer_params(params, layer), state)
+        state = block_forward(spec, layer_params(params, layer), state)
 
     of_place = {(t.key, t.layer): (t, [c for c in every if c.tensor == t]) for t in allocatable(spec)}
     moves: dict[Place, Float[Array, "A P W T"]] = {}
@@ -96,7 +96,8 @@ def _costs(
         new = {key: _changes(model, encoder, *of_place[key, layer]) for key in LINEARS}
         g, moved = _through_layer(spec, layer_params(params, layer), states[layer], g, new)
         moves |= {(key, layer): value for key, value in moved.items()}
-    moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, embedding[:, windows])
+    looked_up = embedding[:, windows] * spec.embedding_scale
+    moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
     if spec.tied:
         moves["token_embd", None] += moves.pop(("output", None))
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)

@@ -41,7 +41,7 @@ def log_likelihoods(model: Model, pairs: Sequence[Pair]) -> list[tuple[float, bo
     for batch in track(list(_batches(list(asked), limit)), "scoring continuations", "batch"):
         ids = _padded(batch, limit)
         check_windows(ids, model.spec.vocab_size)
-        hidden = np.asarray(_hidden(model.spec, model.params, ids))
+        hidden = np.asarray(hidden_states(model.spec, model.params, ids))
         owners = [(row, i) for row, inputs in enumerate(batch) for i in asked[inputs]]
         rows = [hidden[row, len(batch[row]) - len(pairs[i][1]) : len(batch[row])] for row, i in owners]
         targets = [token for _, i in owners for token in pairs[i][1]]
@@ -99,6 +99,3 @@ def _rows(
     log_p = jax.nn.log_softmax(matmul(x, head))
     picked = jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
     return picked, picked == jnp.max(log_p, axis=-1)
-
-
-_hidden = jax.jit(hidden_states, static_argnames="spec")

@@ -5,7 +5,6 @@ Protocols: `llama.cpp` scores the second half of each window, as llama-perplexit
 in nats per token.
 """
 
-import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -18,12 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 from ramp_jax.evaluation.diagnose import check_windows, explain
 from ramp_jax.evaluation.scores import Evaluation
 from ramp_jax.models import DecoderSpec, Model
-from ramp_jax.models.decoder import Params, head_weights, hidden_states, matmul
+from ramp_jax.models.decoder import Params, head_logits, head_weights, hidden_states
 from ramp_jax.progress import track
 
 Protocol = Literal["llama.cpp", "sliding"]
 
 _HEAD_CHUNK = 128  # tokens whose logits exist at one time
+_TOKENS_AT_ONCE = 2048  # of windows that run together
 
 
 def first_scored(protocol: Protocol, context: int) -> int:
@@ -43,15 +43,15 @@ def reference_of(model: Model, windows: Int[np.ndarray, "W T"], protocol: Protoc
 
     Raises `ValueError` where they are not finite.
     """
-    bar = track(windows, "running the reference", "window")
-    hidden = [np.asarray(hidden) for hidden in _reference_hidden(model, bar, first_scored(protocol, windows.shape[1]))]
-    return Reference(hidden, head_weights(model.params))
+    hidden = _reference_hidden(model, windows, first_scored(protocol, windows.shape[1]))
+    bar = track(range(len(windows)), "running the reference", "window")
+    return Reference([np.asarray(next(hidden)) for _ in bar], head_weights(model.params))
 
 
 def predictions(
     reference: Model | Reference | None, windows: Int[np.ndarray, "W T"], vocab_size: int, protocol: Protocol
 ) -> Reference:
-    """The reference beside a model of `vocab_size` tokens; one that has not run yet runs window by window.
+    """The reference beside a model of `vocab_size` tokens; one that has not run yet runs as it is read.
 
     Without a reference its hidden states and head are None. Raises `ValueError` for a token outside of the vocabulary,
     or a reference with another one.
@@ -70,15 +70,12 @@ def predictions(
     return reference
 
 
-def _reference_hidden(
-    model: Model, windows: Iterable[Int[np.ndarray, " T"]], start: int
-) -> Iterator[Float[Array, "S D"]]:
+def _reference_hidden(model: Model, windows: Int[np.ndarray, "W T"], start: int) -> Iterator[Float[Array, "S D"]]:
+    check_windows(windows, model.spec.vocab_size)
     whole = bool(jnp.isfinite(head_weights(model.params)).all())
-    for i, window in enumerate(windows):
-        check_windows(window[None], model.spec.vocab_size)
-        hidden = _scored_hidden(model.spec, model.params, window[None], start)
+    for i, hidden in enumerate(_window_hidden(model.spec, model.params, windows, start)):
         if not (whole and jnp.isfinite(hidden).all()):
-            cause = explain(model.spec, model.params, window)
+            cause = explain(model.spec, model.params, windows[i])
             raise ValueError(f"what the reference predicts in window {i} is not finite, {cause}.")
         yield hidden
 
@@ -102,7 +99,7 @@ def evaluate(
     protocol: Protocol = "llama.cpp",
     doing: str = "evaluating",
 ) -> Evaluation:
-    """Score `params` (default: the model's own) on the windows, one window at a time.
+    """Score `params` (default: the model's own) on the windows.
 
     With `reference`, also how its next-token distributions differ from the scored ones. Only one chunk of logits is
     held in memory. Raises `ValueError` where the loss is not finite, naming where that began.
@@ -111,8 +108,8 @@ def evaluate(
     params = model.params if params is None else params
     beside = predictions(reference, windows, model.spec.vocab_size, protocol)
     scores = []
-    for i, (window, hidden) in enumerate(zip(track(windows, doing, "window"), beside.hidden, strict=True)):
-        x = _scored_hidden(model.spec, params, window[None], start)
+    states = _window_hidden(model.spec, params, windows, start)
+    for i, (window, x, hidden) in enumerate(zip(track(windows, doing, "window"), states, beside.hidden, strict=True)):
         found = head_scores(x, head_weights(params), window[start + 1 :], hidden, beside.head)
         if not jnp.isfinite(found.nll).all():
             raise ValueError(f"the loss of window {i} is not finite, {explain(model.spec, params, window)}.")
@@ -136,18 +133,18 @@ def joined(scores: Sequence[TokenScores]) -> Evaluation:
 
 
 def token_scores(
-    logits: Float[Array, "T V"], targets: Int[Array, " T"], ref_logits: Float[Array, "T V"] | None
+    logits: Float[Array, "V T"], targets: Int[Array, " T"], ref_logits: Float[Array, "V T"] | None
 ) -> TokenScores:
     """Scores of the logits against the true tokens and, if given, against the reference's logits."""
-    log_p = jax.nn.log_softmax(logits)
-    nll = -jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
+    log_p = jax.nn.log_softmax(logits, axis=0)
+    nll = -jnp.take_along_axis(log_p, targets[None], axis=0)[0]
     if ref_logits is None:
         return TokenScores(nll)
-    log_ref = jax.nn.log_softmax(ref_logits)
-    kld = jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
-    ref_nll = -jnp.take_along_axis(log_ref, targets[:, None], axis=-1)[:, 0]
-    likeliest = (a == jnp.max(a, axis=-1, keepdims=True) for a in (log_p, log_ref))
-    return TokenScores(nll, kld, ref_nll, same_top=jnp.any(jnp.logical_and(*likeliest), axis=-1))
+    log_ref = jax.nn.log_softmax(ref_logits, axis=0)
+    kld = jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=0)
+    ref_nll = -jnp.take_along_axis(log_ref, targets[None], axis=0)[0]
+    likeliest = (a == jnp.max(a, axis=0, keepdims=True) for a in (log_p, log_ref))
+    return TokenScores(nll, kld, ref_nll, same_top=jnp.any(jnp.logical_and(*likeliest), axis=0))
 
 
 @jax.jit
@@ -162,7 +159,8 @@ def head_scores(
 
     def one_chunk(chunk: tuple[jax.Array, ...]) -> TokenScores:
         hidden, target, ref_hidden = chunk
-        return token_scores(matmul(hidden, head), target, None if ref_hidden is None else matmul(ref_hidden, ref_head))
+        ref_logits = None if ref_hidden is None else head_logits(ref_hidden, ref_head)
+        return token_scores(head_logits(hidden, head), target, ref_logits)
 
     scores = jax.lax.map(one_chunk, jax.tree.map(_chunked, (x, targets, ref_x)))
     return jax.tree.map(lambda a: a.reshape(-1)[: x.shape[0]], scores)
@@ -183,11 +181,11 @@ def mean_divergences(
 
     def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> Float[Array, "K T"]:
         hidden, ref_hidden = chunk
-        log_ref = jax.nn.log_softmax(matmul(ref_hidden, ref_head))
+        log_ref = jax.nn.log_softmax(head_logits(ref_hidden, ref_head), axis=0)
         p_ref = jnp.exp(log_ref)
 
         def one_variant(hidden: Float[Array, "T D"]) -> Float[Array, " T"]:
-            return divergence(p_ref, log_ref, jax.nn.log_softmax(matmul(hidden, head)))
+            return divergence(p_ref, log_ref, jax.nn.log_softmax(head_logits(hidden, head), axis=0))
 
         return jax.lax.map(one_variant, hidden.swapaxes(0, 1))
 
@@ -195,14 +193,14 @@ def mean_divergences(
     return jnp.mean(divergences.swapaxes(0, 1).reshape(x.shape[0], -1)[:, :tokens], axis=1)
 
 
-def divergence(p: Float[Array, "T V"], log_p: Float[Array, "T V"], log_q: Float[Array, "T V"]) -> Float[Array, " T"]:
+def divergence(p: Float[Array, "V T"], log_p: Float[Array, "V T"], log_q: Float[Array, "V T"]) -> Float[Array, " T"]:
     """KL(p ‖ q) as Σ p · (eᵈ − 1 − d), d = log q − log p: the same sum, since Σ q = Σ p, but of terms that are all ≥ 0.
 
     Small d go through the series, where eᵈ − 1 − d would cancel; large ones through q, where eᵈ could overflow.
     """
     d = log_q - log_p
     series = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d / 720))))
-    return jnp.sum(jnp.where(jnp.abs(d) < 0.25, p * series, jnp.exp(log_q) - p * (1 + d)), axis=-1)
+    return jnp.sum(jnp.where(jnp.abs(d) < 0.25, p * series, jnp.exp(log_q) - p * (1 + d)), axis=0)
 
 
 def _chunked(a: jax.Array, size: int = _HEAD_CHUNK) -> jax.Array:
@@ -212,6 +210,13 @@ def _chunked(a: jax.Array, size: int = _HEAD_CHUNK) -> jax.Array:
     return padded.reshape(-1, size, *a.shape[1:])
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "start"))
-def _scored_hidden(spec: DecoderSpec, params: Params, ids: Int[Array, "1 T"], start: int) -> Float[Array, "S D"]:
-    return hidden_states(spec, params, ids)[0, start:-1]
+def _window_hidden(
+    spec: DecoderSpec, params: Params, windows: Int[np.ndarray, "W T"], start: int
+) -> Iterator[Float[Array, "S D"]]:
+    """Normed hidden states of each window from `start` on but the last; windows run in batches of one shape."""
+    count = min(-(-windows.size // _TOKENS_AT_ONCE), len(windows))
+    size = -(-len(windows) // count)
+    filled = np.pad(windows, ((0, -len(windows) % size), (0, 0)))
+    batches = (filled[first : first + size] for first in range(0, len(filled), size))
+    every = (row for ids in batches for row in hidden_states(spec, params, ids)[:, start:-1])
+    return itertools.islice(every, len(windows))

@@ -26,7 +26,7 @@ from ramp_jax.evaluation.perplexity import Protocol, first_scored, mean_divergen
 from ramp_jax.evaluation.table import Sensitivity, fingerprint
 from ramp_jax.formats import Format, format_for
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable
-from ramp_jax.models.decoder import Params, block_forward, head_weights, rms_norm
+from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, layer_params, rms_norm
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
 
@@ -57,12 +57,12 @@ def exact_sensitivity(
     scored = slice(first_scored(protocol, windows.shape[1]), -1)
     batches = _batches(members, levels, size=max(1, _TOKENS_AT_ONCE // windows.size))
     with jax.default_matmul_precision("default"):
-        state, depth = _embed(model.params["token_embd"], windows), 0
+        state, depth = embed(model.spec, model.params["token_embd"], windows), 0
         reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
         for batch in track(batches, "measuring sensitivity", "batch"):
             started = time.monotonic()
             while depth < _depth(model.spec, batch[0].tensor):
-                state, depth = advance(model.spec, layer_params(model.params, depth), state), depth + 1
+                state, depth = block_forward(model.spec, layer_params(model.params, depth), state), depth + 1
             rows, columns = zip(*((cell.row, cell.column) for cell in batch), strict=True)
             if np.isnan(table.kld[rows, columns]).any():
                 floor, *kld = _costs(model, batch, state, windows, reference, scored, encoder)
@@ -126,12 +126,12 @@ def _costs(
     nudged = state * (1 + _NUDGE * (1 - 2 * (jax.lax.broadcasted_iota(jnp.float32, state.shape, 2) % 2)))
     if first.layer is not None:
         layer = layer_params(params, first.layer)
-        changed = [advance(spec, layer | {cell.tensor.key: w}, state) for cell, w in zip(batch, new, strict=True)]
-        starts, depth = [advance(spec, layer, nudged), *changed], first.layer + 1
+        changed = [block_forward(spec, layer | {cell.tensor.key: w}, state) for cell, w in zip(batch, new, strict=True)]
+        starts, depth = [block_forward(spec, layer, nudged), *changed], first.layer + 1
     elif first.key == "output":
         starts, depth = [nudged] + [state] * len(new), spec.n_layers
     else:
-        starts, depth = [nudged, *(_embed(w, windows) for w in new)], 0
+        starts, depth = [nudged, *(embed(spec, w, windows) for w in new)], 0
     hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
     head, reference = head_weights(params), _tokens(reference)
     if first.layer is not None or (first.key == "token_embd" and not spec.tied):
@@ -140,19 +140,9 @@ def _costs(
     return np.concatenate([mean_divergences(x[None], changed, reference, head) for x, changed in pairs])
 
 
-def layer_params(params: Params, index: int) -> Params:
-    """The tensors of one layer."""
-    return {key: value[index] for key, value in params["blk"].items()}
-
-
 def _tokens(hidden: Float[Array, "... W S D"]) -> Float[Array, "... W*S D"]:
     """Windows and their tokens on one axis."""
     return hidden.reshape(*hidden.shape[:-3], -1, hidden.shape[-1])
-
-
-@jax.jit
-def _embed(embedding: Float[Array, "V D"], ids: Int[Array, "W T"]) -> Float[Array, "W T D"]:
-    return embedding[ids].astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -162,11 +152,7 @@ def _run_from(
     """Normed hidden states after the last layer, from those before `layer`; one compilation for all layers."""
 
     def one_layer(i: jax.Array, y: jax.Array) -> jax.Array:
-        return block_forward(spec, jax.tree.map(lambda a: a[i], params["blk"]), y)
+        return block_forward(spec, layer_params(params, i), y)
 
     y = jax.lax.fori_loop(layer, spec.n_layers, one_layer, x.reshape(-1, *x.shape[2:]))
     return rms_norm(y, params["output_norm"], spec.norm_eps).reshape(x.shape)
-
-
-advance = jax.jit(block_forward, static_argnames="spec")
-"""Hidden states after a layer from those before it: (spec, layer, x `[W, T, D]`)."""

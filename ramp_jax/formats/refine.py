@@ -133,18 +133,15 @@ def _step(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
     deltas = [d for d in itertools.product(scales, mins) if any(d)]
     table = jnp.asarray(np.asarray(deltas, np.float32))
 
-    def attempt(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-        best, least = carry
+    def attempt(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         scale = clip(state.scale + table[i, 0], *grid.scales)
         low = clip(state.min + table[i, 1], *grid.mins)
-        moved = _rounded(State(state.d, state.dmin, scale, low, state.q), x, grid)
-        e = _sub_errors(moved, x, weight)
-        better = e < least
-        pick = (jnp.where(better, a, b) for a, b in zip((scale, low), (best.scale, best.min), strict=True))
-        q = jnp.where(better[None], moved.q, best.q)
-        return State(state.d, state.dmin, *pick, q), jnp.minimum(e, least)
+        e = _sub_errors(_rounded(state._replace(scale=scale, min=low), x, grid), x, weight)
+        return tuple(jnp.where(e < best[0], a, b) for a, b in zip((e, scale, low), best, strict=True))
 
-    return lax.fori_loop(0, len(deltas), attempt, (state, _sub_errors(state, x, weight)))[0]
+    start = (_sub_errors(state, x, weight), state.scale, state.min)
+    _, scale, low = lax.fori_loop(0, len(deltas), attempt, start)
+    return _rounded(state._replace(scale=scale, min=low), x, grid)
 
 
 def _fit(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:

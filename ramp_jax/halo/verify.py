@@ -26,7 +26,7 @@ from ramp_jax.evaluation.perplexity import (
 from ramp_jax.evaluation.scores import Evaluation
 from ramp_jax.halo.handoff import captured_log, last_line, require
 from ramp_jax.models import Model
-from ramp_jax.models.decoder import matmul
+from ramp_jax.models.decoder import head_logits
 from ramp_jax.progress import track
 
 _CHUNK = 128  # tokens scored at one time
@@ -64,7 +64,7 @@ def evaluate_gguf(
 def _scores(
     logits: Float[Array, "S V"], targets: Int[Array, " S"], hidden: Float[Array, "S D"] | None, head: Array | None
 ) -> TokenScores:
-    return token_scores(logits, targets, None if hidden is None else matmul(hidden, head))
+    return token_scores(logits.T, targets, None if hidden is None else head_logits(hidden, head))
 
 
 @contextlib.contextmanager

@@ -1,16 +1,23 @@
-"""ggml's own quantizer through ctypes: the oracle of byte parity."""
+"""ggml's own quantizer through ctypes: the oracle of byte parity, and what encoders are timed against.
+
+Needs the `verify` extra (llama-cpp-python).
+"""
 
 import ctypes
 import functools
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
+
+from ramp_jax.halo.handoff import require
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
+    require()
+    import llama_cpp
+
     lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     lib.ggml_quantize_chunk.argtypes = [

@@ -1,0 +1,94 @@
+"""Suites of launch/benchmark.py on the tiny model, and the oracle in transformers that they measure against."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from ramp_jax.evaluation.perplexity import evaluate
+from ramp_jax.halo.torch_model import token_losses, torch_model
+from ramp_jax.models import load_model
+
+sys.path.append(str(Path(__file__).parent.parent / "launch"))
+import forward_suite
+import measuring
+import parity_suite
+
+
+@pytest.fixture
+def on_tiny(monkeypatch, untied):
+    """Run a suite with the tiny model in place of the real one: suite → numbers."""
+
+    def run(module, name):
+        known = {"smollm2-135m": untied}
+        monkeypatch.setattr(module, "load_model", lambda ref: known.get(ref) or load_model(ref))
+        with jax.numpy_dtype_promotion("standard"):
+            return getattr(module, name)(1)
+
+    return run
+
+
+def test_the_oracle_holds_the_model_s_weights(model, windows):
+    ids = torch.from_numpy(windows.astype(np.int64))
+    with torch.no_grad():
+        expected = tiny.hf_model(model.spec.tied)(ids).logits
+        torch.testing.assert_close(torch_model(model)(ids).logits, expected, atol=1e-6, rtol=0)
+
+
+def test_losses_of_the_oracle(untied, windows):
+    found = token_losses(torch_model(untied), windows, 12)
+    assert found.shape == (3, 11)
+    np.testing.assert_allclose(found.reshape(-1), evaluate(untied, windows).nll, atol=2e-5, rtol=0)
+
+
+def test_oracle_without_torch(untied, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(RuntimeError, match=r"torch is not installed .*; run `pip install 'ramp-jax\[test\]'`"):
+        torch_model(untied)
+
+
+def test_contestants_take_turns(monkeypatch):
+    """Medians of the turns after the first, on a clock that each call advances."""
+    clock, calls, durations = [0.0], [], {"a": iter([9, 1, 5, 2]), "b": iter([9, 4, 4, 7])}
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+
+    def run(name):
+        calls.append(name)
+        clock[0] += next(durations[name])
+
+    assert measuring.medians({name: lambda name=name: run(name) for name in "ab"}, 3) == {"a": 2, "b": 4}
+    assert calls == list("abababab")
+
+
+def test_forward_suite_scores_the_same_text_everywhere(on_tiny, monkeypatch):
+    monkeypatch.setattr(forward_suite, "_WINDOWS", {"context": 24, "count": 2, "split": "heldout"})
+    numbers = on_tiny(forward_suite, "forward")
+    assert numbers["jax_f32_ppl"] == pytest.approx(numbers["torch_bf16_ppl"], rel=0.02)
+    assert numbers["jax_bf16_ppl"] == pytest.approx(numbers["jax_f32_ppl"], rel=0.02)
+    assert abs(numbers["jax_bf16_quantized_ppl"] / numbers["jax_bf16_ppl"] - 1) > 0.02
+    speed = {name: numbers[f"{name}_tokens_per_second"] for name in ("jax_bf16", "jax_bf16_quantized", "torch_bf16")}
+    assert numbers["jax_over_torch_bf16"] == pytest.approx(speed["jax_bf16"] / speed["torch_bf16"])
+    assert numbers["quantized_over_plain"] == pytest.approx(speed["jax_bf16_quantized"] / speed["jax_bf16"])
+
+
+def test_parity_suite(on_tiny, monkeypatch):
+    """Losses of all three agree, continuations too, and the plot shows every window of both protocols."""
+    drawn = {}
+    monkeypatch.setattr(parity_suite, "save_plots", lambda figures: drawn.update({k: f() for k, f in figures.items()}))
+    short = {"llama.cpp": {"context": 24, "count": 3}, "sliding": {"context": 48, "count": 2}}
+    monkeypatch.setattr(parity_suite, "_PROTOCOLS", short)
+    monkeypatch.setattr(parity_suite, "_PAIRS", 4)
+    numbers = on_tiny(parity_suite, "parity")
+    assert (numbers["llama.cpp_tokens"], numbers["sliding_tokens"]) == (33, 94)
+    for protocol in short:
+        assert numbers[f"{protocol}_largest_difference_of_a_window_transformers"] < 1e-5
+        assert numbers[f"{protocol}_largest_difference_of_a_window_llama.cpp"] < 5e-3
+        assert numbers[f"{protocol}_ppl_JAX"] > 5
+    assert numbers["largest_difference_of_a_log_likelihood"] < 1e-3
+    assert numbers["mean_log_likelihood"] < -5
+    points = [len(line.get_ydata()) for axes in drawn["parity"].axes for line in axes.get_lines()]
+    assert points == [3, 3, 3, 2, 2, 2, 3, 3, 2, 2]
