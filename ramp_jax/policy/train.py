@@ -29,7 +29,8 @@ class TrainConfig:
     """How long the policy learns: each iteration plays `episodes` per task and makes `updates` gradient steps.
 
     Seeds learn side by side, each on its own episodes; the last `replay_iterations` iterations are replayed.
-    `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`).
+    `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`). A share `narrowed`
+    of the episodes lacks the lowest levels, from a random one down, as a model does whose rows no superblock divides.
     """
 
     iterations: int = 150
@@ -39,6 +40,7 @@ class TrainConfig:
     seeds: int = 2
     log_every: int = 10
     potential: bool = True
+    narrowed: float = 0.0
     sac: SacConfig = dataclasses.field(default_factory=SacConfig)
 
 
@@ -124,18 +126,19 @@ def _play(
     task: Task, config: TrainConfig, learner: sac.Learner, key: PRNGKeyArray
 ) -> tuple[replay.Batch, Float[Array, " N"]]:
     """Episodes of the current actor at budgets drawn over the feasible range, and their terminal rewards."""
-    problem, loss = task
-    steps = loss.shape[0]
-    lowest, highest = budget_range(problem)
-    yard = reward.yardstick(loss, problem.cost)
-    actor = networks.actor(config.sac.hidden, loss.shape[1])
+    loss = task.loss
+    steps, n_levels = loss.shape
+    actor = networks.actor(config.sac.hidden, n_levels)
 
     def sampled(key: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
         log_pi = masked_log_softmax(actor.apply(learner.actor, observation), mask)
         return jax.random.categorical(key, log_pi).astype(jnp.int32)
 
     def episode(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
-        budget_key, play_key = jax.random.split(key)
+        level_key, budget_key, play_key = jax.random.split(key, 3)
+        problem = _narrowed(task.problem, level_key, config.narrowed)
+        yard = reward.yardstick(loss, problem.cost)
+        lowest, highest = budget_range(problem)
         share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
         played = rollout(problem, budget, sampled, play_key)
@@ -147,6 +150,17 @@ def _play(
 
     played, rewards, terminal = jax.vmap(episode)(jax.random.split(key, config.episodes))
     return replay.transitions(played.observation, played.mask, played.action, rewards), terminal
+
+
+def _narrowed(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
+    """With probability `share`, without the levels below a random one; a tensor that would have none keeps all."""
+    if not share:
+        return problem
+    chance_key, level_key = jax.random.split(key)
+    levels = jnp.arange(problem.cost.shape[1])
+    lowest = jax.random.randint(level_key, (), 0, len(levels) - 1) * jax.random.bernoulli(chance_key, share)
+    cost = jnp.where(levels >= lowest, problem.cost, 0)
+    return problem._replace(cost=jnp.where(jnp.any(cost > 0, axis=1, keepdims=True), cost, problem.cost))
 
 
 def probe_budgets(problem: Problem) -> Int[Array, " PROBES"]:
