@@ -3,7 +3,8 @@
     python launch/allocate.py --model=REF --source_policy=DIR --budget_bytes=92000000 --output=alloc.json
 
 REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on another
-model. Needs one calibration pass over the model and nothing else. `--dry_run` prints what sizes can be reached.
+model. Needs one calibration pass over the model and nothing else. The allocation records --encoder for whoever
+evaluates or exports it. `--dry_run` prints what sizes can be reached.
 """
 
 from pathlib import Path
@@ -28,6 +29,7 @@ _DATA = flags.DEFINE_string("data", "builtin", "Calibration text: builtin, a tex
 _CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
 _COUNT = flags.DEFINE_integer("count", 8, "Calibration windows.", lower_bound=1)
 _DTYPE = flags.DEFINE_string("dtype", "auto", "Data type of the matrices while calibrating.")
+_ENCODER = cli.define_encoder(recorded=False)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the sizes that can be reached.")
 cli.define_budget()
 flags.mark_flags_as_required(["model", "source_policy"])
@@ -46,7 +48,7 @@ def main() -> None:
         return
     size = cli.budget(model, table)
     windows = WindowsConfig(_DATA.value, _CONTEXT.value, _COUNT.value)
-    allocation = workflow.allocate(model, policy, size, windows, Path(_OUTPUT.value), _MODEL.value)
+    allocation = workflow.allocate(model, policy, size, windows, Path(_OUTPUT.value), _MODEL.value, _ENCODER.value)
     print(
         f"{allocation.file_bytes:,} of {size:,} bytes ({size - allocation.file_bytes:,} unused), "
         f"{allocation.linear_bpw:.3f} bits per weight: {_OUTPUT.value}"

@@ -19,6 +19,7 @@ from ramp_jax.halo.report import text_table
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the training run.")
 _ALLOCATION = flags.DEFINE_string("allocation", None, "What launch/allocate.py wrote for the same model.")
 _GGUF = flags.DEFINE_string("gguf", None, "What launch/export_gguf.py wrote for that allocation.")
+_ENCODER = cli.define_encoder()
 _CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a held-out window; the second half counts.", lower_bound=4)
 _COUNT = flags.DEFINE_integer("count", 8, "Held-out windows.", lower_bound=1)
 flags.mark_flags_as_required(["workdir", "allocation", "gguf"])
@@ -40,6 +41,7 @@ def main() -> None:
         workdir / workflow.SENSITIVITY,
         workflow.tokens(model, heldout, "heldout"),
         workflow.tokens(model, config.calibration, "calibration"),
+        _ENCODER.value,
     )
     print(text_table([vars(row) for row in rows]))
 

@@ -1,6 +1,7 @@
 """Perplexity of a model or its accuracy on tasks, and with --reference how far it is from another one.
 
-    python launch/evaluate.py --model=REF [--allocation=alloc.json] [--reference=REF] [--backend=jax|llama.cpp]
+    python launch/evaluate.py --model=REF [--allocation=alloc.json [--encoder=NAME]] [--reference=REF]
+        [--backend=jax|llama.cpp]
         [--data=builtin|FILE|hf:NAME:CONFIG:SPLIT] [--split=heldout|all] [--protocol=llama.cpp|sliding] [--context=N]
         [--count=N] [--json=FILE]
     python launch/evaluate.py --model=REF [--allocation=alloc.json] [--reference=REF] --tasks=piqa,hellaswag,winogrande
@@ -30,6 +31,7 @@ from ramp_jax.halo.export import check_writable
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
 _ALLOCATION = flags.DEFINE_string("allocation", None, "Quantize the model like this before scoring it.")
+_ENCODER = cli.define_encoder()
 _REFERENCE = flags.DEFINE_string("reference", None, "The model whose predictions are the aim.")
 _DATA = flags.DEFINE_string("data", "builtin", "Text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
 _SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "all"], "Which part of the text.")
@@ -61,6 +63,7 @@ def _perplexity() -> tuple[dict[str, Any], str]:
         _MODEL.value,
         reference=_REFERENCE.value,
         allocation=_ALLOCATION.value,
+        encoder=_ENCODER.value,
         data=_DATA.value,
         split=_SPLIT.value,
         protocol=_PROTOCOL.value,
@@ -80,6 +83,7 @@ def _tasks() -> tuple[dict[str, Any], str]:
         _TASKS.value,
         reference=_REFERENCE.value,
         allocation=_ALLOCATION.value,
+        encoder=_ENCODER.value,
         folder=Path(_TASK_PATH.value) if _TASK_PATH.value else None,
         limit=_LIMIT.value,
         dtype=_DTYPE.value,

@@ -1,19 +1,25 @@
 """Write a GGUF with the formats of an allocation; stock llama.cpp runs it.
 
-python launch/export_gguf.py --model=REF --allocation=alloc.json --output=model.gguf
+    python launch/export_gguf.py --model=REF --allocation=alloc.json --output=model.gguf
+        [--encoder=reference|best] [--imatrix=FILE]
+
+Weights are rounded by the encoder that the allocation records. What calibration saw is found again on the windows that
+the allocation records; --imatrix takes an importance matrix of llama.cpp (GGUF or .dat) instead.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from ramp_jax import cli
+from ramp_jax import cli, encoders
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import check_writable, export_gguf
 
 _MODEL = flags.DEFINE_string("model", None, "The model that the allocation was made for.")
 _ALLOCATION = flags.DEFINE_string("allocation", None, "What launch/allocate.py wrote.")
 _OUTPUT = flags.DEFINE_string("output", None, "The GGUF to write.")
+_ENCODER = cli.define_encoder()
+_IMATRIX = flags.DEFINE_string("imatrix", None, "Importance matrix of the model, as llama-imatrix writes it.")
 flags.mark_flags_as_required(["model", "allocation", "output"])
 
 
@@ -21,7 +27,9 @@ def main() -> None:
     output = Path(_OUTPUT.value)
     check_writable(output)
     model = cli.load(_MODEL.value)
-    size = export_gguf(model, Allocation.load(_ALLOCATION.value, model), output)
+    allocation = Allocation.load(_ALLOCATION.value, model)
+    encoder = encoders.recorded(_ALLOCATION.value, model, _ENCODER.value, _IMATRIX.value)
+    size = export_gguf(model, allocation, output, encoder)
     print(f"{size:,} bytes: {output}")
 
 

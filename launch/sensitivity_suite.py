@@ -18,11 +18,12 @@ from ramp_jax import data
 from ramp_jax.evaluation import additive
 from ramp_jax.evaluation.fisher import fisher_sensitivity
 from ramp_jax.evaluation.perplexity import mean_divergences
-from ramp_jax.evaluation.sensitivity import Cell, cells, exact_sensitivity, quantized
+from ramp_jax.evaluation.sensitivity import Cell, cells, exact_sensitivity
 from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.models.decoder import head_weights, hidden_states
 from ramp_jax.models.names import LINEARS
+from ramp_jax.quantization import decoded
 
 _LEVELS = (4, 5, 8)
 _WINDOWS = {"context": 48, "count": 2}
@@ -52,7 +53,9 @@ def plain_loop(model: Model, windows: Int[np.ndarray, "W T"], some: list[Cell]) 
     run = jax.jit(lambda params: hidden_states(spec, params, windows)[:, :-1].reshape(-1, spec.d_model))
     reference, costs = run(params), []
     for cell in some:
-        stacked = params["blk"][cell.tensor.key].at[cell.tensor.layer].set(quantized(params, cell.tensor, cell.format))
+        stacked = (
+            params["blk"][cell.tensor.key].at[cell.tensor.layer].set(decoded(model, cell.tensor, cell.format.name))
+        )
         changed = {**params, "blk": {**params["blk"], cell.tensor.key: stacked}}
         costs.append(mean_divergences(run(changed)[None], head, reference, head)[0])
     return np.asarray(costs)

@@ -2,32 +2,36 @@
 
 import ramp_jax
 model = ramp_jax.load_model("smollm2-135m")
-stats = ramp_jax.calibrate(model, ramp_jax.data.windows("builtin", model.tokenizer, context=512, count=8))
+windows = ramp_jax.data.windows("builtin", model.tokenizer, context=512, count=8)
+stats = ramp_jax.calibrate(model, windows)
 policy = ramp_jax.load_policy("runs/smollm2-135m")
 model = ramp_jax.fold(model, stats, policy.fold_level)
 allocation = ramp_jax.allocate(policy, model, stats, budget_bytes=92_000_000)
-ramp_jax.export_gguf(model, allocation, "model.gguf")
+encoder = ramp_jax.encoders.make("best", model, windows)
+ramp_jax.export_gguf(model, allocation, "model.gguf", encoder)
 ramp_jax.evaluate("model.gguf", reference="smollm2-135m", data="builtin")  # {"ppl": ..., "kld": ..., ...}
 """
 
-from ramp_jax import data
+from ramp_jax import data, encoders
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
-from ramp_jax.models import Model, load_model
+from ramp_jax.models import Model, load_model, save_model
 from ramp_jax.policy.rollout import Policy, allocate, load_policy
-from ramp_jax.quantization import Stats, calibrate, fake_quantize, fold, refold
+from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, refold
 from ramp_jax.workflow import evaluate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Allocation",
+    "Encoder",
     "Model",
     "Policy",
     "Stats",
     "allocate",
     "calibrate",
     "data",
+    "encoders",
     "evaluate",
     "export_gguf",
     "fake_quantize",
@@ -35,4 +39,5 @@ __all__ = [
     "load_model",
     "load_policy",
     "refold",
+    "save_model",
 ]

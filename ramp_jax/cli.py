@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from absl import app, flags, logging
 
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
+from ramp_jax.encoders import DEFAULT
 from ramp_jax.models import Model, load_model
+from ramp_jax.quantization import EncoderName
 
 BUDGET_FLAGS = ("budget_bytes", "budget_gb", "budget_bits")
 
@@ -47,6 +49,18 @@ def load(ref: str, dtype: str = "float32") -> Model:
     """`load_model`, saying so: large models take a while."""
     print(f"Loading {ref}", flush=True)
     return load_model(ref, dtype)
+
+
+def define_encoder(*, recorded: bool = True) -> flags.FlagHolder[str | None]:
+    """`--encoder`: how weights become codes; by default what the allocation records, or `encoders.DEFAULT`."""
+    default = "what the allocation records" if recorded else DEFAULT
+    return flags.DEFINE_enum(
+        "encoder",
+        None if recorded else DEFAULT,
+        get_args(EncoderName),
+        "How weights are rounded: as ggml does without importance, or by a wider search weighted by what calibration "
+        f"saw. Default: {default}.",
+    )
 
 
 def define_budget() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from ramp_jax.formats.registry import Effort
 from ramp_jax.policy.train import TrainConfig
 
 SensitivityMethod = Literal["exact", "fisher"]
@@ -22,6 +23,7 @@ class WindowsConfig:
 class RunConfig:
     """A training run: the model, its calibration and sensitivity windows, the levels, and the learner.
 
+    `encoder` rounds the weights whose sensitivity is measured: `reference` as ggml without importance, or `best`.
     `sensitivity_method` is `exact` (half a forward pass per tensor and level) or `fisher` (an estimate from one
     backward pass for all of them, for models that are too large to measure).
     """
@@ -31,6 +33,7 @@ class RunConfig:
     seed: int = 0
     levels: tuple[int, ...] = (4, 5, 8)
     fold_level: int = 4
+    encoder: Effort = "best"
     calibration: WindowsConfig = dataclasses.field(default_factory=WindowsConfig)
     sensitivity: WindowsConfig = dataclasses.field(default_factory=lambda: WindowsConfig(context=64, count=2))
     sensitivity_method: SensitivityMethod = "exact"
@@ -39,6 +42,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.sensitivity_method not in (known := get_args(SensitivityMethod)):
             raise ValueError(f"sensitivity_method is {self.sensitivity_method!r}; choose {' or '.join(known)}.")
+        if self.encoder not in (known := get_args(Effort)):
+            raise ValueError(f"encoder is {self.encoder!r}; the table is measured with {' or '.join(known)}.")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

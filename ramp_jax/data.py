@@ -2,6 +2,7 @@
 
 import functools
 import pydoc_data.topics
+import sysconfig
 from pathlib import Path
 from typing import Literal
 
@@ -14,19 +15,38 @@ Begin = Literal["window", "text"]
 
 _CALIBRATION_SHARE = 0.8  # of the tokens, from the start; the rest is held out
 
+STDLIB_WITHOUT = (
+    *("test", "tests", "idle_test", "pydoc_data", "encodings"),
+    *("site-packages", "dist-packages", "ensurepip", "__pycache__"),
+)
+"""Folders that `stdlib` leaves out: tests, topics (which are taken as text), tables, and what is no part of it."""
+
+_OF_THE_MACHINE = ("config-", "_sysconfigdata")  # how a name begins that differs between builds of one version
+
+_TOPICS_SHARE = 0.75  # of the characters of `builtin` that `stdlib` holds: nothing of what `builtin` holds out
+
 
 def read_text(source: str) -> str:
     """The text of `builtin` (the standard library's language topics), a file, or `hf:NAME:CONFIG:SPLIT`.
 
-    Raises `FileNotFoundError` for anything else or for a data set that the hub does not deliver.
+    `stdlib` is the calibration part of `builtin` and the standard library's source files in the order of their paths;
+    `stdlib:NAME,NAME` only those modules and packages of it, e.g. `stdlib:json,abc`. Raises `FileNotFoundError` for
+    anything else or for a data set that the hub does not deliver.
     """
     if source == "builtin":
         topics = pydoc_data.topics.topics
         return "\n\n".join(topics[name] for name in sorted(topics))
+    if source == "stdlib":
+        topics = read_text("builtin")
+        return topics[: int(len(topics) * _TOPICS_SHARE)] + "\n\n" + _read_stdlib(None)
+    if source.startswith("stdlib:"):
+        return _read_stdlib(source.removeprefix("stdlib:").split(","))
     if source.startswith("hf:"):
         return _read_hub(source)
     if not Path(source).is_file():
-        raise FileNotFoundError(f"data {source!r} is not a file; pass a text file, builtin, or hf:NAME:CONFIG:SPLIT.")
+        raise FileNotFoundError(
+            f"data {source!r} is not a file; pass a text file, builtin, stdlib, or hf:NAME:CONFIG:SPLIT."
+        )
     try:
         return Path(source).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -79,6 +99,20 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+
+
+def _read_stdlib(chosen: list[str] | None) -> str:
+    """Source files of the standard library with blank lines between; `chosen` modules and packages, or all."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    paths = (path for path in paths if not path.parts[0].startswith(_OF_THE_MACHINE))
+    kept = {path.as_posix(): path for path in paths if not set(path.parts) & set(STDLIB_WITHOUT)}
+    if chosen is not None:
+        tops = {path.parts[0].removesuffix(".py") for path in kept.values()}
+        if missing := [name for name in chosen if name not in tops]:
+            raise FileNotFoundError(f"the standard library has no source of {missing[0]!r}; pass names of its modules.")
+        kept = {name: path for name, path in kept.items() if path.parts[0].removesuffix(".py") in chosen}
+    return "\n\n".join((root / kept[name]).read_text(encoding="utf-8", errors="replace") for name in sorted(kept))
 
 
 def _read_hub(source: str) -> str:

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from ramp_jax import data as texts
+from ramp_jax import encoders
 from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
@@ -29,7 +30,17 @@ from ramp_jax.models import Model, load_model
 from ramp_jax.models.load import read_tokenizer
 from ramp_jax.policy import rollout, train
 from ramp_jax.policy.rollout import Policy, load_policy
-from ramp_jax.quantization import Stats, calibrate, fake_quantize, fold, refold
+from ramp_jax.quantization import (
+    REFERENCE,
+    Encoder,
+    EncoderName,
+    Stats,
+    calibrate,
+    fake_quantize,
+    fold,
+    importance_of,
+    refold,
+)
 
 CONFIG, SENSITIVITY, METRICS, CHECKPOINT = "config.json", "sensitivity.npz", "metrics.jsonl", "checkpoint.msgpack"
 
@@ -53,6 +64,7 @@ def evaluate(
     *,
     reference: str | Path | Model | None = None,
     allocation: str | Path | None = None,
+    encoder: EncoderName | None = None,
     data: str = "builtin",
     split: texts.Split = "heldout",
     protocol: Protocol = "llama.cpp",
@@ -63,9 +75,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of a model on a text and, with `reference`, how far it is from that: the dict of `scores.numbers`.
 
-    The model is first quantized as the `allocation` file says. `context` is 512 for llama.cpp's protocol and 2,048 for
-    sliding unless given; `count` windows, by default all. With `backend="llama.cpp"` a GGUF runs there, its reference
-    in JAX. Raises `ValueError` or an `OSError` where an input does not serve.
+    The model is first quantized as the `allocation` file says, by the `encoder` that it records unless one is named.
+    `context` is 512 for llama.cpp's protocol and 2,048 for sliding unless given; `count` windows, by default all. With
+    `backend="llama.cpp"` a GGUF runs there, its reference in JAX. Raises `ValueError` or an `OSError` where an input
+    does not serve.
     """
     context = context or (512 if protocol == "llama.cpp" else 2048)
     _check_calibration(allocation, data, split)
@@ -74,7 +87,7 @@ def evaluate(
             raise ValueError("llama.cpp scores a .gguf; make one with launch/export_gguf.py and evaluate that.")
         tokenizer = read_tokenizer(model)
     else:
-        model = _quantized(_loaded(model, dtype), allocation)
+        model = _quantized(_loaded(model, dtype), allocation, encoder)
         tokenizer = _tokenizer(model)
         if context > model.spec.context_length:
             raise ValueError(
@@ -98,6 +111,7 @@ def evaluate_tasks(
     *,
     reference: str | Path | Model | None = None,
     allocation: str | Path | None = None,
+    encoder: EncoderName | None = None,
     folder: Path | None = None,
     limit: int | None = None,
     dtype: str = "float32",
@@ -111,7 +125,7 @@ def evaluate_tasks(
         from ramp_jax.evaluation import tasks
     except ImportError as error:
         raise RuntimeError(f"lm-eval is not installed ({error}); run `pip install 'ramp-jax[tasks]'`.") from error
-    quantized = _quantized(_loaded(model, dtype), allocation)
+    quantized = _quantized(_loaded(model, dtype), allocation, encoder)
     found = tasks.accuracies(quantized, names, folder=folder, limit=limit)
     aim = None if reference is None else _loaded(reference, dtype)
     return tasks.compared(found, None if aim is None else tasks.accuracies(aim, names, folder=folder, limit=limit))
@@ -121,13 +135,15 @@ def _loaded(model: str | Path | Model, dtype: str) -> Model:
     return model if isinstance(model, Model) else load_model(str(model), dtype)
 
 
-def _quantized(model: Model, allocation: str | Path | None) -> Model:
-    """The model folded and fake-quantized as the file says; as it is without one."""
+def _quantized(model: Model, allocation: str | Path | None, encoder: EncoderName | None) -> Model:
+    """The model folded and fake-quantized as the file says, or with another encoder; as it is without a file."""
     if allocation is None:
         return model
     loaded = Allocation.load(allocation, model)
     folded = refold(model, loaded.folding)
-    return dataclasses.replace(folded, params=fake_quantize(folded, loaded))
+    return dataclasses.replace(
+        folded, params=fake_quantize(folded, loaded, encoders.recorded(allocation, model, encoder))
+    )
 
 
 def _check_calibration(allocation: str | Path | None, data: str, split: texts.Split) -> None:
@@ -159,7 +175,8 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     model = load_model(config.model, config.dtype)
     write_bytes(workdir / CONFIG, (json.dumps(as_dict(config), indent=1) + "\n").encode())
     model, stats = prepare(model, config.calibration, config.fold_level)
-    table = sensitivity(model, config, workdir, say)
+    encoder = REFERENCE if config.encoder == "reference" else Encoder(config.encoder, importance_of(model.spec, stats))
+    table = sensitivity(model, config, workdir, say, encoder)
     problem = rollout.problem(model, stats, config.levels)
     task = train.Task(problem, jnp.asarray(table.kld, jnp.float32))
     say(f"Training on {len(table.tensors)} tensors with levels {', '.join(map(str, config.levels))}")
@@ -170,7 +187,7 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
             metrics.flush()
 
         key = jax.random.key(config.seed)
-        best = train.run(key, task, config.train, log=log, checkpoint_path=workdir / CHECKPOINT)
+        best = train.run(key, (task,), config.train, log=log, checkpoint_path=workdir / CHECKPOINT)
     policy = Policy(best.actor, config.train.sac.hidden, config.levels, config.fold_level, (config.model,))
     policy.save(workdir)
     return policy
@@ -195,7 +212,7 @@ def claim(workdir: Path, config: RunConfig) -> None:
             )
 
 
-def sensitivity(model: Model, config: RunConfig, workdir: Path, say: Say) -> Sensitivity:
+def sensitivity(model: Model, config: RunConfig, workdir: Path, say: Say, encoder: Encoder = REFERENCE) -> Sensitivity:
     """The table of a run, measured once in f32; one that was stopped goes on.
 
     Raises `ValueError` where `workdir` holds a table of other inputs.
@@ -203,11 +220,19 @@ def sensitivity(model: Model, config: RunConfig, workdir: Path, say: Say) -> Sen
     windows = tokens(model, config.sensitivity, "calibration")
     say(f"What every tensor loses at every level ({config.sensitivity_method}), on {windows.size} tokens")
     measure = {"exact": exact_sensitivity, "fisher": fisher_sensitivity}[config.sensitivity_method]
-    return measure(model.astype(jnp.float32), windows, config.levels, "sliding", path=workdir / SENSITIVITY)
+    return measure(
+        model.astype(jnp.float32), windows, config.levels, "sliding", path=workdir / SENSITIVITY, encoder=encoder
+    )
 
 
 def allocate(
-    model: Model, policy: Policy, budget_bytes: int, calibration: WindowsConfig, output: Path, ref: str
+    model: Model,
+    policy: Policy,
+    budget_bytes: int,
+    calibration: WindowsConfig,
+    output: Path,
+    ref: str,
+    encoder: EncoderName = encoders.DEFAULT,
 ) -> Allocation:
     """Calibrate, fold and allocate with a trained policy, and save the allocation; no perplexity is measured."""
     check_writable(output)
@@ -219,6 +244,7 @@ def allocate(
         model=ref,
         budget_bytes=budget_bytes,
         calibration=as_dict(calibration),
+        encoder=encoder,
         trained_on=list(policy.trained_on),
         seconds=time.monotonic() - started,
     )

@@ -1,6 +1,10 @@
 """Token windows: deterministic, disjoint, and never held-out text in calibration."""
 
+import abc
+import argparse
 import json
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,7 +99,7 @@ def test_text_that_is_too_short_says_what_it_holds(split, available):
 
 
 def test_missing_file(tmp_path, tokenizer):
-    with pytest.raises(FileNotFoundError, match=r"absent\.txt' is not a file; pass a text file, builtin, or hf:"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt' is not a file; pass a text file, builtin, stdlib, or"):
         data.windows(str(tmp_path / "absent.txt"), tokenizer, context=CONTEXT, count=1)
 
 
@@ -166,3 +170,31 @@ def test_data_set_that_cannot_be_reached(monkeypatch, tmp_path):
 def test_malformed_hub_reference(source):
     with pytest.raises(FileNotFoundError, match=r"the form is hf:NAME:CONFIG:SPLIT"):
         data.read_text(source)
+
+
+def test_stdlib_is_the_source_in_the_order_of_its_paths():
+    text = data.read_text("stdlib")
+    assert text == data.read_text("stdlib")
+    assert len(text) > 5_000_000
+    found = [text.index(Path(module.__file__).read_text(encoding="utf-8")) for module in (abc, argparse, json, zipfile)]
+    assert found == sorted(found)
+    assert "class TestCase" in text  # unittest itself
+    assert "class AbcTest" not in text
+
+
+def test_stdlib_leaves_out_what_builtin_holds_out(tokenizer):
+    """No window of the topics that evaluation scores may be trained on."""
+    text = data.read_text("stdlib")
+    kept = data.windows("builtin", tokenizer, context=64, count=50)
+    held = data.windows("builtin", tokenizer, context=64, count=None, split="heldout")
+    assert not any(tokenizer.decode(window[8:-8]) in text for window in held)
+    assert sum(tokenizer.decode(window) in text for window in kept) > 40
+
+
+def test_modules_of_the_stdlib():
+    chosen = data.read_text("stdlib:json,abc")
+    assert chosen.startswith(Path(abc.__file__).read_text(encoding="utf-8"))
+    assert "def detect_encoding(b)" in chosen
+    assert "argparse" not in chosen
+    with pytest.raises(FileNotFoundError, match="no source of 'jsonn'; pass names of its modules"):
+        data.read_text("stdlib:abc,jsonn")

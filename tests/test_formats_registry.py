@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ramp_jax.formats import LEVELS, encode, format_for, get_format, round_trip
-from ramp_jax.formats.check import EncodeCache, check
+from ramp_jax.formats.check import LARGEST, EncodeCache, check
 from ramp_jax.formats.integers import BITS, GROUPS
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
@@ -118,6 +118,18 @@ def test_bad_input(change, message: str) -> None:
     w, importance = change(_weights(4, (2, 256)), np.ones(256, np.float32))
     with pytest.raises(ValueError, match=f"blk.0.attn_q.weight cannot be Q4_K: .*{message}"):
         check("blk.0.attn_q.weight", w, "Q4_K", importance)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("effort", ["reference", "best"])
+def test_the_largest_weights_that_are_let_through_stay_finite(name: str, effort: str) -> None:
+    limit = np.float32(LARGEST[name])
+    w = np.zeros((2, 512), np.float32)
+    w[:, 5], w[1, 300] = 0.999 * limit, -0.999 * limit
+    check("a", w, name)
+    assert np.isfinite(np.asarray(round_trip(w, name, None, effort))).all()
+    with pytest.raises(ValueError, match="beyond its f16 scales"):
+        check("a", w * np.float32(1.01), name)
 
 
 def test_cache_encodes_once_and_zero_importance_is_none() -> None:

@@ -21,7 +21,7 @@ from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import allocatable, load_model
 from ramp_jax.models.metadata import plain
-from ramp_jax.quantization import calibrate, fake_quantize, fold, refold
+from ramp_jax.quantization import calibrate, fake_quantize, fold, importance_of, refold
 
 LEVELS = (4, 5, 8)
 FORMATS = ("Q4_0", "Q5_0", "Q8_0", "F16", "BF16", "F32")
@@ -188,7 +188,7 @@ def test_llama_cpp_s_own_mixes(untied, stats, windows, reference, tmp_path):
     """Q4_0 without an importance matrix holds our bytes; with one, other bytes of the same size that lose no more."""
     plain_path, better_path = tmp_path / "plain.gguf", tmp_path / "better.gguf"
     handoff.quantize(reference, plain_path, "Q4_0")
-    size = handoff.quantize(reference, better_path, "Q4_0", handoff.importance_of(untied.spec, stats))
+    size = handoff.quantize(reference, better_path, "Q4_0", importance_of(untied.spec, stats))
     assert size == better_path.stat().st_size
     plain_model, better = load_model(str(plain_path)), load_model(str(better_path))
     rounded = fake_quantize(load_model(str(reference)), uniform(untied, "Q4_0"))
@@ -200,7 +200,7 @@ def test_llama_cpp_s_own_mixes(untied, stats, windows, reference, tmp_path):
 
 
 def test_importance_is_the_mean_square_of_each_linear_s_input(untied, stats):
-    importance = handoff.importance_of(untied.spec, stats)
+    importance = importance_of(untied.spec, stats)
     assert set(importance) == {t.name for t in allocatable(untied.spec) if t.layer is not None}
     np.testing.assert_array_equal(importance["blk.2.ffn_down.weight"], stats.moments["ffn_mid"].square[2])
     assert all(values.dtype == np.float32 for values in importance.values())

@@ -30,7 +30,7 @@ from ramp_jax.policy.train import TrainConfig
 def get_config():
     short = WindowsConfig(context=24, count=2)
     sac = SacConfig(hidden=(8,), batch_size=8)
-    train = TrainConfig(iterations=4, episodes=4, updates=2, replay_episodes=8, log_every=2, sac=sac)
+    train = TrainConfig(iterations=4, episodes=4, updates=2, replay_iterations=2, log_every=2, sac=sac)
     return ConfigDict(as_dict(RunConfig(
         model={model!r}, dtype="float32", calibration=short, sensitivity=short, train=train)))
 """
@@ -235,6 +235,27 @@ def test_exported_file_scores_as_its_row(whole, call, tmp_path):
         assert f"{found['kld']:.6f} ± {found['kld_stderr']:.6f}" in printed
 
 
+def test_encoders_by_name_and_by_imatrix(whole, call, untied, tmp_path):
+    """The default is the recorded one; an importance matrix of the same windows makes the same rounding."""
+    assert json.loads(whole.allocation.read_text())["encoder"] == "best"
+    imatrix, files = tmp_path / "imatrix.gguf", {}
+    code, printed, errors = call("calibrate", f"--model={whole.model}", f"--output={imatrix}", *WINDOWS)
+    assert code == 0, errors
+    assert "48 tokens" in printed
+    for name, choice in {
+        "plain": "--encoder=reference",
+        "again": "--encoder=best",
+        "given": f"--imatrix={imatrix}",
+    }.items():
+        arguments = (f"--model={whole.model}", f"--allocation={whole.allocation}", f"--output={tmp_path / name}")
+        code, _, errors = call("export_gguf", *arguments, choice)
+        assert code == 0, errors
+        files[name] = (tmp_path / name).read_bytes()
+    assert files["plain"] != whole.exported.read_bytes()
+    different = np.frombuffer(files["again"], np.uint8) != np.frombuffer(files["given"], np.uint8)
+    assert np.mean(different) < 1e-3
+
+
 def test_accuracy_of_the_exported_file(whole, call, tmp_path):
     output = tmp_path / "numbers.json"
     arguments = (f"--model={whole.exported}", f"--reference={whole.model}", "--tasks=passages", "--limit=4")
@@ -252,7 +273,7 @@ def test_inputs_that_cannot_be_evaluated(fails, whole, tmp_path):
     output, model = tmp_path / "numbers.json", f"--model={whole.model}"
     for arguments, sentence in {
         (model, f"--data={tmp_path / 'short.txt'}", *WINDOWS): "tokens, fewer than one window of 24",
-        (model, f"--data={tmp_path / 'none.txt'}", *WINDOWS): "is not a file; pass a text file, builtin, or hf:",
+        (model, f"--data={tmp_path / 'none.txt'}", *WINDOWS): "is not a file; pass a text file, builtin, stdlib",
         (model, "--data=hf:a:b", *WINDOWS): "offline choices are builtin or a text file",
         (model, "--protocol=sliding"): "windows of 2048 tokens are longer than the 256",
         (model, "--backend=llama.cpp"): "llama.cpp scores a .gguf; make one with launch/export_gguf.py",
@@ -263,7 +284,7 @@ def test_inputs_that_cannot_be_evaluated(fails, whole, tmp_path):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", ["train", "allocate", "export_gguf", "evaluate", "compare", "report"])
+@pytest.mark.parametrize("name", ["train", "calibrate", "allocate", "export_gguf", "evaluate", "compare", "report"])
 def test_help_shows_the_command(call, name):
     _, printed, _ = call(name, "--help")
     assert f"python launch/{name}.py --" in printed
@@ -387,3 +408,30 @@ def test_comparison_of_a_file_that_is_not_the_allocation_s(fails, whole):
     uniform = whole.workdir / "uniform-IQ4_NL.gguf"
     arguments = (f"--workdir={whole.workdir}", f"--allocation={whole.allocation}", f"--gguf={uniform}", *WINDOWS)
     assert re.search("holds .* as IQ4_NL, the allocation says Q[58]_0", fails("compare", *arguments))
+
+
+SMALL = (
+    f"--config={ROOT / 'configs' / 'ref_llama.py'}",
+    "--data=stdlib:json",
+    "--config.vocab_size=300",
+    "--config.context=24",
+    *(f"--config.decoder.{name}=32" for name in ("d_model", "d_ff", "head_size", "context_length")),
+    "--config.decoder.n_layers=1",
+    "--config.optimizer.steps=5",
+)
+
+
+def test_pretraining_and_its_report(call, fails, tmp_path):
+    output, numbers = tmp_path / "ref", tmp_path / "numbers.json"
+    code, printed, errors = call("pretrain", *SMALL, f"--output={output}")
+    assert code == 0, errors
+    assert "Held-out text: 5." in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ref", "ref.run"]
+    assert f"{output} exists already; delete it" in fails("pretrain", *SMALL, f"--output={output}")
+    report = (f"--report={output}", "--data=stdlib:json", "--count=1", f"--json={numbers}")
+    code, printed, errors = call("pretrain", *report, "--context=24")
+    assert code == 0, errors
+    rows = json.loads(numbers.read_text())
+    assert [row["level"] for row in rows] == [4, 5, 6, 8]
+    assert all(f"{row['kld']:.4f}" in printed for row in rows)
+    assert "pass --config and --output to train, or --report=MODEL" in fails("pretrain", *SMALL)

@@ -74,6 +74,9 @@ def test_spec_is_read_from_the_config(untied, tied):
         "rope_theta": 5000.0,
         "norm_eps": 1e-5,
         "tied": False,
+        "qk_norm": False,
+        "activation": "silu",
+        "embedding_scale": 1.0,
     }
 
 

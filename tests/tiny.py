@@ -1,4 +1,4 @@
-"""Tiny random Llamas as Hugging Face directories and as GGUF files, made without the code under test."""
+"""Tiny random models as Hugging Face directories and as GGUF files, made without the code under test."""
 
 import functools
 
@@ -6,7 +6,15 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from ramp_jax import data
 from ramp_jax.halo import libggml
@@ -47,18 +55,48 @@ def hf_model(tied):
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         tie_word_embeddings=tied,
     )
-    model = LlamaForCausalLM(config).eval()
-    rng = np.random.default_rng(int(tied))
+    return drawn(LlamaForCausalLM(config), seed=int(tied))
+
+
+def drawn(model, seed, gain=1.0):
+    """The model with random weights; `gain` is what its norms store for a channel that stays as it is."""
+    rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            center, spread = (1.0, 0.3) if "norm" in name else (0.0, 0.15)
+            center, spread = (gain, 0.3) if "norm" in name else (0.0, 0.15)
             value.copy_(torch.from_numpy(rng.normal(center, spread, value.shape).astype(np.float32)))
-    return model
+    return model.eval()
+
+
+@functools.cache
+def family_model(family):
+    """Random `qwen3` (own head, heads wider than d_model / n_heads) or `gemma` (one key/value head)."""
+    config, cls, gain, sizes = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, 1.0, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+        "gemma": (GemmaConfig, GemmaForCausalLM, 0.0, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    }[family]
+    shared = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    }
+    return drawn(cls(config(**shared, **sizes)), seed=2, gain=gain)
 
 
 def save_hf(path, tied):
     """Directory with config, safetensors and tokenizer."""
-    hf_model(tied).save_pretrained(path)
+    return save(hf_model(tied), path)
+
+
+def save(model, path):
+    """Directory of a transformers model with the tiny tokenizer."""
+    model.save_pretrained(path)
     builtin_tokenizer().save_pretrained(path)
     return path
 

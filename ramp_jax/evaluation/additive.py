@@ -14,10 +14,11 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import lsq_linear
 
 from ramp_jax.evaluation.perplexity import Protocol, evaluate, reference_of
-from ramp_jax.evaluation.sensitivity import cells, quantized
+from ramp_jax.evaluation.sensitivity import cells
 from ramp_jax.models import Model, Tensor, allocatable
 from ramp_jax.models.names import LINEARS, replaced
 from ramp_jax.progress import track
+from ramp_jax.quantization import decoded
 
 Actions = Int[np.ndarray, "N T"]
 Pair = tuple[str, str]
@@ -84,7 +85,7 @@ def true_losses(
     members = allocatable(model.spec)
     choices = [[_UNUSED] * len(levels) for _ in members]
     for cell in track(cells(members, levels), "quantizing", "tensor"):
-        choices[cell.row][cell.column] = np.asarray(quantized(model.params, cell.tensor, cell.format))
+        choices[cell.row][cell.column] = np.asarray(decoded(model, cell.tensor, cell.format.name))
     reference = reference_of(model, windows, protocol)
     before = evaluate(model, windows, protocol=protocol).mean_nll
     runs = []

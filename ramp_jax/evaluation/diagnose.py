@@ -24,7 +24,7 @@ def explain(spec: DecoderSpec, params: Params, window: Int[np.ndarray, " T"]) ->
     A damaged tensor is named itself; where weights are finite, the layer whose output is not.
     """
     ids = window[None]
-    if not _finite(x := embed(params["token_embd"], ids)):
+    if not _finite(x := embed(spec, params["token_embd"], ids)):
         return _damaged("token_embd")
     for i in range(spec.n_layers):
         layer = layer_params(params, i)

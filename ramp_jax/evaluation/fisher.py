@@ -22,12 +22,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ramp_jax.evaluation.perplexity import Protocol, first_scored
-from ramp_jax.evaluation.sensitivity import Cell, cells, quantized
+from ramp_jax.evaluation.sensitivity import Cell, cells
 from ramp_jax.evaluation.table import Sensitivity, fingerprint
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
 from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, layer_params, matmul, rms_norm
 from ramp_jax.models.names import LINEARS, block_shapes
 from ramp_jax.progress import track
+from ramp_jax.quantization import REFERENCE, Encoder, decoded
 
 PROBES = 4
 
@@ -47,6 +48,7 @@ def fisher_sensitivity(
     path: str | Path | None = None,
     probes: int = PROBES,
     seed: int = 0,
+    encoder: Encoder = REFERENCE,
 ) -> Sensitivity:
     """Estimate what `exact_sensitivity` measures, for every allocatable tensor; the table's floor is 0.
 
@@ -55,11 +57,12 @@ def fisher_sensitivity(
     """
     members = allocatable(model.spec)
     method = f"fisher, {probes} probes of seed {seed}"
-    table = Sensitivity.begin(members, levels, fingerprint(model, windows, members, levels, protocol, method), path)
+    inputs = fingerprint(model, windows, members, levels, protocol, method, encoder)
+    table = Sensitivity.begin(members, levels, inputs, path)
     if not table.finished:
         started = time.monotonic()
         with jax.default_matmul_precision("default"):
-            costs = _costs(model, windows, cells(members, levels), protocol, probes, seed)
+            costs = _costs(model, windows, cells(members, levels), protocol, probes, seed, encoder)
         rows, columns = zip(*((cell.row, cell.column) for cell in costs), strict=True)
         table = table.with_cells(rows, columns, list(costs.values()), 0.0, time.monotonic() - started)
         if path is not None:
@@ -68,26 +71,33 @@ def fisher_sensitivity(
 
 
 def _costs(
-    model: Model, windows: Int[np.ndarray, "W T"], every: list[Cell], protocol: Protocol, probes: int, seed: int
+    model: Model,
+    windows: Int[np.ndarray, "W T"],
+    every: list[Cell],
+    protocol: Protocol,
+    probes: int,
+    seed: int,
+    encoder: Encoder,
 ) -> dict[Cell, float]:
     """Nats per scored token of every cell: forward to the last layer, then back, layer by layer."""
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
-    state, states = embed(params["token_embd"], windows), []
+    state, states = embed(spec, params["token_embd"], windows), []
     for layer in range(spec.n_layers):
         states.append(np.asarray(state))
         state = block_forward(spec, layer_params(params, layer), state)
 
     of_place = {(t.key, t.layer): (t, [c for c in every if c.tensor == t]) for t in allocatable(spec)}
     moves: dict[Place, Float[Array, "A P W T"]] = {}
-    embedding = _changes(params, *of_place["token_embd", None])
-    head = embedding if spec.tied else _changes(params, *of_place["output", None])
+    embedding = _changes(model, encoder, *of_place["token_embd", None])
+    head = embedding if spec.tied else _changes(model, encoder, *of_place["output", None])
     g, moves["output", None] = _from_head(spec, params, state, head, jax.random.key(seed), probes, start)
     for layer in track(range(spec.n_layers - 1, -1, -1), "estimating sensitivity", "layer"):
-        new = {key: _changes(params, *of_place[key, layer]) for key in LINEARS}
+        new = {key: _changes(model, encoder, *of_place[key, layer]) for key in LINEARS}
         g, moved = _through_layer(spec, layer_params(params, layer), states[layer], g, new)
         moves |= {(key, layer): value for key, value in moved.items()}
-    moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, embedding[:, windows])
+    looked_up = embedding[:, windows] * spec.embedding_scale
+    moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
     if spec.tied:
         moves["token_embd", None] += moves.pop(("output", None))
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
@@ -95,10 +105,10 @@ def _costs(
     return {cell: float(c) for place in costs for cell, c in zip(of_place[place][1], costs[place], strict=True)}
 
 
-def _changes(params: Params, tensor: Tensor, mine: list[Cell]) -> Float[Array, "A O I"]:
+def _changes(model: Model, encoder: Encoder, tensor: Tensor, mine: list[Cell]) -> Float[Array, "A O I"]:
     """What each cell's format changes in the tensor."""
-    w = lookup(params, tensor).astype(jnp.float32)
-    new = [quantized(params, tensor, cell.format).astype(jnp.float32) - w for cell in mine]
+    w = lookup(model.params, tensor).astype(jnp.float32)
+    new = [decoded(model, tensor, cell.format.name, encoder).astype(jnp.float32) - w for cell in mine]
     return jnp.stack(new) if new else jnp.zeros((0, *tensor.shape))
 
 

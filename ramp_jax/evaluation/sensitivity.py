@@ -24,10 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from ramp_jax.evaluation.perplexity import Protocol, first_scored, mean_divergences
 from ramp_jax.evaluation.table import Sensitivity, fingerprint
-from ramp_jax.formats import Format, format_for, round_trip
-from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
+from ramp_jax.formats import Format, format_for
+from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable
 from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, layer_params, rms_norm
 from ramp_jax.progress import track
+from ramp_jax.quantization import REFERENCE, Encoder, decoded
 
 _TOKENS_AT_ONCE = 8192  # of all variants that run together
 _NUDGE = 2.0**-20  # of every hidden state; Q8_0 moves a tensor's outputs by about 2⁻⁸, which costs 10⁷ times more
@@ -41,8 +42,9 @@ def exact_sensitivity(
     *,
     path: str | Path | None = None,
     tensors: Collection[str] | None = None,
+    encoder: Encoder = REFERENCE,
 ) -> Sensitivity:
-    """Measure tensors (default: every allocatable one) at every level that can hold their rows.
+    """Measure tensors (default: every allocatable one), rounded by `encoder`, at every level that can hold their rows.
 
     Counts the tokens that `protocol` scores and runs in the dtype of the model's weights. The noise floor of a row is
     what the same computation reads when the hidden states before the row's layer move by a part in a million, up and
@@ -50,11 +52,12 @@ def exact_sensitivity(
     one that was stopped goes on to the same bits. Raises `ValueError` where `path` holds a table of other inputs.
     """
     members = [tensor for tensor in allocatable(model.spec) if tensors is None or tensor.name in tensors]
-    table = Sensitivity.begin(members, levels, fingerprint(model, windows, members, levels, protocol, "exact"), path)
+    inputs = fingerprint(model, windows, members, levels, protocol, "exact", encoder)
+    table = Sensitivity.begin(members, levels, inputs, path)
     scored = slice(first_scored(protocol, windows.shape[1]), -1)
     batches = _batches(members, levels, size=max(1, _TOKENS_AT_ONCE // windows.size))
     with jax.default_matmul_precision("default"):
-        state, depth = embed(model.params["token_embd"], windows), 0
+        state, depth = embed(model.spec, model.params["token_embd"], windows), 0
         reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
         for batch in track(batches, "measuring sensitivity", "batch"):
             started = time.monotonic()
@@ -62,7 +65,7 @@ def exact_sensitivity(
                 state, depth = block_forward(model.spec, layer_params(model.params, depth), state), depth + 1
             rows, columns = zip(*((cell.row, cell.column) for cell in batch), strict=True)
             if np.isnan(table.kld[rows, columns]).any():
-                floor, *kld = _costs(model, batch, state, windows, reference, scored)
+                floor, *kld = _costs(model, batch, state, windows, reference, scored, encoder)
                 table = table.with_cells(rows, columns, kld, floor, time.monotonic() - started)
                 if path is not None:
                     table.save(path)
@@ -86,12 +89,6 @@ def cells(members: list[Tensor], levels: tuple[int, ...]) -> list[Cell]:
         for column, level in enumerate(levels)
         if (fmt := format_for(level, tensor.shape[-1]))
     ]
-
-
-def quantized(params: Params, tensor: Tensor, fmt: Format) -> jax.Array:
-    """The tensor as it is after its format, in its own dtype."""
-    w = lookup(params, tensor)
-    return round_trip(w.astype(jnp.float32), fmt.name).astype(w.dtype)
 
 
 def _batches(members: list[Tensor], levels: tuple[int, ...], size: int) -> list[list[Cell]]:
@@ -121,10 +118,11 @@ def _costs(
     windows: Int[np.ndarray, "W T"],
     reference: Float[Array, "W S D"],
     scored: slice,
+    encoder: Encoder,
 ) -> Float[np.ndarray, " K"]:
     """Mean KL of the nudged reference and of each cell of one layer, which share every later layer."""
     spec, params, first = model.spec, model.params, batch[0].tensor
-    new = [quantized(params, cell.tensor, cell.format) for cell in batch]
+    new = [decoded(model, cell.tensor, cell.format.name, encoder) for cell in batch]
     nudged = state * (1 + _NUDGE * (1 - 2 * (jax.lax.broadcasted_iota(jnp.float32, state.shape, 2) % 2)))
     if first.layer is not None:
         layer = layer_params(params, first.layer)
@@ -133,7 +131,7 @@ def _costs(
     elif first.key == "output":
         starts, depth = [nudged] + [state] * len(new), spec.n_layers
     else:
-        starts, depth = [nudged, *(embed(w, windows) for w in new)], 0
+        starts, depth = [nudged, *(embed(spec, w, windows) for w in new)], 0
     hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
     head, reference = head_weights(params), _tokens(reference)
     if first.layer is not None or (first.key == "token_embd" and not spec.tied):

@@ -1,21 +1,20 @@
 """Sensitivity tables: what each tensor costs at each level, the inputs that decided it, and saving while they grow."""
 
 import dataclasses
-import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.checkpoint import digest, write_bytes
 from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.formats import format_for
 from ramp_jax.models import Model, Tensor
+from ramp_jax.quantization import Encoder
 
 VERSION = 1
 """Raised whenever the bytes of a format or the measure change; tables of another version are refused."""
@@ -114,6 +113,7 @@ def fingerprint(
     levels: tuple[int, ...],
     protocol: Protocol,
     method: str,
+    encoder: Encoder,
 ) -> dict[str, str]:
     """What a table depends on, by name; arrays as SHA-256 digests."""
     formats = [fmt.name if (fmt := format_for(a, tensor.shape[-1])) else "" for tensor in members for a in levels]
@@ -122,20 +122,11 @@ def fingerprint(
         "method": method,
         "protocol": protocol,
         "levels": ", ".join(map(str, levels)),
-        "tensors": _digest(np.asarray([tensor.name for tensor in members])),
-        "formats": _digest(np.asarray(formats)),
+        "tensors": digest(np.asarray([tensor.name for tensor in members])),
+        "formats": digest(np.asarray(formats)),
+        "encoder": f"{encoder.effort} {digest(dict(encoder.importance))}",
         "dtype": str(model.params["token_embd"].dtype),
-        "windows": _digest(windows),
-        "folding": _digest(model.folding),
-        "folded weights": _digest(model.params),
+        "windows": digest(windows),
+        "folding": digest(model.folding),
+        "folded weights": digest(model.params),
     }
-
-
-def _digest(tree: Any) -> str:
-    """SHA-256 of a pytree's arrays with their names, shapes and dtypes; one array is on the host at a time."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array: np.ndarray | Array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        digest.update(array.view(np.uint8))
-    return digest.hexdigest()

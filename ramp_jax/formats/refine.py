@@ -72,11 +72,28 @@ def refine(codes: Codes, w: Float[Array, "*rows I"], importance: Float[Array, " 
     blocks = blocks_of(w, size)
     weight = jnp.ones_like(w) if importance is None else jnp.broadcast_to(importance, w.shape)
     lanes = [_lanes(a) for a in (blocks, blocks_of(weight, size))]
-    parts = [_lanes(a[..., None] if a.ndim < blocks.ndim else a) for a in codes]
+    parts = _lane_parts(codes)
     found = map_lanes(functools.partial(_refine_lanes, type(codes), grid), LANES * 32 // size, *lanes, *parts)
-    return type(codes)(
-        *(jnp.moveaxis(new, -1, 0).reshape(old.shape).astype(old.dtype) for new, old in zip(found, codes, strict=True))
-    )
+    return _from_lanes(found, codes)
+
+
+def state_of(codes: Codes) -> State:
+    """The codes of N blocks as lanes."""
+    return _state(type(codes), tuple(_lane_parts(codes)))
+
+
+def codes_of(state: State, like: Codes) -> Codes:
+    """Undo `state_of`; `like` has the kind, shapes and dtypes."""
+    return _from_lanes(_parts(type(like), state), like)
+
+
+def _lane_parts(codes: Codes) -> list[jax.Array]:
+    return [_lanes(a[..., None] if a.ndim < codes.q.ndim else a) for a in codes]
+
+
+def _from_lanes(parts: tuple[jax.Array, ...], like: Codes) -> Codes:
+    pairs = zip(parts, like, strict=True)
+    return type(like)(*(jnp.moveaxis(new, -1, 0).reshape(old.shape).astype(old.dtype) for new, old in pairs))
 
 
 def _refine_lanes(kind: type, grid: Grid, x: jax.Array, weight: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:
@@ -116,18 +133,15 @@ def _step(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
     deltas = [d for d in itertools.product(scales, mins) if any(d)]
     table = jnp.asarray(np.asarray(deltas, np.float32))
 
-    def attempt(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-        best, least = carry
+    def attempt(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         scale = clip(state.scale + table[i, 0], *grid.scales)
         low = clip(state.min + table[i, 1], *grid.mins)
-        moved = _rounded(State(state.d, state.dmin, scale, low, state.q), x, grid)
-        e = _sub_errors(moved, x, weight)
-        better = e < least
-        pick = (jnp.where(better, a, b) for a, b in zip((scale, low), (best.scale, best.min), strict=True))
-        q = jnp.where(better[None], moved.q, best.q)
-        return State(state.d, state.dmin, *pick, q), jnp.minimum(e, least)
+        e = _sub_errors(_rounded(state._replace(scale=scale, min=low), x, grid), x, weight)
+        return tuple(jnp.where(e < best[0], a, b) for a, b in zip((e, scale, low), best, strict=True))
 
-    return lax.fori_loop(0, len(deltas), attempt, (state, _sub_errors(state, x, weight)))[0]
+    start = (_sub_errors(state, x, weight), state.scale, state.min)
+    _, scale, low = lax.fori_loop(0, len(deltas), attempt, start)
+    return _rounded(state._replace(scale=scale, min=low), x, grid)
 
 
 def _fit(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:

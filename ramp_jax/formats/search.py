@@ -195,8 +195,8 @@ def _descend(
 ) -> tuple[jax.Array, jax.Array]:
     """Five rounds over the elements: each takes the code that best fits the scale of all others, if that helps.
 
-    A lane that a round leaves unchanged stays so. The first round leaves four of five, so the others go to the lanes
-    that still move, brought together; where those are more than a quarter, to all.
+    Until a lane moves, its sums stay, so whether it moves at all is seen for all elements at once. Four of five do not;
+    the rounds go to the others, brought together; where those are more than a quarter, to all.
     """
     lanes = x.shape[1]
     few = -(-lanes // 4)
@@ -208,16 +208,16 @@ def _descend(
             after = _visit_all(x, w, *before, bounds, one)
             return left - 1, jnp.any(after[2] != before[2]), *after
 
-        return lax.while_loop(lambda state: (state[0] > 0) & state[1], one_round, (4, True, *state))[2:]
+        return lax.while_loop(lambda state: (state[0] > 0) & state[1], one_round, (5, True, *state))[2:]
 
     def rounds_of_few(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        index = jnp.nonzero(moved, size=few, fill_value=lanes)[0]
+        index = jnp.nonzero(moves, size=few, fill_value=lanes)[0]
         found = rounds(*(jnp.take(a, index, axis=-1, mode="clip") for a in arrays))
         return tuple(old.at[..., index].set(new, mode="drop") for old, new in zip(arrays[2:], found, strict=True))
 
-    first = _visit_all(x, w, *_products(x, w, q, one), q, bounds, one)
-    moved = jnp.any(first[2] != q, axis=0)
-    xq, qq, q = lax.cond(jnp.sum(moved) > few, rounds, rounds_of_few, x, w, *first)
+    xq, qq = _products(x, w, q, one)
+    moves = functools.reduce(jnp.logical_or, list(_preferred(x, w, q, xq[None], qq[None], bounds, one)[0] != q))
+    xq, qq, q = lax.cond(jnp.sum(moves) > few, rounds, rounds_of_few, x, w, xq, qq, q)
     return jnp.where(qq > 0, xq / qq, 0.0), q
 
 
@@ -225,24 +225,32 @@ def _visit_all(
     x: jax.Array, w: jax.Array, xq: jax.Array, qq: jax.Array, q: jax.Array, bounds: tuple[int | None, int], one: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One round of `_descend`: Σ w·x·q, Σ w·q² and the codes after every element had its turn."""
-    low, high = bounds
 
-    def visit(sums: jax.Array, element: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        xi, wi, old = element
-        rest = sums - one * _terms(xi, wi, old)
-        new = jnp.minimum(round_half_even(xi * rest[1] / rest[0]), high)
-        new = new if low is None else jnp.maximum(new, low)
-        new_xq, new_qq = rest + one * _terms(xi, wi, new)
-        open_to_change = (rest[0] > 0) & ((rest[1] > 0) if low is None else (new_qq > 0))
-        better = open_to_change & (new != old) & (new_xq * new_xq * sums[1] > sums[0] * sums[0] * new_qq)
-        kept = jnp.where(better, new, old) / one  # exact; keeps XLA from computing all this again for the sums
-        return jnp.where((kept != old)[None], rest + one * _terms(xi, wi, kept), sums) / one, kept
+    def visit(
+        sums: tuple[jax.Array, jax.Array], element: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        kept, *new = _preferred(*element, *sums, bounds, one)
+        return tuple(new), kept
 
-    (xq, qq), q = lax.scan(visit, jnp.stack([xq, qq]), (x, w, q), unroll=2)
+    (xq, qq), q = lax.scan(visit, (xq, qq), (x, w, q), unroll=2)
     return xq, qq, q
 
 
-def _terms(x: jax.Array, w: jax.Array, q: jax.Array) -> Float[Array, "2 N"]:
-    """w·x·q and w·q² of one element."""
-    factor = jnp.where(jnp.arange(2)[:, None] == 0, x[None], q[None])
-    return w[None] * factor * q[None]
+def _preferred(
+    x: jax.Array, w: jax.Array, q: jax.Array, xq: jax.Array, qq: jax.Array, bounds: tuple[int | None, int], one: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The code that an element takes where the others' stay, and the sums with it; the old ones where it helps not."""
+    low, high = bounds
+    rest_xq, rest_qq = xq - one * (w * x * q), qq - one * (w * q * q)
+    new = jnp.minimum(round_half_even(x * rest_qq / rest_xq), high)
+    new = new if low is None else jnp.maximum(new, low)
+    new_xq, new_qq = rest_xq + one * (w * x * new), rest_qq + one * (w * new * new)
+    open_to_change = (rest_xq > 0) & ((rest_qq > 0) if low is None else (new_qq > 0))
+    better = open_to_change & (new != q) & (new_xq * new_xq * qq > xq * xq * new_qq)
+    kept = jnp.where(better, new, q) / one  # exact; keeps XLA from computing all this again for the sums
+    change = kept != q
+    return (
+        kept,
+        jnp.where(change, rest_xq + one * (w * x * kept), xq) / one,
+        jnp.where(change, rest_qq + one * (w * kept * kept), qq) / one,
+    )

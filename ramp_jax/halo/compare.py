@@ -11,18 +11,17 @@ import gguf
 import numpy as np
 from jaxtyping import Int
 
-from ramp_jax import baselines
+from ramp_jax import baselines, encoders
 from ramp_jax.allocation import ALIGNMENT, Allocation, costs, from_levels, read_saved
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.evaluation.perplexity import Reference, evaluate, evaluate_reference, reference_of
 from ramp_jax.evaluation.scores import Evaluation
 from ramp_jax.evaluation.table import Sensitivity
-from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model, tensors
-from ramp_jax.quantization import Stats, calibrate, fake_quantize, refold
+from ramp_jax.quantization import EncoderName, calibrate, fake_quantize, importance_of, refold
 
 COMPARISON = "comparison.json"
 UNIFORM = "IQ4_NL"
@@ -50,14 +49,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all rows share: the model as loaded, held-out windows, the reference's predictions, and where files go."""
+    """What all rows share: the model as loaded, held-out windows, the reference's predictions, the encoder and the
+    windows that it is calibrated on, and where files go."""
 
     model: Model
     windows: Int[np.ndarray, "W T"]
     reference: Reference
+    encoder: EncoderName
+    calibration: Int[np.ndarray, "W T"]
     workdir: Path
     with_llama_cpp: bool
-    cache: EncodeCache = dataclasses.field(default_factory=EncodeCache)
 
     def reference_row(self, plain: Allocation, path: Path) -> Row:
         """The model itself; its F16 file is also what llama.cpp quantizes from."""
@@ -68,20 +69,21 @@ class Bench:
     def row(self, name: str, allocation: Allocation, seconds: float, path: Path, *, exported: bool = False) -> Row:
         """Export the allocation to `path`, unless it is there already, and score it."""
         model = refold(self.model, allocation.folding)
+        encoder = encoders.make(self.encoder, self.model, self.calibration)
         if not exported:
-            export_gguf(model, allocation, path)
-        params = fake_quantize(model, allocation, self.cache)
+            export_gguf(model, allocation, path, encoder)
+        params = fake_quantize(model, allocation, encoder)
         scored = evaluate(model, self.windows, params=params, reference=self.reference, doing=f"scoring {name}")
         return self._scored(name, path, _planned(allocation), scored, seconds)
 
-    def mix_row(self, source: Path, budget_bytes: int, stats: Stats) -> Row | None:
+    def mix_row(self, source: Path, budget_bytes: int) -> Row | None:
         """llama.cpp's largest mix that fits, with the importance matrix of our calibration; None where none fits."""
         started = time.monotonic()
         mix = handoff.mix_below(source, budget_bytes)
         if mix is None:
             return None
         path = self.workdir / f"llama.cpp-{mix}.gguf"
-        handoff.quantize(source, path, mix, handoff.importance_of(self.model.spec, stats))
+        handoff.quantize(source, path, mix, importance_of(self.model.spec, calibrate(self.model, self.calibration)))
         seconds = time.monotonic() - started
         quantized = load_model(str(path))
         scored = evaluate(quantized, self.windows, reference=self.reference, doing=f"scoring {mix}")
@@ -103,11 +105,13 @@ def compare(
     sensitivity_path: Path,
     heldout: Int[np.ndarray, "W T"],
     calibration: Int[np.ndarray, "W T"],
+    encoder: EncoderName | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
     """Rows reference, uniform, llama.cpp's mix next below the budget, knapsack, policy; also in `comparison.json`.
 
-    Uniform and knapsack share the policy's folding, the mix has an importance matrix from the same calibration windows.
+    Uniform and knapsack share the policy's folding and encoder (default: what the allocation records), the mix has an
+    importance matrix from the same calibration windows.
     Without llama.cpp its row and its column are left out. Rows that were made from the same inputs are read, not made
     again. Raises `ValueError` where the GGUF is not the allocation's.
     """
@@ -122,13 +126,14 @@ def compare(
         digest = hashlib.file_digest(exported, "sha256")
     for part in (allocation_path.read_bytes(), sensitivity_path.read_bytes(), heldout.tobytes(), calibration.tobytes()):
         digest.update(part)
-    digest.update(bytes([with_llama_cpp]))
+    digest.update(bytes([with_llama_cpp]) + str(encoder).encode())
     fingerprint = digest.hexdigest()
     if (known := _stored(workdir / COMPARISON, fingerprint)) is not None:
         say(f"{workdir / COMPARISON} already holds this comparison.")
         return known
     say(f"Comparing on {heldout.size:,} held-out tokens" + ("" if with_llama_cpp else ", without llama.cpp"))
-    bench = Bench(model, heldout, reference_of(model, heldout), workdir, with_llama_cpp)
+    encoder = encoder or notes.get("encoder", "reference")
+    bench = Bench(model, heldout, reference_of(model, heldout), encoder, calibration, workdir, with_llama_cpp)
 
     plain = Allocation(model.spec, model.metadata, dict.fromkeys(ours.formats, "F16"))
     source = workdir / "reference-F16.gguf"
@@ -138,7 +143,7 @@ def compare(
     uniform = dataclasses.replace(ours, formats=dict.fromkeys(ours.formats, UNIFORM))
     rows.append(bench.row(f"uniform {UNIFORM}", uniform, 0.0, workdir / f"uniform-{UNIFORM}.gguf"))
     if with_llama_cpp:
-        mix = bench.mix_row(source, budget, calibrate(model, calibration))
+        mix = bench.mix_row(source, budget)
         rows += [mix] if mix else []
     best, search_seconds = _knapsack(folded, table, budget)
     rows.append(bench.row("knapsack", best, search_seconds, workdir / f"knapsack-{budget}.gguf"))

@@ -4,22 +4,22 @@ import os
 from pathlib import Path
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 
 from ramp_jax.allocation import Allocation, export_metadata
 from ramp_jax.formats import get_format
-from ramp_jax.formats.check import checked_encode
-from ramp_jax.models import Model, Tensor, lookup, tensors
+from ramp_jax.models import Model, Tensor, tensors
 from ramp_jax.models.names import permute_rope, rope_heads
 from ramp_jax.progress import track
-from ramp_jax.quantization import refold
+from ramp_jax.quantization import REFERENCE, Encoder, refold
 
 _ARCHITECTURE = "general.architecture"
 
 
-def export_gguf(model: Model, allocation: Allocation, path: str | Path) -> int:
+def export_gguf(model: Model, allocation: Allocation, path: str | Path, encoder: Encoder = REFERENCE) -> int:
     """Quantize `model` as `allocation` says (Scale Folding included) and write the file; returns its size in bytes.
+
+    The bytes are those that `fake_quantize` decodes with the same encoder.
 
     The file appears under its name only when it is whole. Raises `ValueError` where the allocation is another model's,
     `OSError` where the folder cannot be written.
@@ -30,7 +30,7 @@ def export_gguf(model: Model, allocation: Allocation, path: str | Path) -> int:
     check_writable(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        _write(refold(model, allocation.folding), allocation, partial)
+        _write(refold(model, allocation.folding), allocation, partial, encoder)
         size = partial.stat().st_size
         if size != allocation.file_bytes:
             raise ValueError(
@@ -50,7 +50,7 @@ def check_writable(path: Path) -> None:
         raise OSError(f"cannot write {path}: {path.parent} is not a writable folder; choose another output.")
 
 
-def _write(model: Model, allocation: Allocation, path: Path) -> None:
+def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder) -> None:
     writer = gguf.GGUFWriter(path, model.spec.architecture)
     for name, pair in export_metadata(allocation).items():
         if name != _ARCHITECTURE:  # the writer's constructor adds it
@@ -65,15 +65,13 @@ def _write(model: Model, allocation: Allocation, path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in track(members, f"writing {path.stem}", "tensor"):
-            writer.write_tensor_data(_encoded(model, tensor, allocation.format_of(tensor)))
+            writer.write_tensor_data(_encoded(model, tensor, allocation.format_of(tensor), encoder))
     finally:
         writer.close()
 
 
-def _encoded(model: Model, tensor: Tensor, fmt_name: str) -> np.ndarray:
+def _encoded(model: Model, tensor: Tensor, fmt: str, encoder: Encoder) -> np.ndarray:
     """The tensor's bytes `[*rows, row bytes]`, rows in the file's order."""
-    fmt = get_format(fmt_name)
-    w = lookup(model.params, tensor).astype(jnp.float32)
-    raw = fmt.to_bytes(checked_encode(tensor.name, w, fmt_name))
+    raw = get_format(fmt).to_bytes(encoder.encode(model, tensor, fmt))
     heads = rope_heads(model.spec, tensor.key)
     return permute_rope(raw, heads) if heads else raw

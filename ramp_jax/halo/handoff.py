@@ -7,15 +7,11 @@ import contextlib
 import ctypes
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
-from ramp_jax.models import DecoderSpec, tensors
-from ramp_jax.quantization import Stats
+from ramp_jax.quantization.importance import Importance
 
 # llama.cpp's names of its mixes → `llama_ftype`
 MIXES = {
@@ -37,8 +33,6 @@ MIXES = {
     "Q8_0": 7,
 }
 
-Importance = Mapping[str, Float[np.ndarray, " I"]]
-
 
 def available() -> bool:
     """Whether llama.cpp can be called."""
@@ -55,18 +49,6 @@ def require() -> None:
         import llama_cpp  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise RuntimeError(f"llama.cpp is not installed ({error}); run `pip install 'ramp-jax[verify]'`.") from error
-
-
-def importance_of(spec: DecoderSpec, stats: Stats) -> dict[str, Float[np.ndarray, " I"]]:
-    """Mean squared activation of each linear's input channels by tensor name: llama.cpp's importance matrix.
-
-    `stats` must be those of the unfolded model. As in llama.cpp, embeddings have no entry.
-    """
-    entries = {}
-    for tensor in tensors(spec):
-        if tensor.layer is not None and tensor.allocatable:
-            entries[tensor.name] = np.ascontiguousarray(stats.moments[tensor.tap].square[tensor.layer], np.float32)
-    return entries
 
 
 def quantize(source: Path, output: Path, mix: str, importance: Importance | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from ramp_jax.models.load import Model, load_model
 from ramp_jax.models.names import Tensor, allocatable, lookup, tensors
+from ramp_jax.models.save import save_model
 from ramp_jax.models.spec import DecoderSpec
 
-__all__ = ["DecoderSpec", "Model", "Tensor", "allocatable", "load_model", "lookup", "tensors"]
+__all__ = ["DecoderSpec", "Model", "Tensor", "allocatable", "load_model", "lookup", "save_model", "tensors"]

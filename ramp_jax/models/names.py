@@ -49,6 +49,8 @@ _BLOCK = {
     "attn_q": ("self_attn.q_proj", "attn_in"),
     "attn_k": ("self_attn.k_proj", "attn_in"),
     "attn_v": ("self_attn.v_proj", "attn_in"),
+    "attn_q_norm": ("self_attn.q_norm", None),
+    "attn_k_norm": ("self_attn.k_norm", None),
     "attn_output": ("self_attn.o_proj", "attn_mid"),
     "ffn_norm": ("post_attention_layernorm", None),
     "ffn_gate": ("mlp.gate_proj", "ffn_in"),
@@ -62,13 +64,15 @@ LINEARS = tuple(key for key, (_, tap) in _BLOCK.items() if tap)
 
 
 def block_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Shape `[O, I]` or `[D]` of each tensor of one block."""
+    """Shape `[O, I]` of each matrix and `[I]` of each norm of one block."""
     d, f, q, kv = spec.d_model, spec.d_ff, spec.n_heads * spec.head_size, spec.n_kv_heads * spec.head_size
+    head_norms = {"attn_q_norm": (spec.head_size,), "attn_k_norm": (spec.head_size,)} if spec.qk_norm else {}
     return {
         "attn_norm": (d,),
         "attn_q": (q, d),
         "attn_k": (kv, d),
         "attn_v": (kv, d),
+        **head_norms,
         "attn_output": (d, q),
         "ffn_norm": (d,),
         "ffn_gate": (f, d),
@@ -105,6 +109,11 @@ def hf_name(tensor: Tensor) -> str:
     return f"model.layers.{tensor.layer}.{_BLOCK[tensor.key][0]}.weight"
 
 
+def hf_offset(spec: DecoderSpec, tensor: Tensor) -> float:
+    """What a Hugging Face checkpoint leaves out of the tensor's values: 1 for the norms of Gemma, else 0."""
+    return 0.0 if tensor.allocatable else spec.family.norm_offset
+
+
 def lookup(params: dict[str, Any], tensor: Tensor) -> jax.Array:
     """The tensor's values in a parameter tree."""
     return params[tensor.key] if tensor.layer is None else params["blk"][tensor.key][tensor.layer]
@@ -126,12 +135,14 @@ def replaced(
 def stack(spec: DecoderSpec, values: dict[str, np.ndarray]) -> dict[str, Any]:
     """Parameter tree from values by GGUF name; consumes `values`, so that one copy is held at a time."""
     top = {t.key: values.pop(t.name) for t in tensors(spec) if t.layer is None}
-    by_key = {key: [t for t in tensors(spec) if t.key == key and t.layer is not None] for key in _BLOCK}
+    by_key = {key: [t for t in tensors(spec) if t.key == key and t.layer is not None] for key in block_shapes(spec)}
     return top | {"blk": {key: np.stack([values.pop(t.name) for t in members]) for key, members in by_key.items()}}
 
 
 def rope_heads(spec: DecoderSpec, key: str) -> int | None:
-    """Heads of a tensor whose rows GGUF's llama architecture stores permuted, None for the others."""
+    """Heads of a tensor whose rows GGUF stores permuted (q and k of the llama architecture), None for the others."""
+    if not spec.family.permuted_rope:
+        return None
     return {"attn_q": spec.n_heads, "attn_k": spec.n_kv_heads}.get(key)
 
 

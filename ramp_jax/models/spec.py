@@ -1,16 +1,53 @@
-"""What a decoder looks like, read from a Hugging Face config or from GGUF metadata."""
+"""What a decoder looks like, read from a Hugging Face config or from GGUF metadata, and written as the former."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-SUPPORTED_HF = ("LlamaForCausalLM",)
-SUPPORTED_GGUF = ("llama",)
+Activation = Literal["silu", "gelu_tanh"]
+
+
+class Family(NamedTuple):
+    """What sets a family apart from others: what its decoder computes, and how its files store it.
+
+    `norm_offset` is what Hugging Face checkpoints leave out of every gain (γ is stored, 1 + γ multiplies); GGUFs and
+    the parameter tree hold whole gains. `permuted_rope`: GGUF stores the rows of q and k with neighbours that rotate
+    together. `head_size` and `tied` are what a config means that does not name them (None: d_model / n_heads).
+    """
+
+    hf: str
+    qk_norm: bool = False
+    activation: Activation = "silu"
+    scaled_embedding: bool = False
+    norm_offset: float = 0.0
+    permuted_rope: bool = False
+    head_size: int | None = None
+    tied: bool = False
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", permuted_rope=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_size=128),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        norm_offset=1.0,
+        head_size=256,
+        tied=True,
+    ),
+}
+"""By GGUF architecture."""
+
+_HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """A dense decoder: pre-norm blocks of grouped-query attention with rotary positions and a gated MLP."""
+    """A dense decoder: pre-norm blocks of grouped-query attention with rotary positions and a gated MLP.
+
+    `qk_norm` norms every query and key head before rotation; `embedding_scale` multiplies what enters the first layer.
+    """
 
     architecture: str
     n_layers: int
@@ -24,25 +61,55 @@ class DecoderSpec:
     rope_theta: float
     norm_eps: float
     tied: bool
+    qk_norm: bool = False
+    activation: Activation = "silu"
+    embedding_scale: float = 1.0
 
     @property
     def queries_per_kv(self) -> int:
         """Query heads that share one key/value head."""
         return self.n_heads // self.n_kv_heads
 
+    @property
+    def family(self) -> Family:
+        """How its files store it."""
+        return FAMILIES[self.architecture]
+
+
+def make_spec(architecture: str, **sizes: Any) -> DecoderSpec:
+    """Spec of a family with the other fields given; raises `ValueError` for an unknown family or an untied Gemma."""
+    if architecture not in FAMILIES:
+        raise ValueError(f"GGUF architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}.")
+    family = FAMILIES[architecture]
+    if family.tied and not sizes["tied"]:
+        raise ValueError(f"llama.cpp runs {architecture} with its embedding as the head only; use a tied checkpoint.")
+    return DecoderSpec(
+        architecture=architecture,
+        **sizes,
+        qk_norm=family.qk_norm,
+        activation=family.activation,
+        embedding_scale=float(sizes["d_model"]) ** 0.5 if family.scaled_embedding else 1.0,
+    )
+
 
 def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
     """Spec from the contents of `config.json`; raises `ValueError` for what the decoder does not compute."""
-    names = config.get("architectures") or ["none named"]
-    if names[0] not in SUPPORTED_HF:
-        raise ValueError(f"architecture {names[0]} is not supported; supported are {', '.join(SUPPORTED_HF)}.")
+    name = (config.get("architectures") or ["none named"])[0]
+    by_class = {family.hf: arch for arch, family in FAMILIES.items()}
+    if name not in by_class:
+        raise ValueError(f"architecture {name} is not supported; supported are {', '.join(by_class)}.")
+    arch, family = by_class[name], FAMILIES[by_class[name]]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    expected = _HF_ACTIVATIONS[family.activation]
+    activation = config.get("hidden_activation") or config.get("hidden_act") or expected
     unsupported = {
         f"rope scaling {kind!r}": kind != "default",
         "attention biases": config.get("attention_bias", False),
         "MLP biases": config.get("mlp_bias", False),
-        f"activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
+        "attention in sliding windows": config.get("use_sliding_window", False),
+        "attention in both directions": config.get("use_bidirectional_attention", False),
+        f"activation {activation!r}": activation != expected,
     }
     for what, present in unsupported.items():
         if present:
@@ -50,33 +117,56 @@ def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
                 f"config.json asks for {what}, which this decoder does not compute; use another checkpoint."
             )
     heads = config["num_attention_heads"]
-    return DecoderSpec(
-        architecture="llama",
+    return make_spec(
+        arch,
         n_layers=config["num_hidden_layers"],
         d_model=config["hidden_size"],
         n_heads=heads,
         n_kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
+        head_size=config.get("head_dim") or family.head_size or config["hidden_size"] // heads,
         d_ff=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         context_length=config["max_position_embeddings"],
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
     )
+
+
+def hf_config(spec: DecoderSpec) -> dict[str, Any]:
+    """The contents of a `config.json` that `spec_from_hf` and transformers read as `spec`."""
+    activation = _HF_ACTIVATIONS[spec.activation]
+    return {
+        "architectures": [spec.family.hf],
+        "model_type": spec.architecture,
+        "num_hidden_layers": spec.n_layers,
+        "hidden_size": spec.d_model,
+        "num_attention_heads": spec.n_heads,
+        "num_key_value_heads": spec.n_kv_heads,
+        "head_dim": spec.head_size,
+        "intermediate_size": spec.d_ff,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.context_length,
+        "rope_theta": spec.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
+        "rms_norm_eps": spec.norm_eps,
+        "tie_word_embeddings": spec.tied,
+        "hidden_act": activation,
+        "attention_bias": False,
+    } | ({"hidden_activation": activation} if spec.activation == "gelu_tanh" else {})
 
 
 def spec_from_gguf(fields: Mapping[str, Any], tied: bool) -> DecoderSpec:
     """Spec from GGUF key-value pairs; raises `ValueError` for what the decoder does not compute."""
     arch = fields.get("general.architecture", "none named")
-    if arch not in SUPPORTED_GGUF:
-        raise ValueError(f"GGUF architecture {arch} is not supported; supported are {', '.join(SUPPORTED_GGUF)}.")
+    if arch not in FAMILIES:
+        raise ValueError(f"GGUF architecture {arch} is not supported; supported are {', '.join(FAMILIES)}.")
     if fields.get(f"{arch}.rope.scaling.type", "none") != "none" or f"{arch}.expert_count" in fields:
         raise ValueError(f"the GGUF asks for rope scaling or experts, which this {arch} decoder does not compute.")
     heads = fields[f"{arch}.attention.head_count"]
     d_model = fields[f"{arch}.embedding_length"]
-    return DecoderSpec(
-        architecture=arch,
+    return make_spec(
+        arch,
         n_layers=fields[f"{arch}.block_count"],
         d_model=d_model,
         n_heads=heads,

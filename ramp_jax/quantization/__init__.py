@@ -1,7 +1,22 @@
 """Calibration, Scale Folding and fake-quantization."""
 
 from ramp_jax.quantization.calibrate import Stats, calibrate
-from ramp_jax.quantization.fake_quant import fake_quantize
+from ramp_jax.quantization.encoder import REFERENCE, Encoder, EncoderName
+from ramp_jax.quantization.fake_quant import decoded, fake_quantize
 from ramp_jax.quantization.fold import fold, refold
+from ramp_jax.quantization.importance import importance_of, read_imatrix, write_imatrix
 
-__all__ = ["Stats", "calibrate", "fake_quantize", "fold", "refold"]
+__all__ = [
+    "REFERENCE",
+    "Encoder",
+    "EncoderName",
+    "Stats",
+    "calibrate",
+    "decoded",
+    "fake_quantize",
+    "fold",
+    "importance_of",
+    "read_imatrix",
+    "refold",
+    "write_imatrix",
+]

@@ -4,22 +4,21 @@ import jax
 
 from ramp_jax.allocation import Allocation
 from ramp_jax.formats import decode
-from ramp_jax.formats.check import EncodeCache, checked_encode
 from ramp_jax.models import Model, Tensor, allocatable, lookup
 from ramp_jax.models.decoder import Params
 from ramp_jax.models.names import replaced
+from ramp_jax.quantization.encoder import REFERENCE, Encoder
 
 
-def fake_quantize(model: Model, allocation: Allocation, cache: EncodeCache | None = None) -> Params:
+def fake_quantize(model: Model, allocation: Allocation, encoder: Encoder = REFERENCE) -> Params:
     """Parameters whose every allocated tensor went through its format; shapes and dtypes are the model's.
 
-    With a `cache`, what an earlier allocation encoded is only decoded. Raises `ValueError` where a tensor cannot be
-    encoded.
+    Raises `ValueError` where a tensor cannot be encoded.
     """
-    encode = checked_encode if cache is None else cache.encode
+    members = allocatable(model.spec)
+    return replaced(model.params, members, lambda t: decoded(model, t, allocation.formats[t.name], encoder))
 
-    def rounded(tensor: Tensor) -> jax.Array:
-        w, fmt = lookup(model.params, tensor), allocation.formats[tensor.name]
-        return decode(encode(tensor.name, w, fmt), fmt).astype(w.dtype)
 
-    return replaced(model.params, allocatable(model.spec), rounded)
+def decoded(model: Model, tensor: Tensor, fmt: str, encoder: Encoder = REFERENCE) -> jax.Array:
+    """The tensor as it is after its format, in its own dtype."""
+    return decode(encoder.encode(model, tensor, fmt), fmt).astype(lookup(model.params, tensor).dtype)

@@ -1,0 +1,37 @@
+"""Write the importance matrix of a model: the mean squared activation of every linear's input channels.
+
+    python launch/calibrate.py --model=REF --output=imatrix.gguf [--data=builtin|FILE|hf:NAME:CONFIG:SPLIT]
+        [--context=N] [--count=N]
+
+The file is a GGUF that llama-quantize --imatrix and launch/export_gguf.py --imatrix read.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from ramp_jax import cli, workflow
+from ramp_jax.config import WindowsConfig
+from ramp_jax.halo.export import check_writable
+from ramp_jax.quantization import calibrate, importance_of, write_imatrix
+
+_MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where the importance matrix goes (.gguf).")
+_DATA = flags.DEFINE_string("data", "builtin", "Calibration text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
+_CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
+_COUNT = flags.DEFINE_integer("count", 8, "Calibration windows.", lower_bound=1)
+flags.mark_flags_as_required(["model", "output"])
+
+
+def main() -> None:
+    output = Path(_OUTPUT.value)
+    check_writable(output)
+    model = cli.load(_MODEL.value)
+    config = WindowsConfig(_DATA.value, _CONTEXT.value, _COUNT.value)
+    importance = importance_of(model.spec, calibrate(model, workflow.tokens(model, config, "calibration")))
+    write_imatrix(output, importance, config.data, config.count, config.context)
+    print(f"{len(importance)} tensors, {config.count * config.context:,} tokens: {output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

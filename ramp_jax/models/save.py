@@ -1,0 +1,44 @@
+"""Models as Hugging Face directories, which transformers and `load_model` read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from safetensors.flax import save_file
+
+from ramp_jax.models import names
+from ramp_jax.models.load import Model
+from ramp_jax.models.spec import hf_config
+
+
+def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
+    """Write `config.json`, `model.safetensors` in `dtype` and the tokenizer's files to the new folder `path`.
+
+    The folder appears under its name only when it is whole. A model whose values `dtype` can hold is read back
+    identical, others rounded to nearest. Raises `FileExistsError` where `path` exists, `OSError` where it cannot be
+    made.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; delete it or choose another output.")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        config = hf_config(model.spec) | {"dtype": dtype, "torch_dtype": dtype}
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(partial)
+        values = {names.hf_name(t): _stored(model, t, dtype) for t in names.tensors(model.spec)}
+        save_file(values, partial / "model.safetensors", metadata={"format": "pt"})
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def _stored(model: Model, tensor: names.Tensor, dtype: str) -> jax.Array:
+    value = names.lookup(model.params, tensor).astype(jnp.float32) - names.hf_offset(model.spec, tensor)
+    return value.astype(dtype)

@@ -1,0 +1,196 @@
+"""Qwen3 and Gemma beside Llama: logits, files, and every step of the way on each of them."""
+
+import dataclasses
+import json
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from ramp_jax import data
+from ramp_jax.allocation import Allocation, from_levels
+from ramp_jax.evaluation.fisher import fisher_sensitivity
+from ramp_jax.evaluation.perplexity import evaluate
+from ramp_jax.evaluation.sensitivity import exact_sensitivity
+from ramp_jax.halo.export import export_gguf
+from ramp_jax.halo.verify import evaluate_gguf
+from ramp_jax.models import allocatable, load_model, names, tensors
+from ramp_jax.models.metadata import plain
+from ramp_jax.models.spec import spec_from_hf
+from ramp_jax.policy.embedding import embed
+from ramp_jax.quantization import calibrate, fake_quantize, fold
+
+FAMILIES = ("qwen3", "gemma")
+ARCHITECTURES = {"qwen3": gguf.MODEL_ARCH.QWEN3, "gemma": gguf.MODEL_ARCH.GEMMA}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family, tmp_path_factory):
+    """A tiny random model of the family, f32."""
+    return load_model(str(tiny.save(tiny.family_model(family), tmp_path_factory.mktemp("hf") / family)))
+
+
+@pytest.fixture(scope="module")
+def windows(model):
+    return data.windows("builtin", model.tokenizer, context=24, count=3)
+
+
+@pytest.fixture(scope="module")
+def stats(model, windows):
+    return calibrate(model, windows)
+
+
+def uniform(model, name):
+    return Allocation(model.spec, model.metadata, dict.fromkeys((t.name for t in allocatable(model.spec)), name))
+
+
+def close_specs(a, b):
+    """Equal but for floats that a GGUF rounds to f32."""
+    return a == dataclasses.replace(b, norm_eps=a.norm_eps, rope_theta=a.rope_theta) and np.isclose(
+        a.norm_eps, b.norm_eps
+    )
+
+
+@pytest.mark.parametrize("length", [24, 150])  # 150: more than one block of queries
+def test_logits_equal_transformers(family, model, rng, length):
+    ids = rng.integers(0, tiny.VOCABULARY, (2, length))
+    with torch.no_grad():
+        expected = tiny.family_model(family)(torch.from_numpy(ids)).logits.numpy()
+    assert np.ptp(expected) > 5
+    np.testing.assert_allclose(model.logits(ids.astype(np.int32)), expected, atol=1e-4, rtol=0)
+
+
+def test_what_sets_the_families_apart(family, model):
+    switches = (model.spec.qk_norm, model.spec.activation, model.spec.embedding_scale, model.spec.tied)
+    assert switches == {"qwen3": (True, "silu", 1.0, False), "gemma": (False, "gelu_tanh", 8.0, True)}[family]
+    assert (model.spec.architecture, model.spec.head_size) == (family, 32)
+
+
+def test_gguf_holds_what_llama_cpp_reads(family, model, tmp_path):
+    """Names by gguf's own table, rows in HF order, Gemma's gains with their 1."""
+    export_gguf(model, uniform(model, "F32"), tmp_path / "out.gguf")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    stored = {t.name: t.data for t in reader.tensors}
+    table = gguf.get_tensor_name_map(ARCHITECTURES[family], tiny.LAYERS)
+    expected = {
+        table.get_name(key, try_suffixes=(".weight",)): value.numpy() + (family == "gemma" and "norm" in key)
+        for key, value in tiny.family_model(family).state_dict().items()
+        if not (model.spec.tied and key == "lm_head.weight")
+    }
+    assert stored.keys() == expected.keys() == {t.name for t in tensors(model.spec)}
+    for name, value in expected.items():
+        np.testing.assert_array_equal(stored[name], value, err_msg=name)
+    fields = {name for name in reader.fields if name.startswith(f"{family}.")}
+    keys = ("block_count", "attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base")
+    assert {f"{family}.{key}" for key in keys} <= fields
+
+
+def test_exported_file_is_the_same_model(model, windows, tmp_path):
+    export_gguf(model, uniform(model, "F32"), tmp_path / "out.gguf")
+    loaded = load_model(str(tmp_path / "out.gguf"))
+    assert close_specs(loaded.spec, model.spec)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.tree.map(np.asarray, model.params))
+    np.testing.assert_allclose(loaded.logits(windows), model.logits(windows), atol=1e-5, rtol=0)
+
+
+def test_llama_cpp_agrees(model, windows, tmp_path):
+    export_gguf(model, uniform(model, "F32"), tmp_path / "out.gguf")
+    ours = evaluate(model, windows, protocol="sliding")
+    theirs = evaluate_gguf(tmp_path / "out.gguf", windows, reference=model, protocol="sliding")
+    assert theirs.ppl == pytest.approx(ours.ppl, rel=1e-3)
+    np.testing.assert_allclose(theirs.nll, ours.nll, atol=0.05)
+    assert theirs.mean_kld < 1e-4
+
+
+def test_llama_cpp_agrees_on_a_folded_mixture(model, stats, windows, tmp_path, rng):
+    folded = fold(model, stats, 4)
+    allocation = from_levels(folded, rng.choice((5, 8), len(allocatable(model.spec))))
+    export_gguf(model, allocation, tmp_path / "out.gguf")
+    ours = evaluate(folded, windows, params=fake_quantize(folded, allocation), protocol="sliding")
+    theirs = evaluate_gguf(tmp_path / "out.gguf", windows, protocol="sliding")
+    assert theirs.ppl == pytest.approx(ours.ppl, rel=0.02)
+
+
+def test_folding_keeps_the_function(model, stats, windows):
+    folded = fold(model, stats, 4)
+    assert all(float(jnp.ptp(s)) > 0 for s in folded.folding.values())
+    np.testing.assert_allclose(folded.logits(windows), model.logits(windows), atol=1e-3, rtol=0)
+
+
+def test_policy_s_view_is_finite_and_every_tensor_differs(model, stats):
+    seen = embed(model, stats)
+    assert seen.shape == (len(allocatable(model.spec)), 11)
+    assert np.isfinite(seen).all()
+    assert len(np.unique(seen.round(4), axis=0)) == len(seen)
+
+
+def test_sensitivity_is_what_quantizing_one_tensor_costs(model, windows):
+    chosen = [t.name for t in allocatable(model.spec)][:3]
+    assert chosen[0] == "token_embd.weight"
+    table = exact_sensitivity(model, windows, (4,), "sliding", tensors=chosen)
+    for name, (cost,) in zip(table.tensors, table.kld, strict=True):
+        allocation = uniform(model, "F32")
+        allocation = dataclasses.replace(allocation, formats={**allocation.formats, name: "IQ4_NL"})
+        changed = fake_quantize(model, allocation)
+        expected = evaluate(model, windows, params=changed, reference=model, protocol="sliding").mean_kld
+        assert cost == pytest.approx(expected, rel=1e-3), name
+
+
+def test_fisher_is_near_the_exact_table(model, windows):
+    """At level 8, where the second order is all there is; embeddings and their scale included."""
+    exact = exact_sensitivity(model, windows, (8,), "sliding").kld[:, 0]
+    estimate = fisher_sensitivity(model, windows, (8,), "sliding", probes=16).kld[:, 0]
+    ratio = estimate / exact
+    assert np.median(ratio) == pytest.approx(1.0, abs=0.3)
+    assert 0.4 < ratio[0] < 2.5
+
+
+def test_gains_are_stored_without_one_by_gemma_only(model, family):
+    offsets = {t.key: names.hf_offset(model.spec, t) for t in tensors(model.spec)}
+    norms = {"attn_norm", "ffn_norm", "output_norm"} | ({"attn_q_norm", "attn_k_norm"} if family == "qwen3" else set())
+    assert {key for key in offsets if key.endswith("norm")} == norms
+    assert {key for key, offset in offsets.items() if offset} == (norms if family == "gemma" else set())
+
+
+def test_untied_gemma_is_refused(tmp_path):
+    config = tiny.family_model("gemma").config.to_dict() | {"architectures": ["GemmaForCausalLM"]}
+    with pytest.raises(ValueError, match="with its embedding as the head only; use a tied checkpoint"):
+        spec_from_hf(config | {"tie_word_embeddings": False})
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen3", {"use_sliding_window": True}, "attention in sliding windows"),
+        ("gemma", {"use_bidirectional_attention": True}, "attention in both directions"),
+        ("gemma", {"hidden_act": "gelu"}, "activation 'gelu'"),
+    ],
+)
+def test_config_asks_for_what_the_decoder_does_not_compute(tmp_path, family, change, message):
+    tiny.family_model(family).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        spec_from_hf(config | change)
+
+
+def test_defaults_that_older_configs_leave_out():
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
+    shared = sizes | {"vocab_size": 10, "max_position_embeddings": 8}
+    gemma = spec_from_hf(shared | {"architectures": ["GemmaForCausalLM"]})
+    assert (gemma.head_size, gemma.tied) == (256, True)
+    qwen3 = spec_from_hf(shared | {"architectures": ["Qwen3ForCausalLM"]})
+    assert (qwen3.head_size, qwen3.tied) == (128, False)
+
+
+def test_metadata_is_of_the_architecture(model, family):
+    assert plain(model.metadata)["general.architecture"] == family
+    assert not any(name.startswith("llama.") for name in model.metadata)
