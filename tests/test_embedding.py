@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from ramp_jax.formats import round_trip
 from ramp_jax.models import allocatable, lookup
 from ramp_jax.models.names import LINEARS
 from ramp_jax.policy import embedding
@@ -108,7 +109,7 @@ def test_loss_rates_order_tensors_as_their_true_costs_do(untied, stats, embedded
     reference = jax.nn.log_softmax(untied.logits(windows))
     for tensor in members:
         w = lookup(untied.params, tensor)
-        rounded = replaced_one(untied, tensor, embedding._round_3_bits(w))
+        rounded = replaced_one(untied, tensor, round_trip(w, "IQ4_NL"))
         new = jax.nn.log_softmax(rounded.logits(windows))
         costs.append(float(jnp.mean(jnp.sum(jnp.exp(reference) * (reference - new), axis=-1))) / tensor.size)
     assert spearmanr(column(embedded, "loss_rate"), costs).statistic > 0.9

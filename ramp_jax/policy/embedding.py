@@ -8,15 +8,15 @@
 | 3 | weight_outlier | log₁₀(max / standard deviation) |
 | 4 | weight_kurtosis | log(1 + excess kurtosis) |
 | 5 | weight_error | log₁₀ of the activation-weighted relative squared error of 3-bit rounding in blocks of 32 |
-| 6 | loss_rate | log₁₀ of the share of what 3-bit rounding of all tensors loses, over the share of the weights |
+| 6 | loss_rate | log₁₀ of the share of what all tensors lose at level 4, over the share of the weights |
 | 7 | depth | l / (L − 1); 0 for the embedding, 1 for the head |
 | 8 | share | log₁₀ of the tensor's share of the allocatable weights |
 | 9 | fan | log₁₀(out / in) |
 | 10 | role | place in the forward pass: q, k, v, attention output, gate, up, down, head |
 
 Every number is a ratio, a log or a position, moved by a fixed map to the order of 1; nothing is fitted to a model. The
-loss is the Fisher estimate of `evaluation.fisher`: one backward pass over a few calibration tokens for all tensors,
-with the same plain 3-bit rounding as `weight_error`; no quantized model is run.
+loss is the Fisher estimate of `evaluation.fisher`: one backward pass over a few calibration tokens for all tensors at
+the one level that rows of every length have; no quantized model is run.
 """
 
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ramp_jax.evaluation.fisher import fisher_costs
+from ramp_jax.formats import format_for, round_trip
 from ramp_jax.formats.rounding import blocks_of, flatten_blocks, reciprocal, round_half_away
 from ramp_jax.models import Model, Tensor, allocatable, lookup
 from ramp_jax.models.names import LINEARS
@@ -56,6 +57,7 @@ _WIDTH = np.array([0.5, 0.2, 0.7, 0.3, 0.7, 0.3, 0.5, 0.35, 0.7, 0.5, 0.35], np.
 
 _WRITTEN_BY = {"attn_in": "attn_out", "attn_mid": "attn_out", "ffn_in": "ffn_out", "ffn_mid": "ffn_out"}
 _ROLES = {key: i / len(LINEARS) for i, key in enumerate(LINEARS)} | {"token_embd": 1.0, "output": 1.0}
+_LOSS_LEVEL = 4
 _NO_INPUT = "token"  # tap of an embedding that is only looked up
 _TINY = 1e-12
 
@@ -108,11 +110,11 @@ def _loss_rates(model: Model, stats: Stats) -> list[float]:
     if stats.sample is None:
         raise ValueError("the statistics hold no sample of the text, which the embedding needs; calibrate the model.")
 
-    def rounding_errors(tensor: Tensor) -> Float[Array, "1 O I"]:
+    def changes(tensor: Tensor) -> Float[Array, "1 O I"]:
         w = lookup(model.params, tensor).astype(jnp.float32)
-        return (_round_3_bits(w) - w)[None]
+        return (round_trip(w, format_for(_LOSS_LEVEL, w.shape[-1]).name) - w)[None]
 
-    costs = fisher_costs(model, stats.sample, rounding_errors, "sliding")
+    costs = fisher_costs(model, stats.sample, changes, "sliding")
     members = allocatable(model.spec)
     loss, size = np.asarray([costs[t.name][0] for t in members]), np.asarray([t.size for t in members], np.float64)
     return np.log10((loss / loss.sum() + _TINY) / (size / size.sum())).tolist()
