@@ -1,5 +1,6 @@
 """Whole states in one file, written atomically; PRNG keys included."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +42,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of a pytree's arrays with their names, shapes and dtypes; one array is on the host at a time."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array: np.ndarray | jax.Array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(array.view(np.uint8))
+    return digest.hexdigest()
 
 
 def _is_key(leaf: Any) -> bool:

@@ -30,7 +30,7 @@ from ramp_jax.policy.train import TrainConfig
 def get_config():
     short = WindowsConfig(context=24, count=2)
     sac = SacConfig(hidden=(8,), batch_size=8)
-    train = TrainConfig(iterations=4, episodes=4, updates=2, replay_episodes=8, log_every=2, sac=sac)
+    train = TrainConfig(iterations=4, episodes=4, updates=2, replay_iterations=2, log_every=2, sac=sac)
     return ConfigDict(as_dict(RunConfig(
         model={model!r}, dtype="float32", calibration=short, sensitivity=short, train=train)))
 """

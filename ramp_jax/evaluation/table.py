@@ -1,18 +1,16 @@
 """Sensitivity tables: what each tensor costs at each level, the inputs that decided it, and saving while they grow."""
 
 import dataclasses
-import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.checkpoint import digest, write_bytes
 from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.formats import format_for
 from ramp_jax.models import Model, Tensor
@@ -124,21 +122,11 @@ def fingerprint(
         "method": method,
         "protocol": protocol,
         "levels": ", ".join(map(str, levels)),
-        "tensors": _digest(np.asarray([tensor.name for tensor in members])),
-        "formats": _digest(np.asarray(formats)),
-        "encoder": f"{encoder.effort} {_digest(dict(encoder.importance))}",
+        "tensors": digest(np.asarray([tensor.name for tensor in members])),
+        "formats": digest(np.asarray(formats)),
+        "encoder": f"{encoder.effort} {digest(dict(encoder.importance))}",
         "dtype": str(model.params["token_embd"].dtype),
-        "windows": _digest(windows),
-        "folding": _digest(model.folding),
-        "folded weights": _digest(model.params),
+        "windows": digest(windows),
+        "folding": digest(model.folding),
+        "folded weights": digest(model.params),
     }
-
-
-def _digest(tree: Any) -> str:
-    """SHA-256 of a pytree's arrays with their names, shapes and dtypes; one array is on the host at a time."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array: np.ndarray | Array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        digest.update(array.view(np.uint8))
-    return digest.hexdigest()

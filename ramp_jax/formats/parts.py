@@ -58,6 +58,22 @@ def _round_trip(w: jax.Array, importance: jax.Array | None, name: str, effort: E
     return fmt.decode(fmt.encode(w, importance, effort))
 
 
+def in_row_parts(run: Callable[..., Any], w: Float[Array, "R I"], copies: int, *rest: Any) -> list[Any]:
+    """`run(rows, *rest)` of equal parts of the rows of w, on all cores; `copies` is how many of a part exist at a time.
+
+    The last part is filled up with rows of zeros.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    size = max(1, (_CPU_PART if on_cpu else _ACCELERATOR_PART) // (copies * w.shape[1]))
+    size = min(size, 1 << (len(w) - 1).bit_length())
+
+    def one_part(start: int) -> Any:
+        part = w[start : start + size]
+        return jax.block_until_ready(run(jnp.pad(part, ((0, size - len(part)), (0, 0))), *rest))
+
+    return list((_pool().map if on_cpu else map)(one_part, range(0, len(w), size)))
+
+
 def _in_parts(run: Callable[..., Any], w: jax.Array, importance: jax.Array | None) -> Any:
     """`run(rows [R, I], importance)` over all rows of w, R the same for every tensor of that row length."""
     if isinstance(w, jax.core.Tracer):

@@ -72,11 +72,28 @@ def refine(codes: Codes, w: Float[Array, "*rows I"], importance: Float[Array, " 
     blocks = blocks_of(w, size)
     weight = jnp.ones_like(w) if importance is None else jnp.broadcast_to(importance, w.shape)
     lanes = [_lanes(a) for a in (blocks, blocks_of(weight, size))]
-    parts = [_lanes(a[..., None] if a.ndim < blocks.ndim else a) for a in codes]
+    parts = _lane_parts(codes)
     found = map_lanes(functools.partial(_refine_lanes, type(codes), grid), LANES * 32 // size, *lanes, *parts)
-    return type(codes)(
-        *(jnp.moveaxis(new, -1, 0).reshape(old.shape).astype(old.dtype) for new, old in zip(found, codes, strict=True))
-    )
+    return _from_lanes(found, codes)
+
+
+def state_of(codes: Codes) -> State:
+    """The codes of N blocks as lanes."""
+    return _state(type(codes), tuple(_lane_parts(codes)))
+
+
+def codes_of(state: State, like: Codes) -> Codes:
+    """Undo `state_of`; `like` has the kind, shapes and dtypes."""
+    return _from_lanes(_parts(type(like), state), like)
+
+
+def _lane_parts(codes: Codes) -> list[jax.Array]:
+    return [_lanes(a[..., None] if a.ndim < codes.q.ndim else a) for a in codes]
+
+
+def _from_lanes(parts: tuple[jax.Array, ...], like: Codes) -> Codes:
+    pairs = zip(parts, like, strict=True)
+    return type(like)(*(jnp.moveaxis(new, -1, 0).reshape(old.shape).astype(old.dtype) for new, old in pairs))
 
 
 def _refine_lanes(kind: type, grid: Grid, x: jax.Array, weight: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:

@@ -184,6 +184,14 @@ def block_forward(spec: DecoderSpec, layer: Params, x: Float[Array, "B T D"]) ->
     return Block(spec).apply({"params": layer}, x, rope_tables(spec, x.shape[1]))
 
 
+def block_taps(
+    spec: DecoderSpec, layer: Params, x: Float[Array, "B T D"], tap: Tap
+) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+    """`block_forward`, and `tap` of each linear's input and of what is written to the residual stream, by name."""
+    y, variables = Block(spec, tap).apply({"params": layer}, x, rope_tables(spec, x.shape[1]), mutable=["taps"])
+    return y, variables["taps"]
+
+
 def cast_weights(params: Params, dtype: Any) -> Params:
     """Matrices in `dtype` (the dtype of all matrix products); norms stay f32."""
 

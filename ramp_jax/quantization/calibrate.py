@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -9,23 +13,36 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ramp_jax.checkpoint import digest, write_bytes
 from ramp_jax.models import DecoderSpec, Model
-from ramp_jax.models.decoder import Decoder, Params
+from ramp_jax.models.decoder import Decoder, Params, block_taps
 from ramp_jax.progress import track
 
 _LAYER_TAPS = ("residual", "attn_in", "attn_mid", "attn_out", "ffn_in", "ffn_mid", "ffn_out")  # in forward order
 
 
 class Moments(NamedTuple):
-    """Per channel of one activation, `[L, C]` inside the blocks and `[C]` outside: E[x²], E[x⁴] and max |x|."""
+    """Per channel of one activation, `[L, C]` inside the blocks and `[C]` outside: E[x²], E[x⁴], max |x| and E[x]."""
 
     square: jax.Array
     fourth: jax.Array
     abs_max: jax.Array
+    mean: jax.Array
+
+    @property
+    def kurtosis(self) -> Float[Array, "*l C"]:
+        """E[x⁴] / E[x²]² per channel, about zero: 3 for a normal one, 0 where nothing was seen."""
+        return jnp.where(self.square > 0, self.fourth / jnp.maximum(jnp.square(self.square), 1e-30), 0.0)
+
+    def total(self) -> "Moments":
+        """Over all channels, `[L]` or one number."""
+        means = (jnp.mean(leaf, axis=-1) for leaf in (self.square, self.fourth, self.mean))
+        square, fourth, mean = means
+        return Moments(square, fourth, jnp.max(self.abs_max, axis=-1), mean)
 
     def scaled(self, s: Float[Array, "*l C"]) -> "Moments":
         """The moments of x · s."""
-        return Moments(self.square * s**2, self.fourth * s**4, self.abs_max * jnp.abs(s))
+        return Moments(self.square * s**2, self.fourth * s**4, self.abs_max * jnp.abs(s), self.mean * s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +63,32 @@ class Stats:
             moments[tap] = moments[tap].scaled(self.folding.get(tap, 1.0) / folding.get(tap, 1.0))
         return Stats(moments, folding)
 
+    def save(self, path: str | Path, model: Model, windows: Int[np.ndarray, "W T"]) -> None:
+        """Write a NumPy archive with a fingerprint of what was measured: `model` on `windows`."""
+        arrays = {f"{tap} {name}": leaf for tap, m in self.moments.items() for name, leaf in m._asdict().items()}
+        arrays |= {f"folding {tap}": s for tap, s in self.folding.items()}
+        archive = io.BytesIO()
+        np.savez(archive, inputs=json.dumps(_inputs(model, windows)), **arrays)
+        write_bytes(path, archive.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model, windows: Int[np.ndarray, "W T"]) -> "Stats":
+        """Read what `save` wrote; raises `ValueError` where it was measured on another model or other windows."""
+        try:
+            with np.load(path) as saved:
+                inputs = json.loads(saved["inputs"].item())
+                arrays = {tuple(name.split(" ")): jnp.asarray(saved[name]) for name in saved.files if name != "inputs"}
+            taps = dict.fromkeys(tap for tap, _ in arrays if tap != "folding")
+            moments = {tap: Moments(**{name: arrays[tap, name] for name in Moments._fields}) for tap in taps}
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} holds no statistics ({error}); calibrate again.") from error
+        for name, value in _inputs(model, windows).items():
+            if inputs.get(name) != value:
+                raise ValueError(f"{path} was measured with another {name}; calibrate again or choose another file.")
+        return cls(moments, {tap: s for (kind, tap), s in arrays.items() if kind == "folding"})
+
 
 def calibrate(model: Model, windows: Int[np.ndarray, "W T"]) -> Stats:
     """Statistics over all tokens of the windows, one window at a time.
@@ -59,11 +102,58 @@ def calibrate(model: Model, windows: Int[np.ndarray, "W T"]) -> Stats:
         for tap, new in sums.items():
             old = total.get(tap, Moments(*(jnp.zeros_like(leaf) for leaf in new)))
             total[tap] = Moments(
-                old.square + new.square, old.fourth + new.fourth, jnp.maximum(old.abs_max, new.abs_max)
+                old.square + new.square,
+                old.fourth + new.fourth,
+                jnp.maximum(old.abs_max, new.abs_max),
+                old.mean + new.mean,
             )
     tokens = windows.size
-    means = {tap: Moments(m.square / tokens, m.fourth / tokens, m.abs_max) for tap, m in total.items()}
+    means = {tap: Moments(m.square / tokens, m.fourth / tokens, m.abs_max, m.mean / tokens) for tap, m in total.items()}
     return Stats(means, model.folding)
+
+
+def second_moments(model: Model, windows: Int[np.ndarray, "W T"]) -> Iterator[dict[str, Float[Array, "C C"]]]:
+    """E[x xᵀ] f32 of every linear's input by tap, one layer after the other: one layer's matrices exist at a time.
+
+    Beside the weights, memory holds the hidden states of all windows, `[W, T, D]` f32, twice. Raises `ValueError` where
+    an activation is not finite.
+    """
+    x = model.params["token_embd"][windows].astype(jnp.float32)
+    for index in track(range(model.spec.n_layers), "second moments", "layer"):
+        layer = {key: value[index] for key, value in model.params["blk"].items()}
+        x, second = layer_second_moments(model.spec, layer, x)
+        for tap, matrix in second.items():
+            if not np.isfinite(np.asarray(jnp.trace(matrix))):
+                raise ValueError(
+                    f"activation {tap} of layer {index} is not finite; load the model with dtype=float32, "
+                    f"or check its weights."
+                )
+        yield second
+
+
+INPUTS = ("attn_in", "attn_mid", "ffn_in", "ffn_mid")
+"""The taps before the linears of a block, in forward order."""
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "taps"))
+def layer_second_moments(
+    spec: DecoderSpec, layer: Params, x: Float[Array, "W T D"], taps: tuple[str, ...] = INPUTS
+) -> tuple[Float[Array, "W T D"], dict[str, Float[Array, "C C"]]]:
+    """Hidden states after a layer, and E[x xᵀ] of its `taps`, one window at a time."""
+
+    def one_window(total: dict[str, jax.Array], window: Float[Array, "T D"]) -> tuple[dict[str, jax.Array], jax.Array]:
+        y, found = block_taps(spec, layer, window[None], lambda a: jnp.einsum("btc,btd->cd", a, a))
+        return {tap: total[tap] + found[tap] for tap in taps}, y[0]
+
+    shapes = jax.eval_shape(lambda a: block_taps(spec, layer, a, lambda b: jnp.zeros((b.shape[-1],) * 2))[1], x[:1])
+    total = {tap: jnp.zeros(shapes[tap].shape) for tap in taps}
+    total, y = jax.lax.scan(one_window, total, x)
+    return y, {tap: matrix / (x.shape[0] * x.shape[1]) for tap, matrix in total.items()}
+
+
+def _inputs(model: Model, windows: Int[np.ndarray, "W T"]) -> dict[str, str]:
+    """What statistics depend on, as SHA-256 digests."""
+    return {"model": digest(model.params), "windows": digest(windows), "folding": digest(model.folding)}
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -74,7 +164,8 @@ def _window_sums(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> d
 
 
 def _sums(x: Float[Array, "B T C"]) -> Moments:
-    return Moments(jnp.sum(jnp.square(x), axis=(0, 1)), jnp.sum(x**4, axis=(0, 1)), jnp.max(jnp.abs(x), axis=(0, 1)))
+    square, fourth, mean = (jnp.sum(x**power, axis=(0, 1)) for power in (2, 4, 1))
+    return Moments(square, fourth, jnp.max(jnp.abs(x), axis=(0, 1)), mean)
 
 
 def _check_finite(sums: dict[str, Moments], window: int) -> None:

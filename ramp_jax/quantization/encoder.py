@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -21,15 +22,18 @@ class Encoder:
     """Codes for a model's tensors: `effort` of the search, weighted by `importance` where a tensor has an entry.
 
     Importance is that of the unfolded model; what a folding changes in it is applied here. With a `cache`, the same
-    weights are encoded once.
+    weights are encoded once. `codes` by tensor name were found before, for one folding and one allocation.
     """
 
     effort: Effort = "reference"
     importance: Importance = dataclasses.field(default_factory=dict)
     cache: EncodeCache | None = None
+    codes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, model: Model, tensor: Tensor, fmt: str) -> Any:
         """Codes of one tensor of `model`, folded as it is; raises `ValueError` where it cannot be encoded."""
+        if tensor.name in self.codes:
+            return self.codes[tensor.name]
         weights = folded(self.importance, tensor, model.folding)
         if weights is not None and not weights.any():
             _LOG.warning("calibration saw no activation before %s; it is rounded unweighted.", tensor.name)

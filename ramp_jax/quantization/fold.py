@@ -1,54 +1,99 @@
 """Scale Folding: move activation outliers into the weights before they are quantized.
 
-For a norm with gain γ that feeds linears W_j, γ' = γ / s and W_j' = W_j · diag(s) leave the output unchanged, while
-the quantizer sees other magnitudes. s_c = rms(x_c)^α, scaled to geometric mean 1; α is searched per layer and group.
-The search follows AWQ (Lin et al. 2024), the grouping the paper's Scale Folding.
+Dividing an activation by s and multiplying the columns of the linears that read it by s leaves the output unchanged,
+while the quantizer sees other magnitudes. A norm divides by its gain (γ' = γ / s), a linear by its rows: v for what
+attention passes on to its output, up for what the gated MLP passes on to down. With grouped queries, all query heads
+of a key/value head share one s.
+
+s_c = a_c^α · b_c^−β of activation and weight magnitudes per channel (root mean squares), scaled to geometric mean 1;
+α and β are searched per layer and group. The search follows AWQ (Lin et al. 2024), the grouping the paper's Scale
+Folding. Norms that multiply by 1 + γ are stored as 1 + γ in the parameter tree, as in GGUF.
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from ramp_jax.formats import format_for, round_trip
-from ramp_jax.models import Model
+from ramp_jax.formats import format_for, get_format
+from ramp_jax.formats.parts import in_row_parts
+from ramp_jax.models import DecoderSpec, Model
+from ramp_jax.models.names import block_shapes
 from ramp_jax.progress import track
 from ramp_jax.quantization.calibrate import Stats
 
+
+class Group(NamedTuple):
+    """What divides an activation by its scales, a norm or a linear, and the linears that read it."""
+
+    producer: str
+    readers: tuple[str, ...]
+
+
 GROUPS = {
-    "attn_in": ("attn_norm", ("attn_q", "attn_k", "attn_v")),
-    "ffn_in": ("ffn_norm", ("ffn_gate", "ffn_up")),
+    "attn_in": Group("attn_norm", ("attn_q", "attn_k", "attn_v")),
+    "attn_mid": Group("attn_v", ("attn_output",)),
+    "ffn_in": Group("ffn_norm", ("ffn_gate", "ffn_up")),
+    "ffn_mid": Group("ffn_up", ("ffn_down",)),
 }
-"""tap: (norm that produces it, linears that read it)."""
+"""By tap, the activation that is divided."""
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(8))
-"""The grid of α; 0 leaves the group as it is, so folding never raises the objective."""
+BETAS = (0.0, 0.3)
+"""The grids of α and β; both 0 leaves the group as it is, so folding never raises the objective."""
 
-_SMALLEST_RMS = 1e-4  # of the group's largest; a dead channel keeps a finite scale
+_SMALLEST = 1e-4  # magnitude, of the group's largest; a dead channel keeps a finite scale
 _LARGEST_SCALE = 64.0
+_SEARCH_ROWS = 256  # of a group: they decide among the candidates, all rows whether to fold at all
+_LOG = logging.getLogger(__name__)
 
 
-def fold(model: Model, stats: Stats, level: int, alphas: tuple[float, ...] = ALPHAS) -> Model:
+def fold(
+    model: Model,
+    stats: Stats,
+    level: int,
+    *,
+    alphas: tuple[float, ...] = ALPHAS,
+    betas: tuple[float, ...] = BETAS,
+    second: Mapping[str, Float[np.ndarray, "L C C"]] | None = None,
+) -> Model:
     """The same function with scales chosen for quantization at `level`.
 
-    Per layer and group, α minimizes the activation-weighted squared error of the fake-quantized linears. Raises
-    `ValueError` where the level cannot hold the rows.
+    Per layer and group, (α, β) minimizes the squared error of the outputs of the linears, quantized with the
+    activations' importance: tr(E H Eᵀ) with the second moments H of the unfolded model where `second` has the tap, else
+    with their diagonal from `stats`. Groups whose rows the level cannot hold stay as they are; scales beyond 64 are
+    clipped and reported. Raises `ValueError` where the level can hold no group at all.
     """
-    fmt = format_for(level, model.spec.d_model)
-    if fmt is None:
+    shapes = block_shapes(model.spec)
+    formats = {tap: format_for(level, shapes[group.readers[0]][1]) for tap, group in GROUPS.items()}
+    if not any(formats.values()):
         raise ValueError(f"level {level} cannot hold rows of {model.spec.d_model} weights; fold at another level.")
     square = {tap: stats.under(model.folding).moments[tap].square for tap in GROUPS}
-    blk, scales = model.params["blk"], {}
-    for tap, (norm, linears) in GROUPS.items():
+    grid = jnp.asarray([(a, b) for a in alphas for b in betas])
+    blk, scales, clipped = model.params["blk"], {}, 0
+    for tap, group in GROUPS.items():
+        if (fmt := formats[tap]) is None:
+            continue
         per_layer = []
-        for layer in track(range(model.spec.n_layers), f"folding {norm}", "layer"):
-            group = jnp.concatenate([blk[name][layer].astype(jnp.float32) for name in linears])
-            per_layer.append(_best_scale(group, square[tap][layer], alphas, fmt.name))
-        scales[tap] = jnp.stack(per_layer)  # [L, D]
+        for layer in track(range(model.spec.n_layers), f"folding {tap}", "layer"):
+            w = jnp.concatenate([blk[name][layer].astype(jnp.float32) for name in group.readers])
+            candidates, beyond = _scales(model.spec, tap, w, square[tap][layer], grid)
+            moment = square[tap][layer]
+            if second is not None and tap in second:
+                s = model.folding[tap][layer] if tap in model.folding else jnp.ones_like(moment)
+                moment = second[tap][layer] / (s[:, None] * s[None, :])
+            best = _best(w, candidates, square[tap][layer], moment, fmt.name)
+            clipped += int(beyond[best].sum())
+            per_layer.append(candidates[best])
+        scales[tap] = jnp.stack(per_layer)  # [L, C]
+    if clipped:
+        _LOG.warning("%d scales of folding went beyond %g and were clipped.", clipped, _LARGEST_SCALE)
     return _scaled(model, scales)
 
 
@@ -57,49 +102,97 @@ def refold(model: Model, folding: Mapping[str, Any]) -> Model:
 
     Raises `ValueError` where a scale has another shape than the model's activation.
     """
-    if not folding and not model.folding:
-        return model
-    shape = (model.spec.n_layers, model.spec.d_model)
-    scales = {}
-    for tap in GROUPS:
+    if unknown := folding.keys() - GROUPS.keys():
+        raise ValueError(f"the folding names {min(unknown)}, which no model has; make the allocation again.")
+    shapes, scales = block_shapes(model.spec), {}
+    for tap in folding.keys() | model.folding.keys():
+        shape = (model.spec.n_layers, shapes[GROUPS[tap].readers[0]][1])
         target = jnp.asarray(folding.get(tap, np.ones(shape)), jnp.float32)
         if target.shape != shape:
             raise ValueError(f"the folding of {tap} has shape {target.shape}, this model needs {shape}.")
         scales[tap] = target / model.folding.get(tap, 1.0)
-    return _scaled(model, scales)
+    return _scaled(model, {tap: scales[tap] for tap in GROUPS if tap in scales})
 
 
-def _scaled(model: Model, scales: dict[str, Float[Array, "L D"]]) -> Model:
-    """Divide the activations of each tap by its scales, and multiply the linears that read them."""
+def _scaled(model: Model, scales: dict[str, Float[Array, "L C"]]) -> Model:
+    """Divide the activation of each tap by its scales, and multiply the linears that read it."""
     folding, blk = dict(model.folding), dict(model.params["blk"])
     for tap, s in scales.items():
-        norm, linears = GROUPS[tap]
-        blk[norm] = blk[norm] / s
-        widened = {name: blk[name].astype(jnp.float32) * s[:, None, :] for name in linears}
+        producer, readers = GROUPS[tap]
+        divisor = s if tap != "attn_mid" else _of_heads(model.spec, s)
+        for key in (producer, f"{producer}_bias"):
+            if key in blk:
+                rows = divisor if blk[key].ndim == 2 else divisor[..., None]
+                blk[key] = (blk[key].astype(jnp.float32) / rows).astype(blk[key].dtype)
+        widened = {name: blk[name].astype(jnp.float32) * s[:, None, :] for name in readers}
         blk |= {name: w.astype(blk[name].dtype) for name, w in widened.items()}
         folding[tap] = folding.get(tap, 1.0) * s
     return dataclasses.replace(model, params={**model.params, "blk": blk}, folding=folding)
 
 
-def _best_scale(
-    group: Float[Array, "O D"], square: Float[Array, " D"], alphas: tuple[float, ...], fmt: str
-) -> Float[Array, " D"]:
-    candidates = [_scale(square, alpha) for alpha in alphas]
-    errors = [_error(group, round_trip(group * s[None, :], fmt), s, square) for s in candidates]
-    return candidates[int(np.argmin(errors))]
+def _of_heads(spec: DecoderSpec, s: Float[Array, "L NH"]) -> Float[Array, "L KH"]:
+    """Scales of the values' rows from those of attention's outputs: the first query head of each key/value head."""
+    layers = s.shape[0]
+    return s.reshape(layers, spec.n_kv_heads, spec.queries_per_kv, -1)[:, :, 0].reshape(layers, -1)
 
 
-@jax.jit
-def _error(
-    w: Float[Array, "O D"], rounded: Float[Array, "O D"], s: Float[Array, " D"], square: Float[Array, " D"]
-) -> Float[Array, ""]:
-    """Activation-weighted squared error of w, whose columns were widened by s before rounding."""
-    return jnp.sum(jnp.square(rounded / s[None, :] - w) * square[None, :])
+def _shared(spec: DecoderSpec, magnitude: Float[Array, " NH"]) -> Float[Array, " NH"]:
+    """Root mean squares over the query heads that share a key/value head, at each of them."""
+    heads = magnitude.reshape(spec.n_kv_heads, spec.queries_per_kv, -1)
+    mean = jnp.sqrt(jnp.mean(jnp.square(heads), axis=1, keepdims=True))
+    return jnp.broadcast_to(mean, heads.shape).reshape(-1)
 
 
-@jax.jit
-def _scale(square: Float[Array, " D"], alpha: Any) -> Float[Array, " D"]:
-    rms = jnp.sqrt(square)
-    log_s = alpha * jnp.log(jnp.maximum(rms, _SMALLEST_RMS * jnp.maximum(jnp.max(rms), 1e-30)))
-    s = jnp.exp(log_s - jnp.mean(log_s))
-    return jnp.clip(s, 1 / _LARGEST_SCALE, _LARGEST_SCALE)
+@functools.partial(jax.jit, static_argnames=("spec", "tap"))
+def _scales(
+    spec: DecoderSpec, tap: str, w: Float[Array, "O C"], square: Float[Array, " C"], grid: Float[Array, "A 2"]
+) -> tuple[Float[Array, "A C"], Bool[Array, "A C"]]:
+    """Candidates, and which of their entries were clipped."""
+    share = functools.partial(_shared, spec) if tap == "attn_mid" else lambda a: a
+    activation, weight = share(jnp.sqrt(square)), share(jnp.sqrt(jnp.mean(jnp.square(w), axis=0)))
+
+    def one(pair: Float[Array, " 2"]) -> tuple[jax.Array, jax.Array]:
+        log_s = pair[0] * _log(activation) - pair[1] * _log(weight)
+        s = jnp.exp(log_s - jnp.mean(log_s))
+        clipped = jnp.clip(s, 1 / _LARGEST_SCALE, _LARGEST_SCALE)
+        return clipped, clipped != s
+
+    return jax.vmap(one)(grid)
+
+
+def _log(magnitude: Float[Array, " C"]) -> Float[Array, " C"]:
+    return jnp.log(jnp.maximum(magnitude, _SMALLEST * jnp.maximum(jnp.max(magnitude), 1e-30)))
+
+
+def _best(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array, fmt: str) -> int:
+    """The candidate of the least error over evenly spaced rows, unless the first one's is smaller over all rows."""
+    some = w[:: -(-len(w) // _SEARCH_ROWS)]
+    found = int(np.argmin(_errors(some, scales, square, moment, fmt)))
+    first, best = _errors(w, scales[np.array([0, found])], square, moment, fmt)
+    return found if best < first else 0
+
+
+def _errors(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array, fmt: str) -> Float[np.ndarray, " A"]:
+    """Of each candidate, over all rows; parts of rows keep all cores busy and bound the memory."""
+    run = functools.partial(_part_errors, fmt=fmt)
+    return np.sum(in_row_parts(run, w, len(scales), scales, square, moment), axis=0, dtype=np.float64)
+
+
+@functools.partial(jax.jit, static_argnames="fmt")
+def _part_errors(
+    w: Float[Array, "R C"],
+    scales: Float[Array, "A C"],
+    square: Float[Array, " C"],
+    moment: Float[Array, " C"] | Float[Array, "C C"],
+    fmt: str,
+) -> Float[Array, " A"]:
+    """Squared error of the outputs of rows whose columns were widened by each candidate before rounding."""
+    known = get_format(fmt)
+
+    def one(s: Float[Array, " C"]) -> Float[Array, ""]:
+        importance = jnp.maximum(square, 1e-4 * jnp.mean(square)) / jnp.square(s)
+        off = known.decode(known.encode(w * s[None], importance)) / s[None] - w
+        across = off * moment[None] if moment.ndim == 1 else off @ moment
+        return jnp.sum(off * across)
+
+    return jax.vmap(one)(scales)
