@@ -7,23 +7,27 @@ import numpy as np
 from jaxtyping import Int
 
 from ramp_jax import data
-from ramp_jax.allocation import read_saved
+from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.models import Model
-from ramp_jax.quantization import REFERENCE, Encoder, EncoderName, calibrate, importance_of, read_imatrix
+from ramp_jax.quantization import REFERENCE, Encoder, EncoderName, calibrate, importance_of, read_imatrix, refold
+from ramp_jax.quantization.compensate import compensate
 
 DEFAULT: EncoderName = "best"
 """For new allocations; those that record none were made for ggml's own bytes."""
 
 
-def make(name: EncoderName, model: Model, windows: Int[np.ndarray, "W T"]) -> Encoder:
-    """The encoder of that name, with statistics of `model` (folded or not) on calibration windows.
+def make(name: EncoderName, model: Model, windows: Int[np.ndarray, "W T"], allocation: Allocation) -> Encoder:
+    """The encoder of that name for an allocation, with what `model` (folded or not) does on calibration windows.
 
     Raises `ValueError` for an unknown name.
     """
     if name == "reference":
         return REFERENCE
+    best = Encoder("best", importance_of(model.spec, calibrate(model, windows)))
     if name == "best":
-        return Encoder("best", importance_of(model.spec, calibrate(model, windows)))
+        return best
+    if name == "compensated":
+        return compensate(refold(model, allocation.folding), allocation, windows, best)
     raise ValueError(f"unknown encoder {name!r}; choose {', '.join(get_args(EncoderName))}.")
 
 
@@ -44,7 +48,7 @@ def recorded(
         return Encoder("best", read_imatrix(imatrix, model.spec))
     if name == "reference":
         return REFERENCE
-    return make(name, model, calibration_windows(path, model))
+    return make(name, model, calibration_windows(path, model), Allocation.load(path, model))
 
 
 def calibration_windows(path: str | Path, model: Model) -> Int[np.ndarray, "W T"]:

@@ -69,7 +69,7 @@ class Bench:
     def row(self, name: str, allocation: Allocation, seconds: float, path: Path, *, exported: bool = False) -> Row:
         """Export the allocation to `path`, unless it is there already, and score it."""
         model = refold(self.model, allocation.folding)
-        encoder = encoders.make(self.encoder, self.model, self.calibration)
+        encoder = encoders.make(self.encoder, self.model, self.calibration, allocation)
         if not exported:
             export_gguf(model, allocation, path, encoder)
         params = fake_quantize(model, allocation, encoder)
