@@ -44,35 +44,44 @@ def compensate(model: Model, allocation: Allocation, windows: Int[np.ndarray, "W
     outputs lose less than as `plain` rounds them. Tensors before which nothing was seen, or whose second moments are
     singular, are rounded by `plain`. Second moments of one tap exist at a time.
     """
-    checked = len(windows) // 4
     members = {(tensor.key, tensor.layer): tensor for tensor in allocatable(model.spec)}
     embedding = decoded(model, members["token_embd", None], allocation.formats["token_embd.weight"], plain)
     x, codes, failed = embed(model.spec, embedding, windows), {}, []
     for index in track(range(model.spec.n_layers), "compensating", "layer"):
         layer = layer_params(model.params, index)
         for tap in INPUTS:
-            second = _second(model, layer, x[checked:], tap)
-            check = _second(model, layer, x[:checked], tap) if checked else second
-            upper = factor(second)
-            for tensor in (members[key, index] for key in GROUPS[tap].readers):
+            readers = [members[key, index] for key in GROUPS[tap].readers]
+            gridded = [tensor for tensor in readers if allocation.formats[tensor.name] in GRIDS]
+            second, check = _seconds(model, layer, x, tap) if gridded else (None, None)
+            upper = factor(second) if gridded else None
+            usable = gridded and bool(jnp.isfinite(upper).all())
+            failed += [] if usable else [tensor.name for tensor in gridded]
+            for tensor in readers:
                 fmt = allocation.formats[tensor.name]
                 found = plain.encode(model, tensor, fmt)
-                if fmt in GRIDS and bool(jnp.isfinite(upper).all()):
+                if usable and tensor in gridded:
                     w = lookup(model.params, tensor).astype(jnp.float32)
                     found = _better(w, check, fmt, in_parts(w, upper, fmt), found)
-                elif fmt in GRIDS:
-                    failed.append(tensor.name)
-                codes[tensor.name] = jax.tree.map(np.asarray, found)
+                codes[tensor.name, fmt] = jax.tree.map(np.asarray, found)
                 layer[tensor.key] = decode(found, fmt).astype(layer[tensor.key].dtype)
         x = block_forward(model.spec, layer, x)
     if failed:
-        _LOG.warning("%d tensors have inputs without a usable second moment, first %s; they are rounded plainly.",
-                     len(failed), failed[0])  # fmt: skip
+        _LOG.warning(
+            "the inputs of %d tensors have no usable second moment, first %s; they are rounded without compensation.",
+            len(failed),
+            failed[0],
+        )
     return dataclasses.replace(plain, codes=codes)
 
 
-def _second(model: Model, layer: Params, x: Float[Array, "W T D"], tap: str) -> Float[Array, "C C"]:
-    return layer_second_moments(model.spec, layer, x, (tap,))[1][tap]
+def _seconds(
+    model: Model, layer: Params, x: Float[Array, "W T D"], tap: str
+) -> tuple[Float[Array, "C C"], Float[Array, "C C"]]:
+    """Second moments to fit on and to decide by: of three quarters of the windows and of the rest, if there is one."""
+    border = len(x) // 4
+    _, fit = layer_second_moments(model.spec, layer, x[border:], (tap,))
+    _, check = layer_second_moments(model.spec, layer, x[:border], (tap,)) if border else (x, fit)
+    return fit[tap], check[tap]
 
 
 def in_parts(w: Float[Array, "O I"], upper: Float[Array, "I I"], fmt: str) -> Any:

@@ -4,7 +4,7 @@ import jax
 
 from ramp_jax.allocation import Allocation
 from ramp_jax.formats import decode
-from ramp_jax.models import Model, Tensor, lookup, tensors
+from ramp_jax.models import Model, Tensor, allocatable, lookup
 from ramp_jax.models.decoder import Params
 from ramp_jax.models.names import replaced
 from ramp_jax.quantization.encoder import REFERENCE, Encoder
@@ -13,11 +13,10 @@ from ramp_jax.quantization.encoder import REFERENCE, Encoder
 def fake_quantize(model: Model, allocation: Allocation, encoder: Encoder = REFERENCE) -> Params:
     """Parameters whose every allocated tensor went through its format; shapes and dtypes are the model's.
 
-    Tensors that are only stored change where the encoder brings their codes. Raises `ValueError` where a tensor cannot
-    be encoded.
+    Raises `ValueError` where a tensor cannot be encoded.
     """
-    members = [t for t in tensors(model.spec) if t.allocatable or t.name in encoder.codes]
-    return replaced(model.params, members, lambda t: decoded(model, t, allocation.format_of(t), encoder))
+    members = allocatable(model.spec)
+    return replaced(model.params, members, lambda t: decoded(model, t, allocation.formats[t.name], encoder))
 
 
 def decoded(model: Model, tensor: Tensor, fmt: str, encoder: Encoder = REFERENCE) -> jax.Array:
