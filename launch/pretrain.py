@@ -1,7 +1,7 @@
 """Train a small decoder from nothing, on text that every Python installation has: a reference checkpoint.
 
     python launch/pretrain.py --config=configs/ref_llama.py --output=runs/ref-llama [--workdir=DIR] [--data=TEXT]
-    python launch/pretrain.py --report=ref-llama [--count=N] [--data=TEXT] [--json=FILE]
+    python launch/pretrain.py --report=ref-llama [--count=N] [--context=N] [--data=TEXT] [--json=FILE]
 
 `--output` receives a Hugging Face directory, `--workdir` (default: OUTPUT.run) the state; a run that was stopped goes
 on with the same command. `load_model("ref-llama")` and every --model flag find it in runs/ or in the folder that
@@ -29,7 +29,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "New folder that receives the chec
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds the run's state; default: OUTPUT.run.")
 _DATA = flags.DEFINE_string("data", None, "Text instead of the config's: stdlib, builtin, a text file, or hf:...")
 _REPORT = flags.DEFINE_string("report", None, "Show what uniform allocations cost this model instead of training.")
-_COUNT = flags.DEFINE_integer("count", 32, "Held-out windows of 512 tokens for --report.", lower_bound=1)
+_COUNT = flags.DEFINE_integer("count", 32, "Held-out windows for --report.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a window for --report.", lower_bound=6)
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers of --report to this file.")
 
 
@@ -59,7 +60,9 @@ def _report() -> None:
         check_writable(Path(_JSON.value))
     model = cli.load(_REPORT.value)
     data = _DATA.value or "stdlib"
-    windows = texts.windows(data, model.tokenizer, context=512, count=_COUNT.value, split="heldout", bos="text")
+    windows = texts.windows(
+        data, model.tokenizer, context=_CONTEXT.value, count=_COUNT.value, split="heldout", bos="text"
+    )
     rows = make.level_table(model, windows)
     print(make.text_table(rows))
     if _JSON.value:

@@ -5,6 +5,8 @@
 see `halo/handoff.py`.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -43,6 +45,123 @@ def knapsack(cost: Cost, loss: Loss, budget: int) -> Actions:
     if solution.x is None:
         raise ValueError(f"no allocation fits the budget ({solution.message}); choose a larger one.")
     return solution.x.reshape(n_tensors, n_levels).argmax(axis=1)
+
+
+def greedy(cost: Cost, loss: Loss, budget: int) -> Actions:
+    """From the cheapest levels up: always the step that saves most loss per unit among those that fit.
+
+    Raises `ValueError` where nothing fits.
+    """
+    return filled(cost, loss, budget, cheapest(cost, budget))
+
+
+def random(cost: Cost, loss: Loss, budget: int, *, seed: int = 0) -> Actions:
+    """Levels drawn tensor by tensor in random order, uniformly among those that leave enough for all others.
+
+    Raises `ValueError` where nothing fits.
+    """
+    del loss
+    rng = np.random.default_rng(seed)
+    actions = cheapest(cost, budget)
+    left = budget - _sum(cost, actions)
+    for t in rng.permutation(len(cost)):
+        extra = cost[t] - cost[t, actions[t]]
+        choice = rng.choice(np.flatnonzero((cost[t] > 0) & (extra <= left)))
+        actions[t], left = choice, left - extra[choice]
+    return actions
+
+
+def evolution(
+    cost: Cost,
+    loss: Loss,
+    budget: int,
+    *,
+    evaluate: Callable[[Actions], float],
+    evaluations: int,
+    seed: int = 0,
+    offspring: int = 8,
+) -> Actions:
+    """EvoPress (Sieberling et al. 2025): the best by true loss of a parent and its mutants, again and again.
+
+    A mutant moves one to three tensors up a level and as many others down until it fits, then uses what is left.
+    `evaluate` measures an allocation and is called `evaluations` times at most; the first parent is `uniform`'s, and
+    `loss` is not looked at. Raises `ValueError` where nothing fits.
+    """
+    rng = np.random.default_rng(seed)
+    best = uniform(cost, loss, budget)
+    least, left = evaluate(best), evaluations - 1
+    while left > 0:
+        mutants = [_mutant(cost, budget, best, rng) for _ in range(min(offspring, left))]
+        losses = [evaluate(mutant) for mutant in mutants]
+        left -= len(mutants)
+        if min(losses) < least:
+            best, least = mutants[int(np.argmin(losses))], min(losses)
+    return best
+
+
+def cheapest(cost: Cost, budget: int) -> Actions:
+    """The smallest allocation; raises `ValueError` where not even that fits."""
+    actions = np.where(cost > 0, cost, np.iinfo(cost.dtype).max).argmin(axis=1)
+    if _sum(cost, actions) > budget:
+        raise ValueError("no allocation fits the budget; choose a larger one.")
+    return actions
+
+
+def filled(cost: Cost, loss: Loss, budget: int, actions: Actions) -> Actions:
+    """Spend what is left: one tensor at a time takes another level, the one that saves most loss per unit."""
+    actions, rows = actions.copy(), np.arange(len(cost))
+    while True:
+        saved = np.where(cost > 0, loss[rows, actions][:, None] - loss, 0.0)
+        extra = cost - cost[rows, actions][:, None]
+        rate = np.where((saved > 0) & (extra <= budget - _sum(cost, actions)), saved / np.maximum(extra, 1e-3), 0.0)
+        if not rate.any():
+            return actions
+        t, a = np.unravel_index(np.argmax(rate), rate.shape)
+        actions[t] = a
+
+
+def exchanged(cost: Cost, loss: Loss, budget: int, actions: Actions, *, rounds: int = 1000) -> Actions:
+    """Repair: spend what is left, then let pairs of tensors trade levels for as long as that saves loss and fits."""
+    actions, rows = filled(cost, loss, budget, actions), np.arange(len(cost))
+    for _ in range(rounds):
+        saved = np.where(cost > 0, loss[rows, actions][:, None] - loss, -np.inf).ravel()
+        extra = (cost - cost[rows, actions][:, None]).ravel()
+        both = saved[:, None] + saved[None, :]
+        tensor = np.repeat(rows, cost.shape[1])
+        fits = extra[:, None] + extra[None, :] <= budget - _sum(cost, actions)
+        both = np.where(fits & (tensor[:, None] != tensor[None, :]), both, -np.inf)
+        i, j = np.unravel_index(np.argmax(both), both.shape)
+        if both[i, j] <= 1e-9 * _sum(loss, actions):
+            break
+        for move in (i, j):
+            actions[tensor[move]] = move % cost.shape[1]
+        actions = filled(cost, loss, budget, actions)
+    return actions
+
+
+def _mutant(cost: Cost, budget: int, parent: Actions, rng: np.random.Generator) -> Actions:
+    actions = parent.copy()
+    for t in rng.choice(len(cost), size=rng.integers(1, 4), replace=False):
+        actions[t] = _step(cost[t], actions[t], up=True)
+    while _sum(cost, actions) > budget:
+        t = rng.integers(len(cost))
+        actions[t] = _step(cost[t], actions[t], up=False)
+    for t in rng.permutation(len(cost)):
+        higher = _step(cost[t], actions[t], up=True)
+        if _sum(cost, actions) - cost[t, actions[t]] + cost[t, higher] <= budget:
+            actions[t] = higher
+    return actions
+
+
+def _step(cost: Int[np.ndarray, " A"], action: int, *, up: bool) -> int:
+    """The next dearer (cheaper) valid level, or the same one at the end."""
+    order = np.argsort(np.where(cost > 0, cost, np.iinfo(cost.dtype).max), kind="stable")[: (cost > 0).sum()]
+    place = int(np.flatnonzero(order == action)[0]) + (1 if up else -1)
+    return int(order[min(max(place, 0), len(order) - 1)])
+
+
+def _sum(table: np.ndarray, actions: Actions) -> float:
+    return table[np.arange(len(table)), actions].sum()
 
 
 def _nearest(valid: np.ndarray, level: int) -> int:

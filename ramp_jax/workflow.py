@@ -189,7 +189,7 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
             metrics.flush()
 
         key = jax.random.key(config.seed)
-        best = train.run(key, task, config.train, log=log, checkpoint_path=workdir / CHECKPOINT)
+        best = train.run(key, (task,), config.train, log=log, checkpoint_path=workdir / CHECKPOINT)
     policy = Policy(best.actor, config.train.sac.hidden, config.levels, config.fold_level, (config.model,))
     policy.save(workdir)
     return policy

@@ -77,3 +77,67 @@ def test_uniform_where_levels_are_masked():
     assert baselines.uniform(cost, np.zeros((3, 3)), 22).tolist() == [2, 2, 1]
     assert baselines.uniform(cost, np.zeros((3, 3)), 21).tolist() == [0, 1, 1]
     assert baselines.uniform(cost, np.zeros((3, 3)), 9).tolist() == [0, 1, 0]
+
+
+METHODS = {
+    "greedy": baselines.greedy,
+    "random": baselines.random,
+    "evolution": lambda cost, loss, budget: baselines.evolution(
+        cost, loss, budget, evaluate=lambda actions: total(loss, actions), evaluations=40
+    ),
+    "exchanged": lambda cost, loss, budget: baselines.exchanged(cost, loss, budget, baselines.cheapest(cost, budget)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
+def test_every_method_fits_and_takes_valid_levels(method, seed, share):
+    cost, loss = sized_problem(seed)
+    smallest, largest = cost[:, 0].sum(), cost[:, -1].sum()
+    budget = int(smallest + share * (largest - smallest))
+    actions = method(cost, loss, budget)
+    assert total(cost, actions) <= budget
+    assert (cost[np.arange(len(cost)), actions] > 0).all()
+
+
+def sized_problem(seed, tensors=8):
+    """Levels that cost more and lose less, as formats do."""
+    rng = np.random.default_rng(seed)
+    size = rng.integers(10, 100, (tensors, 1))
+    bits = np.array([4, 5, 6, 8])
+    return size * bits, size * np.exp(rng.normal(0, 2, (tensors, 1))) * 4.0**-bits
+
+
+def test_exchanges_are_close_to_the_optimum_and_never_worse_than_greedy():
+    ratios = []
+    for seed in range(30):
+        cost, loss = sized_problem(seed)
+        budget = int(cost[:, 0].sum() * 1.3)
+        greedy = baselines.greedy(cost, loss, budget)
+        traded = baselines.exchanged(cost, loss, budget, greedy)
+        assert total(loss, traded) <= total(loss, greedy)
+        ratios.append(total(loss, traded) / total(loss, baselines.knapsack(cost, loss, budget)))
+    assert min(ratios) > 1 - 1e-5
+    assert np.mean(ratios) < 1.02
+
+
+def test_exchange_by_hand():
+    """Nothing more fits; giving up what the second tensor has for the first one's step saves 4 for 1."""
+    cost = np.array([[4, 6], [4, 6]])
+    loss = np.array([[5.0, 1.0], [2.0, 1.0]])
+    assert baselines.filled(cost, loss, 10, np.array([0, 1])).tolist() == [0, 1]
+    assert baselines.exchanged(cost, loss, 10, np.array([0, 1])).tolist() == [1, 0]
+
+
+def test_evolution_asks_as_often_as_it_may_and_improves():
+    cost, loss = sized_problem(3, tensors=20)
+    budget, asked = int(cost[:, 0].sum() * 1.3), []
+
+    def evaluate(actions):
+        asked.append(total(loss, actions))
+        return asked[-1]
+
+    found = baselines.evolution(cost, loss, budget, evaluate=evaluate, evaluations=203)
+    assert len(asked) == 203
+    assert total(loss, found) == min(asked) < 0.9 * asked[0]

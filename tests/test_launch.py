@@ -30,7 +30,7 @@ from ramp_jax.policy.train import TrainConfig
 def get_config():
     short = WindowsConfig(context=24, count=2)
     sac = SacConfig(hidden=(8,), batch_size=8)
-    train = TrainConfig(iterations=4, episodes=4, updates=2, replay_episodes=8, log_every=2, sac=sac)
+    train = TrainConfig(iterations=4, episodes=4, updates=2, replay_iterations=2, log_every=2, sac=sac)
     return ConfigDict(as_dict(RunConfig(
         model={model!r}, dtype="float32", calibration=short, sensitivity=short, train=train)))
 """
@@ -408,3 +408,30 @@ def test_comparison_of_a_file_that_is_not_the_allocation_s(fails, whole):
     uniform = whole.workdir / "uniform-IQ4_NL.gguf"
     arguments = (f"--workdir={whole.workdir}", f"--allocation={whole.allocation}", f"--gguf={uniform}", *WINDOWS)
     assert re.search("holds .* as IQ4_NL, the allocation says Q[58]_0", fails("compare", *arguments))
+
+
+SMALL = (
+    f"--config={ROOT / 'configs' / 'ref_llama.py'}",
+    "--data=stdlib:json",
+    "--config.vocab_size=300",
+    "--config.context=24",
+    *(f"--config.decoder.{name}=32" for name in ("d_model", "d_ff", "head_size", "context_length")),
+    "--config.decoder.n_layers=1",
+    "--config.optimizer.steps=5",
+)
+
+
+def test_pretraining_and_its_report(call, fails, tmp_path):
+    output, numbers = tmp_path / "ref", tmp_path / "numbers.json"
+    code, printed, errors = call("pretrain", *SMALL, f"--output={output}")
+    assert code == 0, errors
+    assert "Held-out text: 5." in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ref", "ref.run"]
+    assert f"{output} exists already; delete it" in fails("pretrain", *SMALL, f"--output={output}")
+    report = (f"--report={output}", "--data=stdlib:json", "--count=1", f"--json={numbers}")
+    code, printed, errors = call("pretrain", *report, "--context=24")
+    assert code == 0, errors
+    rows = json.loads(numbers.read_text())
+    assert [row["level"] for row in rows] == [4, 5, 6, 8]
+    assert all(f"{row['kld']:.4f}" in printed for row in rows)
+    assert "pass --config and --output to train, or --report=MODEL" in fails("pretrain", *SMALL)

@@ -115,7 +115,7 @@ def test_cheapest_completion_and_range_by_hand():
 
 
 def test_observations_by_hand():
-    """Budget 20 units: 20 · 256 / 768 bits per weight, shown as (bits − 5) / 2."""
+    """Budget 20 units: 20 · 256 / 768 bits per weight, shown as (bits − 5) / 2; two thirds of the way from 12 to 24."""
 
     def large_then_small(key, observation, mask):
         return jnp.where(mask[1], 1, 0).astype(jnp.int32)
@@ -123,8 +123,8 @@ def test_observations_by_hand():
     episode = rollout(TWO, jnp.int32(20), large_then_small, jax.random.key(0))
     target = (20 * 256 / 768 - 5) / 2
     expected = [
-        [0.25, -1.0, target, target, 0.0, -1.0],  # embedding, target, left, last action, progress
-        [0.75, 2.0, target, (12 * 256 / 512 - 5) / 2, (8 - 5) / 2, 0.0],
+        [0.25, -1.0, target, 1 / 3, target, 1 / 3, 0.0, -1.0],  # embedding, target, left, last action, progress
+        [0.75, 2.0, target, 1 / 3, (12 * 256 / 512 - 5) / 2, 0.0, (8 - 5) / 2, 0.0],
     ]
     np.testing.assert_allclose(episode.observation, expected, rtol=1e-6)
     assert episode.observation.shape == (2, 2 + CONTEXT)
@@ -133,10 +133,10 @@ def test_observations_by_hand():
     assert episode.left == 4
 
 
-@pytest.mark.parametrize(("budget", "shown"), [(1, -2.0), (10_000, 2.0)])
-def test_bits_in_observations_are_clipped(budget, shown):
+@pytest.mark.parametrize(("budget", "bits", "place"), [(1, -2.0, -1.0), (10_000, 2.0, 1.0)])
+def test_wealth_in_observations_is_clipped(budget, bits, place):
     episode = rollout(TWO, jnp.int32(budget), lambda *_: jnp.int32(0), jax.random.key(0))
-    assert episode.observation[0, 2] == episode.observation[0, 3] == shown
+    np.testing.assert_array_equal(episode.observation[0, 2:6], [bits, place, bits, place])
 
 
 def test_files_of_64_gib_are_counted_exactly():

@@ -18,7 +18,7 @@ SHORT = TrainConfig(
     iterations=6,
     episodes=4,
     updates=3,
-    replay_episodes=8,
+    replay_iterations=2,
     seeds=2,
     log_every=2,
     sac=SacConfig(hidden=(8,), batch_size=16),
@@ -27,7 +27,7 @@ SOLVER = TrainConfig(
     iterations=50,
     episodes=16,
     updates=16,
-    replay_episodes=512,
+    replay_iterations=32,
     seeds=2,
     log_every=10,
     sac=SacConfig(hidden=(64, 64), learning_rate=1e-3, alpha_learning_rate=3e-3, target_rate=0.01, batch_size=128),
@@ -72,7 +72,7 @@ class StoppedError(Exception):
 def test_probe_is_solved(task):
     """50 iterations: greedy allocations lose at most 8 % more than the exact optimum, uniform ones over 20 %."""
     rows = []
-    best = train.run(jax.random.key(0), task, SOLVER, log=rows.append)
+    best = train.run(jax.random.key(0), (task,), SOLVER, log=rows.append)
     assert [row["iteration"] for row in rows] == [10, 20, 30, 40, 50]
     assert rows[-1]["best_loss_over_uniform"] == float(best.score) == min(min(r["loss_over_uniform"]) for r in rows)
     assert best.score < 1 / 1.2
@@ -99,11 +99,11 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path, task):
         if len(resumed) == 3:
             raise StoppedError
 
-    expected = train.run(jax.random.key(3), task, SHORT, log=whole.append, checkpoint_path=tmp_path / "whole")
+    expected = train.run(jax.random.key(3), (task,), SHORT, log=whole.append, checkpoint_path=tmp_path / "whole")
     with pytest.raises(StoppedError):
-        train.run(jax.random.key(3), task, SHORT, log=until_the_third, checkpoint_path=tmp_path / "parts")
+        train.run(jax.random.key(3), (task,), SHORT, log=until_the_third, checkpoint_path=tmp_path / "parts")
     del resumed[2:]
-    result = train.run(jax.random.key(3), task, SHORT, log=resumed.append, checkpoint_path=tmp_path / "parts")
+    result = train.run(jax.random.key(3), (task,), SHORT, log=resumed.append, checkpoint_path=tmp_path / "parts")
     equal(result, expected)
     assert resumed == whole
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -111,68 +111,82 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path, task):
 
 def test_finished_run_returns_its_best_at_once(tmp_path, task):
     rows = []
-    first = train.run(jax.random.key(3), task, SHORT, checkpoint_path=tmp_path / "checkpoint")
-    again = train.run(jax.random.key(3), task, SHORT, log=rows.append, checkpoint_path=tmp_path / "checkpoint")
+    first = train.run(jax.random.key(3), (task,), SHORT, checkpoint_path=tmp_path / "checkpoint")
+    again = train.run(jax.random.key(3), (task,), SHORT, log=rows.append, checkpoint_path=tmp_path / "checkpoint")
     equal(first, again)
     assert rows == []
 
 
 def test_same_seed_gives_the_same_actor_and_another_seed_another(task):
-    first, again, other = (train.run(jax.random.key(seed), task, SHORT) for seed in (5, 5, 6))
+    first, again, other = (train.run(jax.random.key(seed), (task,), SHORT) for seed in (5, 5, 6))
     equal(first, again)
     different = jax.tree.map(lambda a, b: bool((a != b).any()), first.actor, other.actor)
     assert any(jax.tree.leaves(different))
 
 
 def initial(task, keys):
-    return jax.vmap(lambda key: train.initial_state(key, task, SHORT))(keys)
+    return jax.vmap(lambda key: train.initial_state(key, (task,), SHORT))(keys)
 
 
 def test_a_seed_learns_the_same_alone_as_beside_others(task):
     """Seeds share nothing; the last place differs where vmap changes the order of sums."""
     keys = jax.random.split(jax.random.key(7), 2)
-    together, metrics = train.learn(initial(task, keys), task, SHORT, 2)
-    alone, metrics_alone = train.learn(initial(task, keys[1:]), task, SHORT, 2)
-    np.testing.assert_array_equal(together.replay.steps.action[1], alone.replay.steps.action[0])
+    together, metrics = train.learn(initial(task, keys), (task,), SHORT, 2)
+    alone, metrics_alone = train.learn(initial(task, keys[1:]), (task,), SHORT, 2)
+    np.testing.assert_array_equal(together.replay.rounds.action[1], alone.replay.rounds.action[0])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[1], b[0], rtol=1e-3, atol=1e-5),
         (together.learner, metrics),
         (alone.learner, metrics_alone),
     )
-    actions = np.asarray(together.replay.steps.action)
+    actions = np.asarray(together.replay.rounds.action)
     assert (actions[0] != actions[1]).any()
+
+
+def test_one_policy_learns_on_models_of_different_depth():
+    """Two problems, 12 and 7 tensors: one round holds the episodes of both, and the score is their geometric mean."""
+    rng = np.random.default_rng(1)
+    tasks = (task_of(rng, 12), task_of(rng, 7))
+    state = jax.vmap(lambda key: train.initial_state(key, tasks, SHORT))(jax.random.split(jax.random.key(0), 2))
+    state, _ = train.learn(state, tasks, SHORT, 1)
+    assert state.replay.rounds.action.shape == (2, SHORT.replay_iterations, SHORT.episodes * (12 + 7))
+    actors = state.learner.actor
+    each = [np.asarray(train.score(actors, (task,), SHORT.sac.hidden)) for task in tasks]
+    both = train.score(actors, tasks, SHORT.sac.hidden)
+    np.testing.assert_allclose(both, np.sqrt(each[0] * each[1]), rtol=1e-5)
 
 
 def test_equal_scans_are_traced_at_most_once(task):
     before = train.learn._cache_size()
     for seed in (0, 1):
-        train.run(jax.random.key(seed), task, SHORT)
+        train.run(jax.random.key(seed), (task,), SHORT)
     assert train.learn._cache_size() <= before + 1
 
 
 def test_episodes_of_training_fit_and_start_over_the_whole_range(task):
     keys = jax.random.split(jax.random.key(7), 2)
-    state, metrics = train.learn(initial(task, keys), task, SHORT, 2)
-    steps = state.replay.steps
+    state, metrics = train.learn(initial(task, keys), (task,), SHORT, 2)
+    steps = state.replay.rounds
     assert np.take_along_axis(np.asarray(steps.mask), np.asarray(steps.action)[..., None], -1).all()
-    targets = np.asarray(steps.observation)[:, :, 0, 2].ravel()  # of 16 episodes
+    assert np.asarray(steps.done).sum() == 2 * 2 * SHORT.episodes
+    targets = np.asarray(steps.observation)[..., 2].ravel()  # of 16 episodes
     assert len(np.unique(targets)) > 10
     assert (np.asarray(metrics["return"]) < 0).all()
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path, task):
     path = tmp_path / "checkpoint"
-    train.run(jax.random.key(3), task, SHORT, checkpoint_path=path)
+    train.run(jax.random.key(3), (task,), SHORT, checkpoint_path=path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"is not a checkpoint of this run .* delete it to start afresh\.$"):
-        train.run(jax.random.key(3), task, dataclasses.replace(SHORT, seeds=3), checkpoint_path=path)
+        train.run(jax.random.key(3), (task,), dataclasses.replace(SHORT, seeds=3), checkpoint_path=path)
     path.write_bytes(before[: len(before) // 2])
     with pytest.raises(ValueError, match="is not a checkpoint of this run"):
-        train.run(jax.random.key(3), task, SHORT, checkpoint_path=path)
+        train.run(jax.random.key(3), (task,), SHORT, checkpoint_path=path)
 
 
 def test_probe_budgets_lie_inside_the_range_and_densest_where_files_are_small(task):
-    budgets = train.probe_budgets(task.problem)
+    budgets = np.asarray(train.probe_budgets(task.problem))
     lowest, highest = (int(x) for x in budget_range(task.problem))
     assert len(budgets) == train.PROBES
     assert lowest < budgets[0] < budgets[-1] < highest
@@ -186,7 +200,7 @@ def test_score_by_hand(task):
     actor = jax.tree.map(jnp.zeros_like, state.learner.actor)
     actor["params"]["Dense_1"]["bias"] = jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], jnp.float32)
     cost, loss = np.asarray(task.problem.cost), np.asarray(task.loss)
-    budgets = train.probe_budgets(task.problem)
+    budgets = np.asarray(train.probe_budgets(task.problem))
     logs = []
     for budget in budgets:
         left, total = int(budget), 0.0
@@ -194,6 +208,6 @@ def test_score_by_hand(task):
             level = max(a for a in range(3) if row[a] <= left - cost[t + 1 :, 0].sum())
             left, total = left - row[level], total + loss[t, level]
         logs.append(np.log(total) - np.log(np.exp(np.interp(budget, cost.sum(0), np.log(loss.sum(0))))))
-    scores = train.score(actor, task, jnp.asarray(budgets), hidden)
+    scores = train.score(actor, (task,), hidden)
     smallest = np.log(loss.sum(0)[0]) - np.interp(budgets, cost.sum(0), np.log(loss.sum(0)))
     np.testing.assert_allclose(scores, np.exp([np.mean(logs), np.mean(smallest)]), rtol=1e-4)

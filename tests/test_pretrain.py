@@ -1,7 +1,6 @@
 """Pretraining: the loss and its batches by hand, learning, the same weights from the same seed, resume to the bit."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +27,20 @@ SIZES = {
     "norm_eps": 1e-6,
     "tied": True,
 }
-CONFIG = OptimizerConfig(steps=12, batch_size=4, learning_rate=0.01, warmup=2, steps_per_call=3, calls_per_checkpoint=1)
+CONFIG = OptimizerConfig(
+    steps=40, batch_size=4, learning_rate=0.01, warmup=2, steps_per_call=10, calls_per_checkpoint=1
+)
 
 
 def spec_of(family):
     return make_spec(family, **SIZES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_promotion():
+    """Optax raises a float to an integer power, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +51,11 @@ def windows():
     return ((start + stride * np.arange(17)[None]) % 11).astype(np.int32)
 
 
-@functools.cache
-def trained(seed):
-    rng = np.random.default_rng(0)
-    start, stride = rng.integers(0, 11, (30, 1)), rng.integers(1, 4, (30, 1))
-    text = ((start + stride * np.arange(17)[None]) % 11).astype(np.int32)
+@pytest.fixture(scope="module")
+def trained(windows):
+    """Parameters after an uninterrupted run of seed 0, and what it logged."""
     rows = []
-    params = pretrain.run(jax.random.key(seed), spec_of("llama"), CONFIG, text, log=rows.append)
-    return params, rows
+    return pretrain.run(jax.random.key(0), spec_of("llama"), CONFIG, windows, log=rows.append), rows
 
 
 def same(a, b):
@@ -66,19 +71,21 @@ def test_loss_is_the_mean_nll_of_all_tokens_but_the_first(windows, monkeypatch, 
     ids = windows[:3]
     log_p = jax.nn.log_softmax(logits(spec, params, ids[:, :-1]))
     expected = -np.take_along_axis(np.asarray(log_p), ids[:, 1:, None], axis=-1).mean()
-    assert pretrain.loss(spec, params, ids) == pytest.approx(expected, rel=1e-5)
+    assert jax.jit(pretrain.loss, static_argnums=0)(spec, params, ids) == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradient_is_that_of_f32_within_bf16(windows):
     spec = spec_of("qwen3")
     params = pretrain.init_params(jax.random.key(0), spec)
 
+    @jax.jit
+    @jax.grad
     def exact(params):
         log_p = jax.nn.log_softmax(logits(spec, params, windows[:4, :-1]))
         return -jnp.mean(jnp.take_along_axis(log_p, windows[:4, 1:, None], axis=-1))
 
-    ours, theirs = jax.grad(pretrain.loss, argnums=1)(spec, params, windows[:4]), jax.grad(exact)(params)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    ours = jax.jit(jax.grad(pretrain.loss, argnums=1), static_argnums=0)(spec, params, windows[:4])
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact(params)), strict=True):
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
 
 
@@ -109,35 +116,35 @@ def test_every_epoch_sees_every_window_once(windows):
     assert (epochs[0] != epochs[1]).any()
 
 
-def test_learns(windows):
-    _, rows = trained(0)
-    assert [row["step"] for row in rows] == [3, 6, 9, 12]
-    assert rows[0]["loss"] == pytest.approx(np.log(11), abs=0.3)
+def test_learns(trained):
+    _, rows = trained
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert rows[0]["loss"] == pytest.approx(np.log(11), abs=0.4)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
 
 
-def test_same_seed_same_weights(windows):
+def test_same_seed_same_weights(windows, trained):
     again = pretrain.run(jax.random.key(0), spec_of("llama"), CONFIG, windows)
-    assert same(again, trained(0)[0])
+    assert same(again, trained[0])
     other = pretrain.run(jax.random.key(1), spec_of("llama"), CONFIG, windows)
-    assert not same(other, trained(0)[0])
+    assert not same(other, trained[0])
 
 
-def test_resume_equals_uninterrupted_bit_for_bit(windows, tmp_path):
+def test_resume_equals_uninterrupted_bit_for_bit(windows, trained, tmp_path):
     """Stopped by an error after its second call, of which the first was saved."""
     path, seen = tmp_path / "state", []
 
     def stop(row):
         seen.append(row["step"])
-        if row["step"] == 6:
+        if row["step"] == 20:
             raise KeyboardInterrupt
 
     key, spec = jax.random.key(0), spec_of("llama")
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(key, spec, CONFIG, windows, log=stop, checkpoint_path=path)
     params = pretrain.run(key, spec, CONFIG, windows, log=lambda row: seen.append(row["step"]), checkpoint_path=path)
-    assert seen == [3, 6, 6, 9, 12]
-    assert same(params, trained(0)[0])
+    assert seen == [10, 20, 20, 30, 40]
+    assert same(params, trained[0])
     finished = pretrain.run(key, spec, CONFIG, windows, log=seen.append, checkpoint_path=path)
     assert same(finished, params)
     assert len(seen) == 5
@@ -149,7 +156,7 @@ def test_checkpoint_of_another_run(windows, tmp_path):
         pretrain.run(jax.random.key(0), spec_of("llama"), CONFIG, windows, checkpoint_path=tmp_path / "state")
 
 
-def test_gains_do_not_decay(windows):
+def test_gains_do_not_decay():
     """With no gradient, AdamW only decays: matrices shrink and gains stay."""
     spec = spec_of("gemma")
     params = pretrain.init_params(jax.random.key(0), spec)
@@ -160,7 +167,7 @@ def test_gains_do_not_decay(windows):
     np.testing.assert_allclose(updates["blk"]["attn_k"], -0.01 * 0.1 * params["blk"]["attn_k"], rtol=1e-5)
 
 
-def test_learning_rate_rises_and_falls_to_a_tenth(windows):
+def test_learning_rate_rises_and_falls_to_a_tenth():
     rates, params = [], {"w": jnp.ones((1, 1))}
     chain = pretrain.optimizer(dataclasses.replace(CONFIG, weight_decay=1.0))
     state = chain.init(params)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,6 +28,13 @@ TINY = PretrainConfig(
     context=32,
     optimizer=OptimizerConfig(steps=10, batch_size=4, warmup=2),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_promotion():
+    """Optax raises a float to an integer power, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from ramp_jax.policy import networks, replay, sac
 from ramp_jax.policy.networks import masked_log_softmax
-from ramp_jax.policy.replay import Batch, Steps
+from ramp_jax.policy.replay import Batch, transitions
 from ramp_jax.policy.sac import SacConfig
 
 LN2 = float(np.log(2))
@@ -174,16 +174,15 @@ def episodes(numbers, length=3):
     value = jnp.array([[10 * n + t for t in range(length)] for n in numbers], jnp.float32)
     t = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), value.shape)
     mask = jnp.broadcast_to(t[..., None] >= jnp.arange(length)[None, None], (*value.shape, length))
-    return Steps(value[..., None], mask, t, value)
+    return transitions(value[..., None], mask, t, value)
 
 
 def test_replay_overwrites_the_oldest_first():
-    store = replay.empty(4, episodes([0, 0]))
+    store = replay.empty(2, episodes([0, 0]))
     for first in (0, 2, 4):
         store = replay.add(store, episodes([first, first + 1]))
-    assert store.added == 6
-    np.testing.assert_array_equal(store.steps.reward[:, 0], [40, 50, 20, 30])
-    np.testing.assert_array_equal(store.steps.observation[:, 2, 0], [42, 52, 22, 32])
+    assert store.added == 3
+    np.testing.assert_array_equal(store.rounds.reward, [[40, 41, 42, 50, 51, 52], [20, 21, 22, 30, 31, 32]])
 
 
 def test_replay_samples_only_what_is_stored():
@@ -195,7 +194,7 @@ def test_replay_samples_only_what_is_stored():
 
 
 def test_replay_samples_all_once_it_is_full():
-    store = replay.empty(4, episodes([0, 0]))
+    store = replay.empty(2, episodes([0, 0]))
     for first in (0, 2, 4):
         store = replay.add(store, episodes([first, first + 1]))
     batch = replay.sample(store, jax.random.key(1), 2000)
@@ -204,7 +203,7 @@ def test_replay_samples_all_once_it_is_full():
 
 
 def test_transitions_belong_together():
-    store = replay.add(replay.empty(4, episodes([0, 0])), episodes([1, 2]))
+    store = replay.add(replay.empty(2, episodes([0, 0])), episodes([1, 2]))
     batch = replay.sample(store, jax.random.key(2), 300)
     t = np.asarray(batch.action)
     np.testing.assert_array_equal(batch.observation[:, 0], batch.reward)
@@ -214,8 +213,3 @@ def test_transitions_belong_together():
     going = np.asarray(batch.done) == 0
     np.testing.assert_array_equal(batch.next_observation[going, 0], batch.reward[going] + 1)
     np.testing.assert_array_equal(batch.next_mask[going].sum(axis=1), t[going] + 2)
-
-
-def test_replay_whose_size_is_no_multiple_is_refused():
-    with pytest.raises(ValueError, match="replay of 3 episodes cannot be filled 2 at a time"):
-        replay.add(replay.empty(3, episodes([0, 0])), episodes([1, 2]))

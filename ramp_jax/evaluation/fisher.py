@@ -143,7 +143,8 @@ def _from_head(
 
     scored = normed[:, start:-1].reshape(-1, normed.shape[-1])
     keys = jax.random.split(key, scored.shape[0])
-    g, moves = jax.lax.map(one_token, (scored, keys), batch_size=_ROWS_AT_ONCE)
+    batches = -(-scored.shape[0] // _ROWS_AT_ONCE)  # of equal size: a shorter one would be compiled on its own
+    g, moves = jax.lax.map(one_token, (scored, keys), batch_size=-(-scored.shape[0] // batches))
     outside = ((0, 0), (0, 0), (start, 1))
     g = g.reshape(state.shape[0], -1, probes, state.shape[-1]).transpose(2, 0, 1, 3)
     moves = moves.reshape(state.shape[0], -1, *moves.shape[1:]).transpose(2, 3, 0, 1)

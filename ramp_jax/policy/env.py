@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 UNIT_BYTES = 32
-CONTEXT = 4  # numbers that an observation holds beyond the embedding
+CONTEXT = 6
+"""Numbers that an observation holds beyond the embedding: of the whole budget and of what is left of it the bits per
+weight and the place between the smallest and the largest completion, then the last level and the progress."""
 
 
 class Problem(NamedTuple):
@@ -46,13 +48,17 @@ def valid_levels(problem: Problem) -> Bool[Array, "T A"]:
 
 def cheapest_completion(problem: Problem) -> Int[Array, "T+1"]:
     """Units of the smallest completion from each step on; 0 at the end."""
-    cheapest = jnp.min(jnp.where(valid_levels(problem), problem.cost, jnp.iinfo(jnp.int32).max), axis=1)
-    return jnp.append(jnp.flip(jnp.cumsum(jnp.flip(cheapest))), 0)
+    return _from_here_on(jnp.min(jnp.where(valid_levels(problem), problem.cost, jnp.iinfo(jnp.int32).max), axis=1))
+
+
+def dearest_completion(problem: Problem) -> Int[Array, "T+1"]:
+    """Units of the largest completion from each step on; 0 at the end."""
+    return _from_here_on(jnp.max(problem.cost, axis=1))
 
 
 def budget_range(problem: Problem) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """Units of the smallest and of the largest allocation."""
-    return cheapest_completion(problem)[0], jnp.sum(jnp.max(problem.cost, axis=1))
+    return cheapest_completion(problem)[0], dearest_completion(problem)[0]
 
 
 def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGKeyArray) -> Episode:
@@ -62,15 +68,20 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
     least the smallest allocation always fits.
     """
     steps = problem.cost.shape[0]
-    completion = cheapest_completion(problem)
+    completion, dearest = cheapest_completion(problem), dearest_completion(problem)
     weights_left = jnp.flip(jnp.cumsum(jnp.flip(problem.weights)))
-    target = _bits_per_weight(budget, weights_left[0])
+
+    def wealth(left: jax.Array, t: jax.Array | int) -> list[jax.Array]:
+        slack = (left - completion[t]) / jnp.maximum(dearest[t] - completion[t], 1)  # float32
+        return [_bits_per_weight(left, weights_left[t]), 2 * jnp.clip(slack, 0.0, 1.0) - 1]
+
+    target = wealth(jnp.asarray(budget, jnp.int32), 0)
 
     def step(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple]:
         left, last = carry
         cost = problem.cost[t]
         mask = (cost > 0) & (cost <= left - completion[t + 1])
-        context = [target, _bits_per_weight(left, weights_left[t]), last, 2 * t.astype(jnp.float32) / steps - 1]
+        context = [*target, *wealth(left, t), last, 2 * t.astype(jnp.float32) / steps - 1]
         observation = jnp.concatenate([problem.embedding[t], jnp.stack(context)])
         action = choose(jax.random.fold_in(key, t), observation, mask)
         return (left - cost[action], _centered(problem.bits[action])), (observation, mask, action)
@@ -78,6 +89,10 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
     start = (jnp.asarray(budget, jnp.int32), jnp.float32(0.0))
     (left, _), (observation, mask, action) = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
     return Episode(observation, mask, action, left)
+
+
+def _from_here_on(units: Int[Array, " T"]) -> Int[Array, "T+1"]:
+    return jnp.append(jnp.flip(jnp.cumsum(jnp.flip(units))), 0)
 
 
 def _bits_per_weight(units: jax.Array, weights: jax.Array) -> jax.Array:

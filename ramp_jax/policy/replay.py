@@ -1,19 +1,13 @@
-"""Uniform replay of whole episodes as device arrays: a ring, oldest episodes overwritten first."""
+"""Uniform replay of transitions as device arrays: a ring of rounds, the oldest overwritten first.
+
+A round is what one iteration plays, on whatever models: episodes of different lengths become one list of transitions.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-
-
-class Steps(NamedTuple):
-    """Episodes `[N, T, ...]`: what was seen, which actions were valid, what was done and what it earned."""
-
-    observation: Float[Array, "N T O"]
-    mask: Bool[Array, "N T A"]
-    action: Int[Array, "N T"]
-    reward: Float[Array, "N T"]
 
 
 class Batch(NamedTuple):
@@ -29,39 +23,46 @@ class Batch(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """`steps` holds up to N episodes; `added` counts all that were ever added."""
+    """`rounds` holds up to R rounds of M transitions, leaves `[R, M, ...]`; `added` counts all that were ever added."""
 
-    steps: Steps
+    rounds: Batch
     added: Int[Array, ""]
 
 
-def empty(capacity: int, like: Steps) -> Replay:
-    """A replay for `capacity` episodes shaped as those of `like`."""
-    steps = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), like)
-    return Replay(steps, jnp.int32(0))
+def transitions(
+    observation: Float[Array, "N T O"],
+    mask: Bool[Array, "N T A"],
+    action: Int[Array, "N T"],
+    reward: Float[Array, "N T"],
+) -> Batch:
+    """N whole episodes of T steps as `[N·T]` transitions."""
+
+    def following(leaf: jax.Array) -> jax.Array:
+        return jnp.concatenate([leaf[:, 1:], leaf[:, -1:]], axis=1)
+
+    done = jnp.zeros(reward.shape, jnp.float32).at[:, -1].set(1.0)
+    steps = Batch(observation, mask, action, reward, following(observation), following(mask), done)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), steps)
 
 
-def add(replay: Replay, new: Steps) -> Replay:
-    """Add episodes; their number must divide the capacity."""
-    capacity, count = replay.steps.action.shape[0], new.action.shape[0]
-    if capacity % count:
-        raise ValueError(f"a replay of {capacity} episodes cannot be filled {count} at a time; make it a multiple.")
-    start = replay.added % capacity
-    steps = jax.tree.map(lambda old, leaf: jax.lax.dynamic_update_slice_in_dim(old, leaf, start, 0), replay.steps, new)
-    return Replay(steps, replay.added + count)
+def empty(capacity: int, like: Batch) -> Replay:
+    """A replay for `capacity` rounds shaped as `like`."""
+    return Replay(jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), like), jnp.int32(0))
+
+
+def add(replay: Replay, new: Batch) -> Replay:
+    """Add one round."""
+    place = replay.added % replay.rounds.action.shape[0]
+    rounds = jax.tree.map(
+        lambda old, leaf: jax.lax.dynamic_update_index_in_dim(old, leaf, place, 0), replay.rounds, new
+    )
+    return Replay(rounds, replay.added + 1)
 
 
 def sample(replay: Replay, key: PRNGKeyArray, size: int) -> Batch:
     """`size` transitions, uniform over all that are stored, with replacement."""
-    capacity, length = replay.steps.action.shape
-    episode_key, step_key = jax.random.split(key)
-    episode = jax.random.randint(episode_key, (size,), 0, jnp.minimum(replay.added, capacity))
-    t = jax.random.randint(step_key, (size,), 0, length)
-    following = jnp.minimum(t + 1, length - 1)
-    now = jax.tree.map(lambda leaf: leaf[episode, t], replay.steps)
-    return Batch(
-        *now,
-        next_observation=replay.steps.observation[episode, following],
-        next_mask=replay.steps.mask[episode, following],
-        done=(t == length - 1).astype(jnp.float32),
-    )
+    capacity, length = replay.rounds.action.shape
+    round_key, step_key = jax.random.split(key)
+    place = jax.random.randint(round_key, (size,), 0, jnp.minimum(replay.added, capacity))
+    step = jax.random.randint(step_key, (size,), 0, length)
+    return jax.tree.map(lambda leaf: leaf[place, step], replay.rounds)

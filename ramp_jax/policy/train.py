@@ -26,19 +26,21 @@ Metrics = dict[str, Float[Array, " S"]]
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long the policy learns: each iteration plays `episodes` and makes `updates` gradient steps, per seed.
+    """How long the policy learns: each iteration plays `episodes` per task and makes `updates` gradient steps.
 
-    `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`); without it, rewards
-    are the plain ones.
+    Seeds learn side by side, each on its own episodes; the last `replay_iterations` iterations are replayed.
+    `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`). A share `narrowed`
+    of the episodes lacks the lowest levels, from a random one down, as a model does whose rows no superblock divides.
     """
 
     iterations: int = 150
     episodes: int = 16
     updates: int = 32
-    replay_episodes: int = 1024
+    replay_iterations: int = 64
     seeds: int = 2
     log_every: int = 10
     potential: bool = True
+    narrowed: float = 0.0
     sac: SacConfig = dataclasses.field(default_factory=SacConfig)
 
 
@@ -55,6 +57,10 @@ class Task(NamedTuple):
     loss: Float[Array, "T A"]
 
 
+Tasks = tuple[Task, ...]
+"""The models that are learned on together, each with as many tensors as it has, all with the same levels."""
+
+
 class TrainState(NamedTuple):
     """Everything a run consists of between two scans."""
 
@@ -64,13 +70,13 @@ class TrainState(NamedTuple):
     iteration: Int[Array, ""]
 
 
-def initial_state(key: PRNGKeyArray, task: Task, config: TrainConfig) -> TrainState:
+def initial_state(key: PRNGKeyArray, tasks: Tasks, config: TrainConfig) -> TrainState:
     """A fresh run of one seed."""
-    n_observation, n_actions = observation_size(task.problem), task.loss.shape[1]
+    n_observation, n_actions = observation_size(tasks[0].problem), tasks[0].loss.shape[1]
     learner_key, key = jax.random.split(key)
     learner = sac.init(learner_key, config.sac, n_observation, n_actions)
-    steps, _ = jax.eval_shape(functools.partial(_interact, task, config), learner, key)
-    stored = replay.empty(config.replay_episodes, steps)
+    steps, _ = jax.eval_shape(functools.partial(_interact, tasks, config), learner, key)
+    stored = replay.empty(config.replay_iterations, steps)
     return TrainState(learner, stored, key, jnp.int32(0))
 
 
@@ -82,14 +88,14 @@ def observation_size(problem: Problem) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config", "iterations"))
 def learn(
-    state: TrainState, task: Task, config: TrainConfig, iterations: int
+    state: TrainState, tasks: Tasks, config: TrainConfig, iterations: int
 ) -> tuple[TrainState, dict[str, Float[Array, "..."]]]:
     """`iterations` of interaction and updates for every seed of `state` (leading axis S); metrics are `[S]` means."""
 
     def iteration(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.iteration)
         play_key, update_key = jax.random.split(key)
-        steps, returns = _interact(task, config, state.learner, play_key)
+        steps, returns = _interact(tasks, config, state.learner, play_key)
         stored = replay.add(state.replay, steps)
 
         def one_update(learner: sac.Learner, key: jax.Array) -> tuple[sac.Learner, dict[str, jax.Array]]:
@@ -108,39 +114,60 @@ def learn(
 
 
 def _interact(
+    tasks: Tasks, config: TrainConfig, learner: sac.Learner, key: PRNGKeyArray
+) -> tuple[replay.Batch, Float[Array, " N"]]:
+    """A round of episodes on every task, and their terminal rewards."""
+    keys = jax.random.split(key, len(tasks))
+    rounds, returns = zip(*(_play(task, config, learner, k) for task, k in zip(tasks, keys, strict=True)), strict=True)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rounds), jnp.concatenate(returns)
+
+
+def _play(
     task: Task, config: TrainConfig, learner: sac.Learner, key: PRNGKeyArray
-) -> tuple[replay.Steps, Float[Array, " N"]]:
+) -> tuple[replay.Batch, Float[Array, " N"]]:
     """Episodes of the current actor at budgets drawn over the feasible range, and their terminal rewards."""
-    problem, loss = task
-    steps = loss.shape[0]
-    lowest, highest = budget_range(problem)
-    yard = reward.yardstick(loss, problem.cost)
-    actor = networks.actor(config.sac.hidden, loss.shape[1])
+    loss = task.loss
+    steps, n_levels = loss.shape
+    actor = networks.actor(config.sac.hidden, n_levels)
 
     def sampled(key: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
         log_pi = masked_log_softmax(actor.apply(learner.actor, observation), mask)
         return jax.random.categorical(key, log_pi).astype(jnp.int32)
 
-    def play(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
-        budget_key, play_key = jax.random.split(key)
+    def episode(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
+        level_key, budget_key, play_key = jax.random.split(key, 3)
+        problem = _narrowed(task.problem, level_key, config.narrowed)
+        yard = reward.yardstick(loss, problem.cost)
+        lowest, highest = budget_range(problem)
         share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
-        episode = rollout(problem, budget, sampled, play_key)
-        shaped = functools.partial(reward.step_rewards, loss, problem.cost, yard, episode.action, budget)
-        q = jnp.sum(jnp.take_along_axis(loss, episode.action[:, None], axis=1))
+        played = rollout(problem, budget, sampled, play_key)
+        shaped = functools.partial(reward.step_rewards, loss, problem.cost, yard, played.action, budget)
+        q = jnp.sum(jnp.take_along_axis(loss, played.action[:, None], axis=1))
         terminal = reward.terminal_reward(q, reward.reference_loss(yard, budget), jnp.float32(0.0))
         rewards = shaped(potential=config.potential) * steps  # in units of the mean loss of a tensor
-        return episode, reward.symlog(rewards) if config.potential else rewards, terminal
+        return played, reward.symlog(rewards) if config.potential else rewards, terminal
 
-    episodes, rewards, terminal = jax.vmap(play)(jax.random.split(key, config.episodes))
-    return replay.Steps(episodes.observation, episodes.mask, episodes.action, rewards), terminal
+    played, rewards, terminal = jax.vmap(episode)(jax.random.split(key, config.episodes))
+    return replay.transitions(played.observation, played.mask, played.action, rewards), terminal
 
 
-def probe_budgets(problem: Problem) -> Int[np.ndarray, " PROBES"]:
+def _narrowed(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
+    """With probability `share`, without the levels below a random one; a tensor that would have none keeps all."""
+    if not share:
+        return problem
+    chance_key, level_key = jax.random.split(key)
+    levels = jnp.arange(problem.cost.shape[1])
+    lowest = jax.random.randint(level_key, (), 0, len(levels) - 1) * jax.random.bernoulli(chance_key, share)
+    cost = jnp.where(levels >= lowest, problem.cost, 0)
+    return problem._replace(cost=jnp.where(jnp.any(cost > 0, axis=1, keepdims=True), cost, problem.cost))
+
+
+def probe_budgets(problem: Problem) -> Int[Array, " PROBES"]:
     """Budgets spread over the feasible range, denser where files are small."""
-    lowest, highest = (int(x) for x in budget_range(problem))
-    shares = (np.arange(1, PROBES + 1) / (PROBES + 1)) ** _LOW_BUDGETS
-    return (lowest + shares * (highest - lowest)).astype(np.int32)
+    lowest, highest = budget_range(problem)
+    shares = (jnp.arange(1, PROBES + 1) / (PROBES + 1)) ** _LOW_BUDGETS
+    return lowest + (shares * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="hidden")
@@ -155,16 +182,21 @@ def greedy(actor: Any, problem: Problem, budget: Int[Array, ""], hidden: tuple[i
 
 
 @functools.partial(jax.jit, static_argnames="hidden")
-def score(actors: Any, task: Task, budgets: Int[Array, " P"], hidden: tuple[int, ...]) -> Float[Array, " S"]:
-    """Per seed: predicted loss of greedy allocations over that of uniform ones, as a geometric mean over budgets."""
-    yard = reward.yardstick(task.loss, task.problem.cost)
+def score(actors: Any, tasks: Tasks, hidden: tuple[int, ...]) -> Float[Array, " S"]:
+    """Per seed: predicted loss of greedy allocations over that of uniform ones, the geometric mean over tasks and
+    `probe_budgets`."""
 
-    def log_ratio(actor: Any, budget: jax.Array) -> jax.Array:
+    def log_ratio(task: Task, actor: Any, budget: jax.Array) -> jax.Array:
         action = greedy(actor, task.problem, budget, hidden)
         predicted = jnp.sum(jnp.take_along_axis(task.loss, action[:, None], axis=1))
+        yard = reward.yardstick(task.loss, task.problem.cost)
         return jnp.log(jnp.maximum(predicted, 1e-12) / reward.reference_loss(yard, budget))
 
-    return jnp.exp(jax.vmap(lambda actor: jnp.mean(jax.vmap(lambda b: log_ratio(actor, b))(budgets)))(actors))
+    def of_seed(actor: Any) -> jax.Array:
+        logs = [jax.vmap(functools.partial(log_ratio, t, actor))(probe_budgets(t.problem)) for t in tasks]
+        return jnp.mean(jnp.concatenate(logs))
+
+    return jnp.exp(jax.vmap(of_seed)(actors))
 
 
 class Best(NamedTuple):
@@ -176,19 +208,18 @@ class Best(NamedTuple):
 
 def run(
     key: PRNGKeyArray,
-    task: Task,
+    tasks: Tasks,
     config: TrainConfig,
     *,
     log: Callable[[dict[str, Any]], None] = lambda row: None,
     checkpoint_path: Path | None = None,
 ) -> Best:
-    """Train all seeds and return the best actor; `log` receives one row per `log_every` iterations.
+    """Train all seeds on all tasks and return the best actor; `log` receives one row per `log_every` iterations.
 
     With `checkpoint_path`, a run that was stopped goes on where it was and ends with the same bits. Raises `ValueError`
     where that file belongs to another run.
     """
-    budgets = jnp.asarray(probe_budgets(task.problem))
-    state = jax.vmap(lambda k: initial_state(k, task, config))(jax.random.split(key, config.seeds))
+    state = jax.vmap(lambda k: initial_state(k, tasks, config))(jax.random.split(key, config.seeds))
     best = Best(_member(state.learner.actor, 0), jnp.float32(jnp.inf))
     if checkpoint_path is not None and checkpoint_path.exists():
         state, best = checkpoint.load(checkpoint_path, (state, best))
@@ -196,8 +227,8 @@ def run(
     chunks = range(done, config.iterations, config.log_every)
     for start in track(chunks, f"training {config.seeds} policies", "scan"):
         iterations = min(config.log_every, config.iterations - start)
-        state, metrics = learn(state, task, config, iterations)
-        scores = score(state.learner.actor, task, budgets, config.sac.hidden)
+        state, metrics = learn(state, tasks, config, iterations)
+        scores = score(state.learner.actor, tasks, config.sac.hidden)
         leader = int(jnp.argmin(scores))
         if scores[leader] < best.score:
             best = Best(_member(state.learner.actor, leader), scores[leader])
