@@ -24,7 +24,7 @@ from ramp_jax.models.names import block_shapes, tensors
 from ramp_jax.progress import track
 
 _LOGIT_ROWS = 1024  # tokens whose logits exist at one time
-_EMBEDDING_STD = 0.02
+_HEAD_STD = 0.02
 _WRITERS = ("attn_output", "ffn_down")  # they write to the residual stream
 
 
@@ -32,7 +32,8 @@ _WRITERS = ("attn_output", "ffn_down")  # they write to the residual stream
 class OptimizerConfig:
     """`steps` of `batch_size` windows; the learning rate rises over `warmup` steps and falls to a tenth.
 
-    A call runs `steps_per_call` of them, and every `calls_per_checkpoint` calls the state is saved.
+    A call runs `steps_per_call` of them, and every `calls_per_checkpoint` calls the state is saved. Embeddings start
+    with the standard deviation `embedding_std`.
     """
 
     steps: int = 1000
@@ -41,6 +42,7 @@ class OptimizerConfig:
     warmup: int = 50
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    embedding_std: float = 0.02
     steps_per_call: int = 5
     calls_per_checkpoint: int = 10
 
@@ -54,15 +56,16 @@ class State(NamedTuple):
     step: Int[Array, ""]
 
 
-def init_params(key: Key[Array, ""], spec: DecoderSpec) -> Params:
+def init_params(key: Key[Array, ""], spec: DecoderSpec, embedding_std: float = 0.02) -> Params:
     """Normal weights, f32: matrices with variance 1 / in, those that write to the stream 1 / (2 L in); gains are 1."""
+    outside = {"token_embd": embedding_std, "output": _HEAD_STD}
     shapes: dict[str, Any] = {t.key: t.shape for t in tensors(spec) if t.layer is None}
     shapes |= {f"blk/{name}": (spec.n_layers, *shape) for name, shape in block_shapes(spec).items()}
 
     def draw(i: int, name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
         if name.endswith("norm"):
             return jnp.ones(shape, jnp.float32)
-        std = shape[-1] ** -0.5 if name.startswith("blk/") else _EMBEDDING_STD
+        std = outside.get(name, shape[-1] ** -0.5)
         if name.endswith(_WRITERS):
             std *= (2 * spec.n_layers) ** -0.5
         return std * jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
@@ -109,7 +112,7 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def begin(key: Key[Array, ""], spec: DecoderSpec, config: OptimizerConfig) -> State:
     """The state before the first step."""
     key_params, key_data = jax.random.split(key)
-    params = init_params(key_params, spec)
+    params = init_params(key_params, spec, config.embedding_std)
     return State(params, optimizer(config).init(params), key_data, jnp.int32(0))
 
 
