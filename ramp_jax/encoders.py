@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation, read_saved
+from ramp_jax.formats.check import EncodeCache
 from ramp_jax.models import Model
 from ramp_jax.quantization import REFERENCE, Encoder, EncoderName, calibrate, importance_of, read_imatrix, refold
 from ramp_jax.quantization.compensate import compensate
@@ -16,18 +17,29 @@ DEFAULT: EncoderName = "best"
 """For new allocations; those that record none were made for ggml's own bytes."""
 
 
-def make(name: EncoderName, model: Model, windows: Int[np.ndarray, "W T"], allocation: Allocation) -> Encoder:
+def best(model: Model, windows: Int[np.ndarray, "W T"]) -> Encoder:
+    """The wider search, weighted by what `model` (folded or not) does on calibration windows; encodes nothing twice."""
+    return Encoder("best", importance_of(model.spec, calibrate(model, windows)), EncodeCache())
+
+
+def make(
+    name: EncoderName,
+    model: Model,
+    windows: Int[np.ndarray, "W T"],
+    allocation: Allocation,
+    weighted: Encoder | None = None,
+) -> Encoder:
     """The encoder of that name for an allocation, with what `model` (folded or not) does on calibration windows.
 
-    Raises `ValueError` for an unknown name.
+    `weighted` is `best` of the same model and windows where that is known. Raises `ValueError` for an unknown name.
     """
     if name == "reference":
         return REFERENCE
-    best = Encoder("best", importance_of(model.spec, calibrate(model, windows)))
+    weighted = best(model, windows) if weighted is None else weighted
     if name == "best":
-        return best
+        return weighted
     if name == "compensated":
-        return compensate(refold(model, allocation.folding), allocation, windows, best)
+        return compensate(refold(model, allocation.folding), allocation, windows, weighted)
     raise ValueError(f"unknown encoder {name!r}; choose {', '.join(get_args(EncoderName))}.")
 
 

@@ -1,6 +1,7 @@
 """How weights become codes: the one way for what is evaluated and for what is exported."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -36,10 +37,16 @@ class Encoder:
             return self.codes[tensor.name, fmt]
         weights = folded(self.importance, tensor, model.folding)
         if weights is not None and not weights.any():
-            _LOG.warning("calibration saw no activation before %s; it is rounded unweighted.", tensor.name)
+            _say_unweighted(tensor.name)
             weights = None
         encode = checked_encode if self.cache is None else self.cache.encode
         return encode(tensor.name, lookup(model.params, tensor).astype(jnp.float32), fmt, weights, self.effort)
+
+
+@functools.cache
+def _say_unweighted(tensor: str) -> None:
+    """Once per tensor, however often it is encoded."""
+    _LOG.warning("calibration saw no activation before %s; it is rounded unweighted.", tensor)
 
 
 REFERENCE = Encoder()
