@@ -9,6 +9,7 @@ fit on the same calibration windows. With --plots (or --json, beside whose file 
 import dataclasses
 import resource
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ _HELDOUT = flags.DEFINE_integer("encoder_heldout", 8, "Held-out windows of 512 t
 _CONTEXT, _FOLD_LEVEL = 512, 4  # the level that mixes are folded for
 
 Row = dict[str, Any]
+Cost = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +56,11 @@ class Bench:
     heldout: Int[np.ndarray, "W T"]
     reference: Reference
 
-    def scored(self, case: str, column: str, model: Model, params: Any, seconds: float) -> Row:
+    def scored(self, case: str, column: str, model: Model, params: Any, cost: Cost) -> Row:
         """A row: how far `params` are from the reference."""
         found = numbers(evaluate(model, self.heldout, params=params, reference=self.reference))
         kept = ("kld", "kld_stderr", "delta_nll", "delta_nll_stderr", "same_top")
-        row = {"case": case, "column": column, **{name: found[name] for name in kept}, "seconds": seconds}
+        row = {"case": case, "column": column, **{name: found[name] for name in kept}, **cost}
         print("  ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         return row
 
@@ -68,7 +70,7 @@ def encoder(repeats: int) -> dict[str, Any]:
     model = load_model(_MODEL.value)
     fit = data.windows("builtin", model.tokenizer, context=_CONTEXT, count=_CALIBRATION.value)
     heldout = data.windows("builtin", model.tokenizer, context=_CONTEXT, count=_HELDOUT.value, split="heldout")
-    took, (stats, second) = timed(lambda: (calibrate(model, fit), list(second_moments(model, fit))))
+    cost, (stats, second) = _cost(lambda: (calibrate(model, fit), list(second_moments(model, fit))))
     bench = Bench(model, fit, stats, second, heldout, reference_of(model, heldout))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +78,7 @@ def encoder(repeats: int) -> dict[str, Any]:
         export_gguf(model, _uniform(model, None), source)
         for case in _CASES.value:
             rows += _case(bench, case, source, Path(folder))
-    costs = {"calibration_seconds": took, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    costs = {"calibration": cost, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     save_plots({"encoder": lambda: plot(rows)})
     print(table(rows))
     return {"model": _MODEL.value, "calibration_tokens": fit.size, **costs, "rows": rows}
@@ -87,19 +89,19 @@ def _case(bench: Bench, case: str, source: Path, folder: Path) -> list[Row]:
     importance = importance_of(model.spec, bench.stats)
     uniform = _uniform(model, int(case)) if case.isdigit() else None
     base, types = ("Q4_0", uniform.formats) if uniform else (case, {"token_embd.weight": "F16"})
-    took, _ = timed(lambda: handoff.quantize(source, path, base, importance, types))
+    cost, _ = _cost(lambda: handoff.quantize(source, path, base, importance, types))
     stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     allocation = Allocation(model.spec, model.metadata, {t.name: stored[t.name] for t in allocatable(model.spec)})
     theirs = load_model(str(path))
-    rows.append(bench.scored(case, "llama-quantize", theirs, theirs.params, took))
+    rows.append(bench.scored(case, "llama-quantize", theirs, theirs.params, cost))
     best = Encoder("best", importance)
     for column, encoder in {"plain": REFERENCE, "best": best}.items():
-        rows.append(_rounded(bench, case, column, model, allocation, lambda _, e=encoder: e, 0.0))
+        rows.append(_rounded(bench, case, column, model, allocation, lambda _, e=encoder: e, {}))
     level = int(case) if case.isdigit() else _FOLD_LEVEL
-    took, folded = timed(lambda: fold(model, bench.stats, level, second=bench.second))
-    rows.append(_rounded(bench, case, "best, folded", folded, allocation, lambda _: best, took))
+    cost, folded = _cost(lambda: fold(model, bench.stats, level, second=bench.second))
+    rows.append(_rounded(bench, case, "best, folded", folded, allocation, lambda _: best, cost))
     make = lambda m: compensate(m, allocation, bench.fit, best)  # noqa: E731
-    rows.append(_rounded(bench, case, "compensated, folded", folded, allocation, make, took))
+    rows.append(_rounded(bench, case, "compensated, folded", folded, allocation, make, cost))
     return rows
 
 
@@ -110,10 +112,10 @@ def _rounded(
     model: Model,
     allocation: Allocation,
     make: Callable[[Model], Encoder],
-    before: float,
+    before: Cost,
 ) -> Row:
-    took, params = timed(lambda: jax.block_until_ready(fake_quantize(model, allocation, make(model))))
-    return bench.scored(case, column, model, params, before + took)
+    cost, params = _cost(lambda: jax.block_until_ready(fake_quantize(model, allocation, make(model))))
+    return bench.scored(case, column, model, params, {name: cost[name] + before.get(name, 0.0) for name in cost})
 
 
 def _uniform(model: Model, level: int | None) -> Allocation:
@@ -125,6 +127,13 @@ def _uniform(model: Model, level: int | None) -> Allocation:
 
     formats = {t.name: "F16" if t.layer is None else name(t.shape[-1]) for t in allocatable(model.spec)}
     return Allocation(model.spec, model.metadata, formats)
+
+
+def _cost(run: Callable[[], Any]) -> tuple[Cost, Any]:
+    """Seconds on the clock, and of all cores; compilation included."""
+    before = time.process_time()
+    seconds, result = timed(run)
+    return {"seconds": seconds, "cpu_seconds": time.process_time() - before}, result
 
 
 def table(rows: list[Row]) -> str:
