@@ -13,7 +13,7 @@ from ramp_jax.models import Model
 from ramp_jax.quantization import REFERENCE, Encoder, EncoderName, calibrate, importance_of, read_imatrix, refold
 from ramp_jax.quantization.compensate import compensate
 
-DEFAULT: EncoderName = "best"
+DEFAULT: EncoderName = "compensated"
 """For new allocations; those that record none were made for ggml's own bytes."""
 
 
@@ -53,7 +53,7 @@ def recorded(
     calibrated.
     """
     notes = read_saved(path)
-    name = name or notes.get("encoder", "reference")
+    name = name or ("best" if imatrix else notes.get("encoder", "reference"))
     if imatrix is not None:
         if name != "best":
             raise ValueError(f"--imatrix serves --encoder=best, not {name}; leave one of them out.")
