@@ -16,6 +16,6 @@ def get_config() -> ConfigDict:
         architecture="qwen3", n_layers=6, d_model=512, n_heads=8, n_kv_heads=4, head_size=64, d_ff=768, tied=False
     )
     config = PretrainConfig(
-        decoder, optimizer=OptimizerConfig(steps=300, batch_size=2, learning_rate=2e-3, embedding_std=0.1)
+        decoder, optimizer=OptimizerConfig(steps=250, batch_size=2, learning_rate=2e-3, warmup=25, embedding_std=0.1)
     )
     return ConfigDict(as_dict(config))

@@ -29,7 +29,7 @@ _TOPICS_SHARE = 0.75  # of the characters of `builtin` that `stdlib` holds: noth
 def read_text(source: str) -> str:
     """The text of `builtin` (the standard library's language topics), a file, or `hf:NAME:CONFIG:SPLIT`.
 
-    `stdlib` is the calibration part of `builtin` and the standard library's source files in the order of their paths;
+    `stdlib` is what `builtin` does not hold out and the standard library's source files in the order of their paths;
     `stdlib:NAME,NAME` only those modules and packages of it, e.g. `stdlib:json,abc`. Raises `FileNotFoundError` for
     anything else or for a data set that the hub does not deliver.
     """
@@ -37,8 +37,7 @@ def read_text(source: str) -> str:
         topics = pydoc_data.topics.topics
         return "\n\n".join(topics[name] for name in sorted(topics))
     if source == "stdlib":
-        topics = read_text("builtin")
-        return topics[: int(len(topics) * _TOPICS_SHARE)] + "\n\n" + _read_stdlib(None)
+        return _topics_to_learn() + "\n\n" + _read_stdlib(None)
     if source.startswith("stdlib:"):
         return _read_stdlib(source.removeprefix("stdlib:").split(","))
     if source.startswith("hf:"):
@@ -99,6 +98,15 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+
+
+def _topics_to_learn() -> str:
+    """The beginning of `builtin` without paragraphs that share a line with its end: topics quote each other."""
+    text = read_text("builtin")
+    border = int(len(text) * _TOPICS_SHARE)
+    held = {line.strip() for line in text[border:].splitlines()} - {""}
+    paragraphs = text[:border].split("\n\n")
+    return "\n\n".join(p for p in paragraphs if held.isdisjoint(line.strip() for line in p.splitlines()))
 
 
 def _read_stdlib(chosen: list[str] | None) -> str:

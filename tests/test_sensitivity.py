@@ -183,7 +183,7 @@ def test_finished_table_is_read_not_measured(measure, untied, windows, tmp_path,
     path = tmp_path / "table.npz"
     first = measure(untied, windows, LEVELS, path=path)
     for module in (sensitivity, fisher):
-        monkeypatch.setattr(module, "_costs", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(module, "embed", lambda *_: pytest.fail("measured again"))
     np.testing.assert_array_equal(measure(untied, windows, LEVELS, path=path).kld, first.kld)
 
 
@@ -258,8 +258,9 @@ def test_table_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
 def test_cost_that_is_not_finite_names_the_cell(measure, untied, windows):
-    tensor = next(t for t in allocatable(untied.spec) if t.name == "output.weight")
-    broken = with_weights(untied, tensor, untied.params["output"].at[5, 5].set(np.nan))
+    broken = dataclasses.replace(
+        untied, params={**untied.params, "output_norm": untied.params["output_norm"].at[3].set(np.nan)}
+    )
     with pytest.raises(
         ValueError, match=r"what \S+ costs at level \d is not finite; load the model with dtype=float32"
     ):

@@ -14,6 +14,7 @@ of one layer's tensors, and (P + 3A) · W · T · F f32 of one layer's activatio
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -56,60 +57,67 @@ def fisher_sensitivity(
     of other inputs.
     """
     members = allocatable(model.spec)
+    every = cells(members, levels)
     method = f"fisher, {probes} probes of seed {seed}"
     inputs = fingerprint(model, windows, members, levels, protocol, method, encoder)
     table = Sensitivity.begin(members, levels, inputs, path)
     if not table.finished:
         started = time.monotonic()
-        with jax.default_matmul_precision("default"):
-            costs = _costs(model, windows, cells(members, levels), protocol, probes, seed, encoder)
-        rows, columns = zip(*((cell.row, cell.column) for cell in costs), strict=True)
-        table = table.with_cells(rows, columns, list(costs.values()), 0.0, time.monotonic() - started)
+
+        def changes(tensor: Tensor) -> Float[Array, "A O I"]:
+            w = lookup(model.params, tensor).astype(jnp.float32)
+            formats = [cell.format.name for cell in _of(every, tensor)]
+            new = [decoded(model, tensor, fmt, encoder).astype(jnp.float32) - w for fmt in formats]
+            return jnp.stack(new) if new else jnp.zeros((0, *tensor.shape))
+
+        costs = fisher_costs(model, windows, changes, protocol, probes=probes, seed=seed)
+        ordered = [(cell, cost) for t in members for cell, cost in zip(_of(every, t), costs[t.name], strict=True)]
+        rows, columns, values = zip(*((cell.row, cell.column, float(cost)) for cell, cost in ordered), strict=True)
+        table = table.with_cells(rows, columns, list(values), 0.0, time.monotonic() - started)
         if path is not None:
             table.save(path)
     return table
 
 
-def _costs(
+def fisher_costs(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    every: list[Cell],
-    protocol: Protocol,
-    probes: int,
-    seed: int,
-    encoder: Encoder,
-) -> dict[Cell, float]:
-    """Nats per scored token of every cell: forward to the last layer, then back, layer by layer."""
+    changes: Callable[[Tensor], Float[Array, "A O I"]],
+    protocol: Protocol = "llama.cpp",
+    *,
+    probes: int = PROBES,
+    seed: int = 0,
+) -> dict[str, Float[np.ndarray, " A"]]:
+    """Nats per scored token that each of `changes(tensor)` costs alone, by tensor name.
+
+    Forward to the last layer, then back, layer by layer; `changes` is asked for one layer's tensors at a time.
+    """
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
-    state, states = embed(spec, params["token_embd"], windows), []
-    for layer in range(spec.n_layers):
-        states.append(np.asarray(state))
-        state = block_forward(spec, layer_params(params, layer), state)
-
-    of_place = {(t.key, t.layer): (t, [c for c in every if c.tensor == t]) for t in allocatable(spec)}
+    at = {(tensor.key, tensor.layer): tensor for tensor in allocatable(spec)}
     moves: dict[Place, Float[Array, "A P W T"]] = {}
-    embedding = _changes(model, encoder, *of_place["token_embd", None])
-    head = embedding if spec.tied else _changes(model, encoder, *of_place["output", None])
-    g, moves["output", None] = _from_head(spec, params, state, head, jax.random.key(seed), probes, start)
-    for layer in track(range(spec.n_layers - 1, -1, -1), "estimating sensitivity", "layer"):
-        new = {key: _changes(model, encoder, *of_place[key, layer]) for key in LINEARS}
-        g, moved = _through_layer(spec, layer_params(params, layer), states[layer], g, new)
-        moves |= {(key, layer): value for key, value in moved.items()}
-    looked_up = embedding[:, windows] * spec.embedding_scale
-    moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
+    with jax.default_matmul_precision("default"):
+        state, states = embed(spec, params["token_embd"], windows), []
+        for layer in range(spec.n_layers):
+            states.append(np.asarray(state))
+            state = block_forward(spec, layer_params(params, layer), state)
+        embedding = changes(at["token_embd", None])
+        head = embedding if spec.tied else changes(at["output", None])
+        g, moves["output", None] = _from_head(spec, params, state, head, jax.random.key(seed), probes, start)
+        for layer in track(range(spec.n_layers - 1, -1, -1), "estimating sensitivity", "layer"):
+            new = {key: changes(at[key, layer]) for key in LINEARS}
+            g, moved = _through_layer(spec, layer_params(params, layer), states[layer], g, new)
+            moves |= {(key, layer): value for key, value in moved.items()}
+        looked_up = embedding[:, windows] * spec.embedding_scale
+        moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
     if spec.tied:
         moves["token_embd", None] += moves.pop(("output", None))
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
-    costs = {place: _half_squares(values) / scored for place, values in moves.items()}
-    return {cell: float(c) for place in costs for cell, c in zip(of_place[place][1], costs[place], strict=True)}
+    return {at[place].name: _half_squares(values) / scored for place, values in moves.items()}
 
 
-def _changes(model: Model, encoder: Encoder, tensor: Tensor, mine: list[Cell]) -> Float[Array, "A O I"]:
-    """What each cell's format changes in the tensor."""
-    w = lookup(model.params, tensor).astype(jnp.float32)
-    new = [decoded(model, tensor, cell.format.name, encoder).astype(jnp.float32) - w for cell in mine]
-    return jnp.stack(new) if new else jnp.zeros((0, *tensor.shape))
+def _of(every: list[Cell], tensor: Tensor) -> list[Cell]:
+    return [cell for cell in every if cell.tensor == tensor]
 
 
 def _half_squares(moves: Float[Array, "A P W T"]) -> Float[np.ndarray, " A"]:

@@ -4,18 +4,19 @@
 |---|---|---|
 | 0 | act_outlier | log₁₀(max / rms) of the input activation |
 | 1 | act_spread | standard deviation over channels of log₁₀ channel rms |
-| 2 | act_kurtosis | log(1 + excess kurtosis) of the input activation |
-| 3 | act_written | log₁₀ of the energy that the sub-block writes, over the residual stream's |
-| 4 | weight_outlier | log₁₀(max / standard deviation) |
-| 5 | weight_kurtosis | log(1 + excess kurtosis) |
-| 6 | weight_error | log₁₀ of the activation-weighted relative squared error of 3-bit rounding in blocks of 32 |
+| 2 | act_written | log₁₀ of the energy that the sub-block writes, over the residual stream's |
+| 3 | weight_outlier | log₁₀(max / standard deviation) |
+| 4 | weight_kurtosis | log(1 + excess kurtosis) |
+| 5 | weight_error | log₁₀ of the activation-weighted relative squared error of 3-bit rounding in blocks of 32 |
+| 6 | loss_rate | log₁₀ of the share of what all tensors lose at level 4, over the share of the weights |
 | 7 | depth | l / (L − 1); 0 for the embedding, 1 for the head |
 | 8 | share | log₁₀ of the tensor's share of the allocatable weights |
 | 9 | fan | log₁₀(out / in) |
 | 10 | role | place in the forward pass: q, k, v, attention output, gate, up, down, head |
 
-Every number is a ratio, a log or a position, moved by a fixed map to the order of 1: nothing is fitted to a model, so
-one tensor can be embedded without looking at the others.
+Every number is a ratio, a log or a position, moved by a fixed map to the order of 1; nothing is fitted to a model. The
+loss is the Fisher estimate of `evaluation.fisher`: one backward pass over a few calibration tokens for all tensors at
+the one level that rows of every length have; no quantized model is run.
 """
 
 from typing import Any
@@ -25,23 +26,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ramp_jax.evaluation.fisher import fisher_costs
+from ramp_jax.formats import format_for, round_trip
 from ramp_jax.formats.rounding import blocks_of, flatten_blocks, reciprocal, round_half_away
 from ramp_jax.models import Model, Tensor, allocatable, lookup
 from ramp_jax.models.names import LINEARS
 from ramp_jax.progress import track
 from ramp_jax.quantization.calibrate import Moments, Stats
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a number changes its meaning; a policy refuses embeddings of another version."""
 
 NAMES = (
     "act_outlier",
     "act_spread",
-    "act_kurtosis",
     "act_written",
     "weight_outlier",
     "weight_kurtosis",
     "weight_error",
+    "loss_rate",
     "depth",
     "share",
     "fan",
@@ -49,11 +52,12 @@ NAMES = (
 )
 
 # (value − center) / width: the ranges seen over layers of small and large decoders
-_CENTER = np.array([1.2, 0.3, 3.0, -1.5, 1.0, 0.7, -1.4, 0.5, -2.5, 0.0, 0.5], np.float32)
-_WIDTH = np.array([0.5, 0.2, 2.0, 0.7, 0.3, 0.7, 0.3, 0.35, 0.7, 0.5, 0.35], np.float32)
+_CENTER = np.array([1.2, 0.3, -1.5, 1.0, 0.7, -1.4, 0.0, 0.5, -2.5, 0.0, 0.5], np.float32)
+_WIDTH = np.array([0.5, 0.2, 0.7, 0.3, 0.7, 0.3, 0.5, 0.35, 0.7, 0.5, 0.35], np.float32)
 
 _WRITTEN_BY = {"attn_in": "attn_out", "attn_mid": "attn_out", "ffn_in": "ffn_out", "ffn_mid": "ffn_out"}
 _ROLES = {key: i / len(LINEARS) for i, key in enumerate(LINEARS)} | {"token_embd": 1.0, "output": 1.0}
+_LOSS_LEVEL = 4
 _NO_INPUT = "token"  # tap of an embedding that is only looked up
 _TINY = 1e-12
 
@@ -61,21 +65,22 @@ _TINY = 1e-12
 def embed(model: Model, stats: Stats) -> Float[np.ndarray, "T 11"]:
     """Embeddings of the allocatable tensors in forward order, of the model as it is (folded or not).
 
-    Raises `KeyError` where `stats` lacks the taps of the model.
+    Raises `KeyError` where `stats` lacks the taps of the model, `ValueError` where they lack a sample of the text.
     """
     members = allocatable(model.spec)
     total = sum(tensor.size for tensor in members)
     stats = stats.under(model.folding)
+    rates = _loss_rates(model, stats)
     rows = [
-        [*_activation(stats, tensor), *_weight(model, stats, tensor), *_structure(model, tensor, total)]
-        for tensor in track(members, "embedding tensors", "tensor")
+        [*_activation(stats, tensor), *_weight(model, stats, tensor), rate, *_structure(model, tensor, total)]
+        for tensor, rate in zip(track(members, "embedding tensors", "tensor"), rates, strict=True)
     ]
     return (np.asarray(rows, np.float32) - _CENTER) / _WIDTH
 
 
 def _activation(stats: Stats, tensor: Tensor) -> list[float]:
     if tensor.tap == _NO_INPUT:
-        return _CENTER[:4].tolist()
+        return _CENTER[:3].tolist()
     x = _moments(stats, tensor.tap, tensor.layer)
     mean_square = float(x.square.mean())
     rms = np.sqrt(np.maximum(x.square, _TINY * mean_square + _TINY))
@@ -87,7 +92,6 @@ def _activation(stats: Stats, tensor: Tensor) -> list[float]:
     return [
         float(np.log10(x.abs_max.max() / (np.sqrt(mean_square) + _TINY) + _TINY)),
         float(np.log10(rms).std()),
-        _log_kurtosis(float(x.fourth.mean()) / (mean_square**2 + _TINY)),
         float(np.log10(share + _TINY)),
     ]
 
@@ -100,6 +104,20 @@ def _weight(model: Model, stats: Stats, tensor: Tensor) -> list[float]:
         square = _moments(stats, tensor.tap, tensor.layer).square
     outlier, kurtosis, error = (float(x) for x in _weight_numbers(w, square))
     return [float(np.log10(outlier + _TINY)), _log_kurtosis(kurtosis), float(np.log10(error + _TINY))]
+
+
+def _loss_rates(model: Model, stats: Stats) -> list[float]:
+    if stats.sample is None:
+        raise ValueError("the statistics hold no sample of the text, which the embedding needs; calibrate the model.")
+
+    def changes(tensor: Tensor) -> Float[Array, "1 O I"]:
+        w = lookup(model.params, tensor).astype(jnp.float32)
+        return (round_trip(w, format_for(_LOSS_LEVEL, w.shape[-1]).name) - w)[None]
+
+    costs = fisher_costs(model, stats.sample, changes, "sliding")
+    members = allocatable(model.spec)
+    loss, size = np.asarray([costs[t.name][0] for t in members]), np.asarray([t.size for t in members], np.float64)
+    return np.log10((loss / loss.sum() + _TINY) / (size / size.sum())).tolist()
 
 
 def _structure(model: Model, tensor: Tensor, total: int) -> list[float]:

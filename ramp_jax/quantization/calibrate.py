@@ -50,18 +50,20 @@ class Stats:
     """Moments by tap, of a model whose activations were divided by `folding` (see `Model.folding`).
 
     Taps are `attn_in`, `attn_mid`, `ffn_in`, `ffn_mid` (inputs of linears), `head_in`, and what moves along the
-    residual stream: `residual` before each layer, `attn_out` and `ffn_out` written to it.
+    residual stream: `residual` before each layer, `attn_out` and `ffn_out` written to it. `sample` is some of the text,
+    for what needs gradients.
     """
 
     moments: dict[str, Moments]
     folding: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    sample: Int[np.ndarray, "W T"] | None = None
 
     def under(self, folding: dict[str, jax.Array]) -> "Stats":
         """The same statistics as they are under another folding."""
         moments = dict(self.moments)
         for tap in folding.keys() | self.folding.keys():
             moments[tap] = moments[tap].scaled(self.folding.get(tap, 1.0) / folding.get(tap, 1.0))
-        return Stats(moments, folding)
+        return dataclasses.replace(self, moments=moments, folding=folding)
 
     def save(self, path: str | Path, model: Model, windows: Int[np.ndarray, "W T"]) -> None:
         """Write a NumPy archive with a fingerprint of what was measured: `model` on `windows`."""
@@ -87,7 +89,8 @@ class Stats:
         for name, value in _inputs(model, windows).items():
             if inputs.get(name) != value:
                 raise ValueError(f"{path} was measured with another {name}; calibrate again or choose another file.")
-        return cls(moments, {tap: s for (kind, tap), s in arrays.items() if kind == "folding"})
+        folding = {tap: s for (kind, tap), s in arrays.items() if kind == "folding"}
+        return cls(moments, folding, _sample(windows))
 
 
 def calibrate(model: Model, windows: Int[np.ndarray, "W T"]) -> Stats:
@@ -109,7 +112,11 @@ def calibrate(model: Model, windows: Int[np.ndarray, "W T"]) -> Stats:
             )
     tokens = windows.size
     means = {tap: Moments(m.square / tokens, m.fourth / tokens, m.abs_max, m.mean / tokens) for tap, m in total.items()}
-    return Stats(means, model.folding)
+    return Stats(means, model.folding, _sample(windows))
+
+
+def _sample(windows: Int[np.ndarray, "W T"]) -> Int[np.ndarray, "W T"]:
+    return np.asarray(windows[:2, :64])
 
 
 def second_moments(model: Model, windows: Int[np.ndarray, "W T"]) -> Iterator[dict[str, Float[Array, "C C"]]]:
