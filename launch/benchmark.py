@@ -1,12 +1,14 @@
 """Measure this machine.
 
-    python launch/benchmark.py --suite=forward,parity,quantize,errors,bytes,sensitivity [--json=FILE] [--plots=FOLDER]
+    python launch/benchmark.py --suite=forward,parity,quantize,errors,bytes,sensitivity,encoder [--json=FILE]
+        [--plots=FOLDER]
 
 `forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
 `parity`: losses of one file in JAX, llama.cpp and transformers (launch/parity_suite.py).
 `quantize`, `errors`, `bytes`: the block formats beside ggml's (launch/formats_suite.py).
 `sensitivity`: the two estimates beside each other and the truth (launch/sensitivity_suite.py); it took 12 minutes on
 two busy cores.
+`encoder`: what each way of rounding loses beside llama-quantize at equal tensor types (launch/encoder_suite.py).
 """
 
 import json
@@ -16,6 +18,7 @@ from typing import Any
 
 import formats_suite
 from absl import app, flags
+from encoder_suite import encoder
 from forward_suite import forward
 from parity_suite import parity
 from sensitivity_suite import sensitivity
@@ -31,6 +34,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "errors": formats_suite.errors,
     "bytes": formats_suite.equal_bytes,
     "sensitivity": sensitivity,
+    "encoder": encoder,
 }
 
 

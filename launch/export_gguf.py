@@ -1,7 +1,7 @@
 """Write a GGUF with the formats of an allocation; stock llama.cpp runs it.
 
     python launch/export_gguf.py --model=REF --allocation=alloc.json --output=model.gguf
-        [--encoder=reference|best] [--imatrix=FILE]
+        [--encoder=reference|best|compensated] [--imatrix=FILE]
 
 Weights are rounded by the encoder that the allocation records. What calibration saw is found again on the windows that
 the allocation records; --imatrix takes an importance matrix of llama.cpp (GGUF or .dat) instead.

@@ -7,7 +7,7 @@ stats = ramp_jax.calibrate(model, windows)
 policy = ramp_jax.load_policy("runs/smollm2-135m")
 model = ramp_jax.fold(model, stats, policy.fold_level)
 allocation = ramp_jax.allocate(policy, model, stats, budget_bytes=92_000_000)
-encoder = ramp_jax.encoders.make("best", model, windows)
+encoder = ramp_jax.encoders.make("best", model, windows, allocation)
 ramp_jax.export_gguf(model, allocation, "model.gguf", encoder)
 ramp_jax.evaluate("model.gguf", reference="smollm2-135m", data="builtin")  # {"ppl": ..., "kld": ..., ...}
 """

@@ -58,8 +58,8 @@ def define_encoder(*, recorded: bool = True) -> flags.FlagHolder[str | None]:
         "encoder",
         None if recorded else DEFAULT,
         get_args(EncoderName),
-        "How weights are rounded: as ggml does without importance, or by a wider search weighted by what calibration "
-        f"saw. Default: {default}.",
+        "How weights are rounded: as ggml does without importance, by a wider search weighted by what calibration saw, "
+        f"or with every column's error made up for in later ones. Default: {default}.",
     )
 
 

@@ -7,23 +7,39 @@ import numpy as np
 from jaxtyping import Int
 
 from ramp_jax import data
-from ramp_jax.allocation import read_saved
+from ramp_jax.allocation import Allocation, read_saved
+from ramp_jax.formats.check import EncodeCache
 from ramp_jax.models import Model
-from ramp_jax.quantization import REFERENCE, Encoder, EncoderName, calibrate, importance_of, read_imatrix
+from ramp_jax.quantization import REFERENCE, Encoder, EncoderName, calibrate, importance_of, read_imatrix, refold
+from ramp_jax.quantization.compensate import compensate
 
-DEFAULT: EncoderName = "best"
+DEFAULT: EncoderName = "compensated"
 """For new allocations; those that record none were made for ggml's own bytes."""
 
 
-def make(name: EncoderName, model: Model, windows: Int[np.ndarray, "W T"]) -> Encoder:
-    """The encoder of that name, with statistics of `model` (folded or not) on calibration windows.
+def best(model: Model, windows: Int[np.ndarray, "W T"]) -> Encoder:
+    """The wider search, weighted by what `model` (folded or not) does on calibration windows; encodes nothing twice."""
+    return Encoder("best", importance_of(model.spec, calibrate(model, windows)), EncodeCache())
 
-    Raises `ValueError` for an unknown name.
+
+def make(
+    name: EncoderName,
+    model: Model,
+    windows: Int[np.ndarray, "W T"],
+    allocation: Allocation,
+    weighted: Encoder | None = None,
+) -> Encoder:
+    """The encoder of that name for an allocation, with what `model` (folded or not) does on calibration windows.
+
+    `weighted` is `best` of the same model and windows where that is known. Raises `ValueError` for an unknown name.
     """
     if name == "reference":
         return REFERENCE
+    weighted = best(model, windows) if weighted is None else weighted
     if name == "best":
-        return Encoder("best", importance_of(model.spec, calibrate(model, windows)))
+        return weighted
+    if name == "compensated":
+        return compensate(refold(model, allocation.folding), allocation, windows, weighted)
     raise ValueError(f"unknown encoder {name!r}; choose {', '.join(get_args(EncoderName))}.")
 
 
@@ -37,14 +53,14 @@ def recorded(
     calibrated.
     """
     notes = read_saved(path)
-    name = name or notes.get("encoder", "reference")
+    name = name or ("best" if imatrix else notes.get("encoder", "reference"))
     if imatrix is not None:
         if name != "best":
             raise ValueError(f"--imatrix serves --encoder=best, not {name}; leave one of them out.")
         return Encoder("best", read_imatrix(imatrix, model.spec))
     if name == "reference":
         return REFERENCE
-    return make(name, model, calibration_windows(path, model))
+    return make(name, model, calibration_windows(path, model), Allocation.load(path, model))
 
 
 def calibration_windows(path: str | Path, model: Model) -> Int[np.ndarray, "W T"]:

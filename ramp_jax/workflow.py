@@ -41,6 +41,7 @@ from ramp_jax.quantization import (
     importance_of,
     refold,
 )
+from ramp_jax.quantization.calibrate import second_moments
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.msgpack"
 
@@ -158,8 +159,9 @@ def _check_calibration(allocation: str | Path | None, data: str, split: texts.Sp
 
 def prepare(model: Model, calibration: WindowsConfig, fold_level: int) -> tuple[Model, Stats]:
     """The model folded for `fold_level`, and the statistics that decided it."""
-    stats = calibrate(model, tokens(model, calibration, "calibration"))
-    return fold(model, stats, fold_level), stats
+    windows = tokens(model, calibration, "calibration")
+    stats = calibrate(model, windows)
+    return fold(model, stats, fold_level, second=second_moments(model, windows)), stats
 
 
 def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:

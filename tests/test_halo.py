@@ -21,7 +21,7 @@ from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import allocatable, load_model
 from ramp_jax.models.metadata import plain
-from ramp_jax.quantization import calibrate, fake_quantize, fold, importance_of, refold
+from ramp_jax.quantization import Encoder, calibrate, fake_quantize, fold, importance_of, refold
 
 LEVELS = (4, 5, 8)
 FORMATS = ("Q4_0", "Q5_0", "Q8_0", "F16", "BF16", "F32")
@@ -310,3 +310,17 @@ def test_plot_of_one_level_and_one_seed(tied):
     figure = report.plot_training(rows)
     assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_xydata(), [[10, 1], [20, 1]])
+
+
+def test_llama_cpp_at_our_types(untied, stats, reference, tmp_path, rng):
+    """Formats named tensor by tensor, the embedding in F16; with importance, the bytes of our reference encoder."""
+    allocation = mixed(untied, rng)
+    types = {**allocation.formats, "token_embd.weight": "F16"}
+    handoff.quantize(reference, tmp_path / "out.gguf", "Q4_0", importance_of(untied.spec, stats), types)
+    stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert {name: stored[name] for name in types} == types
+    theirs = load_model(str(tmp_path / "out.gguf")).params["blk"]
+    encoder = Encoder("reference", importance_of(untied.spec, stats))
+    ours = fake_quantize(load_model(str(reference)), allocation, encoder)["blk"]
+    for key in ("attn_q", "ffn_down"):
+        assert np.mean(np.asarray(theirs[key]) == ours[key]) > 0.999

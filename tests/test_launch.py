@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from absl import app, flags
 
-from ramp_jax import workflow
+from ramp_jax import encoders, workflow
 from ramp_jax.allocation import Allocation, costs
 from ramp_jax.policy import embedding
 from ramp_jax.policy.rollout import load_policy
@@ -237,7 +237,7 @@ def test_exported_file_scores_as_its_row(whole, call, tmp_path):
 
 def test_encoders_by_name_and_by_imatrix(whole, call, untied, tmp_path):
     """The default is the recorded one; an importance matrix of the same windows makes the same rounding."""
-    assert json.loads(whole.allocation.read_text())["encoder"] == "best"
+    assert json.loads(whole.allocation.read_text())["encoder"] == encoders.DEFAULT
     imatrix, files = tmp_path / "imatrix.gguf", {}
     code, printed, errors = call("calibrate", f"--model={whole.model}", f"--output={imatrix}", *WINDOWS)
     assert code == 0, errors

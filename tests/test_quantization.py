@@ -256,8 +256,9 @@ def second_moments(model, windows):
 def test_full_second_moments_decide_by_the_error_of_the_outputs(untied, windows):
     """What is chosen loses no more than what the diagonal chooses, by the outputs' own error."""
     second, stats = second_moments(untied, windows), calibrate(untied, windows)
+    layers = [{tap: matrix[layer] for tap, matrix in second.items()} for layer in range(3)]
     lost = []
-    for chosen in (fold(untied, stats, 4, second=second), fold(untied, stats, 4), untied):
+    for chosen in (fold(untied, stats, 4, second=layers), fold(untied, stats, 4), untied):
         total = 0.0
         scales = {tap: np.asarray(chosen.folding.get(tap, np.ones(second[tap].shape[:2]))) for tap in GROUPS}
         rows = {"attn_v": scales["attn_mid"].reshape(3, 2, 2, 16)[:, :, 0].reshape(3, 32), "ffn_up": scales["ffn_mid"]}

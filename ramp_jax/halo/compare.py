@@ -21,7 +21,7 @@ from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model, tensors
-from ramp_jax.quantization import EncoderName, calibrate, fake_quantize, importance_of, refold
+from ramp_jax.quantization import Encoder, EncoderName, fake_quantize, refold
 
 COMPARISON = "comparison.json"
 UNIFORM = "IQ4_NL"
@@ -49,14 +49,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all rows share: the model as loaded, held-out windows, the reference's predictions, the encoder and the
-    windows that it is calibrated on, and where files go."""
+    """What all rows share: the model as loaded, held-out windows, the reference's predictions, the encoder with the
+    windows that it is calibrated on and their importance, and where files go."""
 
     model: Model
     windows: Int[np.ndarray, "W T"]
     reference: Reference
     encoder: EncoderName
     calibration: Int[np.ndarray, "W T"]
+    weighted: Encoder
     workdir: Path
     with_llama_cpp: bool
 
@@ -69,7 +70,7 @@ class Bench:
     def row(self, name: str, allocation: Allocation, seconds: float, path: Path, *, exported: bool = False) -> Row:
         """Export the allocation to `path`, unless it is there already, and score it."""
         model = refold(self.model, allocation.folding)
-        encoder = encoders.make(self.encoder, self.model, self.calibration)
+        encoder = encoders.make(self.encoder, self.model, self.calibration, allocation, self.weighted)
         if not exported:
             export_gguf(model, allocation, path, encoder)
         params = fake_quantize(model, allocation, encoder)
@@ -83,7 +84,7 @@ class Bench:
         if mix is None:
             return None
         path = self.workdir / f"llama.cpp-{mix}.gguf"
-        handoff.quantize(source, path, mix, importance_of(self.model.spec, calibrate(self.model, self.calibration)))
+        handoff.quantize(source, path, mix, self.weighted.importance)
         seconds = time.monotonic() - started
         quantized = load_model(str(path))
         scored = evaluate(quantized, self.windows, reference=self.reference, doing=f"scoring {mix}")
@@ -133,7 +134,9 @@ def compare(
         return known
     say(f"Comparing on {heldout.size:,} held-out tokens" + ("" if with_llama_cpp else ", without llama.cpp"))
     encoder = encoder or notes.get("encoder", "reference")
-    bench = Bench(model, heldout, reference_of(model, heldout), encoder, calibration, workdir, with_llama_cpp)
+    weighted = encoders.best(model, calibration)
+    reference = reference_of(model, heldout)
+    bench = Bench(model, heldout, reference, encoder, calibration, weighted, workdir, with_llama_cpp)
 
     plain = Allocation(model.spec, model.metadata, dict.fromkeys(ours.formats, "F16"))
     source = workdir / "reference-F16.gguf"

@@ -7,10 +7,11 @@ import contextlib
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ramp_jax.formats import get_format
 from ramp_jax.quantization.importance import Importance
 
 # llama.cpp's names of its mixes → `llama_ftype`
@@ -51,14 +52,21 @@ def require() -> None:
         raise RuntimeError(f"llama.cpp is not installed ({error}); run `pip install 'ramp-jax[verify]'`.") from error
 
 
-def quantize(source: Path, output: Path, mix: str, importance: Importance | None = None) -> int:
+def quantize(
+    source: Path,
+    output: Path,
+    mix: str,
+    importance: Importance | None = None,
+    types: Mapping[str, str] | None = None,
+) -> int:
     """Quantize an F16 or F32 GGUF with one of llama.cpp's mixes; returns the size of `output` in bytes.
 
-    Raises `ValueError` for an unknown mix, `RuntimeError` where llama.cpp refuses.
+    `types` names the formats of tensors that the mix is not to decide. Raises `ValueError` for an unknown mix,
+    `RuntimeError` where llama.cpp refuses.
     """
     partial = output.with_name(output.name + ".partial")
     try:
-        _call(source, partial, mix, importance, dry_run=False)
+        _call(source, partial, mix, importance, types or {}, dry_run=False)
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
@@ -67,7 +75,7 @@ def quantize(source: Path, output: Path, mix: str, importance: Importance | None
 
 def predicted_bytes(source: Path, mix: str) -> int:
     """About what a file of that mix weighs (llama.cpp's dry run: tensors to 0.01 MiB, metadata as in the source)."""
-    log = _call(source, source.with_suffix(".dry"), mix, None, dry_run=True)
+    log = _call(source, source.with_suffix(".dry"), mix, None, {}, dry_run=True)
     sizes = [float(re.search(rf"{kind} size\s*=\s*([\d.]+) MiB", log)[1]) for kind in ("model", "quant")]
     return source.stat().st_size + int((sizes[1] - sizes[0]) * 2**20)
 
@@ -79,7 +87,9 @@ def mix_below(source: Path, budget_bytes: int) -> str | None:
     return max(fitting, key=sizes.__getitem__, default=None)
 
 
-def _call(source: Path, output: Path, mix: str, importance: Importance | None, *, dry_run: bool) -> str:
+def _call(
+    source: Path, output: Path, mix: str, importance: Importance | None, types: Mapping[str, str], *, dry_run: bool
+) -> str:
     """Run `llama_model_quantize`; returns what it logged."""
     require()
     import llama_cpp
@@ -91,6 +101,12 @@ def _call(source: Path, output: Path, mix: str, importance: Importance | None, *
     if importance:
         entries = _imatrix(importance)
         params.imatrix = entries
+    if types:
+        patterns = _overrides(types)
+        params.tt_overrides = patterns
+        for name, field in {"token_embd.weight": "token_embedding_type", "output.weight": "output_tensor_type"}.items():
+            if name in types:
+                setattr(params, field, int(get_format(types[name]).ggml_type))
     with captured_log() as log:
         failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(params))
     if failed:
@@ -106,6 +122,16 @@ def _imatrix(importance: Importance) -> Any:
     for entry, (name, values) in zip(entries, importance.items(), strict=False):
         entry.name, entry.size = name.encode(), values.size
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    return entries
+
+
+def _overrides(types: Mapping[str, str]) -> Any:
+    """A C array of patterns, one per tensor, that ends with an empty one."""
+    import llama_cpp
+
+    entries = (llama_cpp.llama_model_tensor_override * (len(types) + 1))()
+    for entry, (name, fmt) in zip(entries, types.items(), strict=False):
+        entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), int(get_format(fmt).ggml_type)
     return entries
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ramp_jax.checkpoint import digest, write_bytes
 from ramp_jax.models import DecoderSpec, Model
-from ramp_jax.models.decoder import Decoder, Params, block_taps
+from ramp_jax.models.decoder import Decoder, Params, block_taps, embed, layer_params
 from ramp_jax.progress import track
 
 _LAYER_TAPS = ("residual", "attn_in", "attn_mid", "attn_out", "ffn_in", "ffn_mid", "ffn_out")  # in forward order
@@ -125,10 +125,9 @@ def second_moments(model: Model, windows: Int[np.ndarray, "W T"]) -> Iterator[di
     Beside the weights, memory holds the hidden states of all windows, `[W, T, D]` f32, twice. Raises `ValueError` where
     an activation is not finite.
     """
-    x = model.params["token_embd"][windows].astype(jnp.float32)
+    x = embed(model.spec, model.params["token_embd"], windows)
     for index in track(range(model.spec.n_layers), "second moments", "layer"):
-        layer = {key: value[index] for key, value in model.params["blk"].items()}
-        x, second = layer_second_moments(model.spec, layer, x)
+        x, second = layer_second_moments(model.spec, layer_params(model.params, index), x)
         for tap, matrix in second.items():
             if not np.isfinite(np.asarray(jnp.trace(matrix))):
                 raise ValueError(

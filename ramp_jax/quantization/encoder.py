@@ -1,6 +1,7 @@
 """How weights become codes: the one way for what is evaluated and for what is exported."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,24 +23,30 @@ class Encoder:
     """Codes for a model's tensors: `effort` of the search, weighted by `importance` where a tensor has an entry.
 
     Importance is that of the unfolded model; what a folding changes in it is applied here. With a `cache`, the same
-    weights are encoded once. `codes` by tensor name were found before, for one folding and one allocation.
+    weights are encoded once. `codes` by tensor and format were found before, for one folding.
     """
 
     effort: Effort = "reference"
     importance: Importance = dataclasses.field(default_factory=dict)
     cache: EncodeCache | None = None
-    codes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    codes: Mapping[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, model: Model, tensor: Tensor, fmt: str) -> Any:
         """Codes of one tensor of `model`, folded as it is; raises `ValueError` where it cannot be encoded."""
-        if tensor.name in self.codes:
-            return self.codes[tensor.name]
+        if (tensor.name, fmt) in self.codes:
+            return self.codes[tensor.name, fmt]
         weights = folded(self.importance, tensor, model.folding)
         if weights is not None and not weights.any():
-            _LOG.warning("calibration saw no activation before %s; it is rounded unweighted.", tensor.name)
+            _say_unweighted(tensor.name)
             weights = None
         encode = checked_encode if self.cache is None else self.cache.encode
         return encode(tensor.name, lookup(model.params, tensor).astype(jnp.float32), fmt, weights, self.effort)
+
+
+@functools.cache
+def _say_unweighted(tensor: str) -> None:
+    """Once per tensor, however often it is encoded."""
+    _LOG.warning("calibration saw no activation before %s; it is rounded unweighted.", tensor)
 
 
 REFERENCE = Encoder()

@@ -12,8 +12,9 @@ Folding. Norms that multiply by 1 + γ are stored as 1 + γ in the parameter tre
 
 import dataclasses
 import functools
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -61,40 +62,36 @@ def fold(
     *,
     alphas: tuple[float, ...] = ALPHAS,
     betas: tuple[float, ...] = BETAS,
-    second: Mapping[str, Float[np.ndarray, "L C C"]] | None = None,
+    second: Iterable[Mapping[str, Float[Array, "C C"]]] | None = None,
 ) -> Model:
     """The same function with scales chosen for quantization at `level`.
 
     Per layer and group, (α, β) minimizes the squared error of the outputs of the linears, quantized with the
-    activations' importance: tr(E H Eᵀ) with the second moments H of the unfolded model where `second` has the tap, else
-    with their diagonal from `stats`. Groups whose rows the level cannot hold stay as they are; scales beyond 64 are
-    clipped and reported. Raises `ValueError` where the level can hold no group at all.
+    activations' importance: tr(E H Eᵀ) with the second moments H of `model`, layer by layer as `second_moments` gives
+    them, else with their diagonal from `stats`. Groups whose rows the level cannot hold stay as they are; scales beyond
+    64 are clipped and reported. Raises `ValueError` where the level can hold no group at all.
     """
     shapes = block_shapes(model.spec)
     formats = {tap: format_for(level, shapes[group.readers[0]][1]) for tap, group in GROUPS.items()}
-    if not any(formats.values()):
+    formats = {tap: fmt.name for tap, fmt in formats.items() if fmt is not None}
+    if not formats:
         raise ValueError(f"level {level} cannot hold rows of {model.spec.d_model} weights; fold at another level.")
-    square = {tap: stats.under(model.folding).moments[tap].square for tap in GROUPS}
+    moments = stats.under(model.folding).moments
     grid = jnp.asarray([(a, b) for a in alphas for b in betas])
-    blk, scales, clipped = model.params["blk"], {}, 0
-    for tap, group in GROUPS.items():
-        if (fmt := formats[tap]) is None:
-            continue
-        per_layer = []
-        for layer in track(range(model.spec.n_layers), f"folding {tap}", "layer"):
-            w = jnp.concatenate([blk[name][layer].astype(jnp.float32) for name in group.readers])
-            candidates, beyond = _scales(model.spec, tap, w, square[tap][layer], grid)
-            moment = square[tap][layer]
-            if second is not None and tap in second:
-                s = model.folding[tap][layer] if tap in model.folding else jnp.ones_like(moment)
-                moment = second[tap][layer] / (s[:, None] * s[None, :])
-            best = _best(w, candidates, square[tap][layer], moment, fmt.name)
+    chosen: dict[str, list[jax.Array]] = {tap: [] for tap in formats}
+    clipped = 0
+    layers = itertools.repeat({}, model.spec.n_layers) if second is None else second
+    for layer, matrices in enumerate(track(layers, "folding", "layer")):
+        for tap, fmt in formats.items():
+            rows = [model.params["blk"][name][layer].astype(jnp.float32) for name in GROUPS[tap].readers]
+            w, square = jnp.concatenate(rows), moments[tap].square[layer]
+            scales, beyond = _scales(model.spec, tap, w, square, grid)
+            best = _best(w, scales, square, jnp.asarray(matrices.get(tap, square)), fmt)
             clipped += int(beyond[best].sum())
-            per_layer.append(candidates[best])
-        scales[tap] = jnp.stack(per_layer)  # [L, C]
+            chosen[tap].append(scales[best])
     if clipped:
         _LOG.warning("%d scales of folding went beyond %g and were clipped.", clipped, _LARGEST_SCALE)
-    return _scaled(model, scales)
+    return _scaled(model, {tap: jnp.stack(per_layer) for tap, per_layer in chosen.items()})
 
 
 def refold(model: Model, folding: Mapping[str, Any]) -> Model:

@@ -1,0 +1,163 @@
+"""The suite `encoder` of launch/benchmark.py: what each way of rounding loses at equal tensor types.
+
+SmolLM2-135M, or --encoder_model. Cases are llama.cpp's mixes and uniform levels of every block tensor that can hold
+them, embeddings F16; --encoder_cases chooses. Columns: llama-quantize with the importance matrix of the calibration
+windows, ggml's bytes without one, `best`, `best` with folding, and `compensated` with folding. Held-out text, every
+fit on the same calibration windows. With --plots (or --json, beside whose file it then lies) a plot is written.
+"""
+
+import dataclasses
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
+from measuring import save_plots, timed
+
+from ramp_jax import data
+from ramp_jax.allocation import Allocation
+from ramp_jax.evaluation.perplexity import Reference, evaluate, reference_of
+from ramp_jax.evaluation.scores import numbers
+from ramp_jax.formats import format_for
+from ramp_jax.halo import handoff
+from ramp_jax.halo.export import export_gguf
+from ramp_jax.models import Model, allocatable, load_model
+from ramp_jax.quantization import REFERENCE, Encoder, Stats, calibrate, fake_quantize, fold, importance_of
+from ramp_jax.quantization.calibrate import second_moments
+from ramp_jax.quantization.compensate import compensate
+
+_MODEL = flags.DEFINE_string("encoder_model", "smollm2-135m", "The model of the suite encoder.")
+_CASES = flags.DEFINE_list("encoder_cases", ["2", "3", "4", "5", "Q3_K_M", "Q4_K_M"], "Levels and mixes.")
+_CALIBRATION = flags.DEFINE_integer("encoder_calibration", 32, "Calibration windows of 512 tokens.", lower_bound=1)
+_HELDOUT = flags.DEFINE_integer("encoder_heldout", 8, "Held-out windows of 512 tokens.", lower_bound=1)
+
+_CONTEXT, _FOLD_LEVEL = 512, 4  # the level that mixes are folded for
+
+Row = dict[str, Any]
+Cost = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """The model, what calibration found, and the held-out windows with the model's predictions."""
+
+    model: Model
+    fit: Int[np.ndarray, "W T"]
+    stats: Stats
+    second: list[dict[str, Float[Array, "C C"]]]
+    heldout: Int[np.ndarray, "W T"]
+    reference: Reference
+
+    def scored(self, case: str, column: str, model: Model, params: Any, cost: Cost) -> Row:
+        """A row: how far `params` are from the reference."""
+        found = numbers(evaluate(model, self.heldout, params=params, reference=self.reference))
+        kept = ("kld", "kld_stderr", "delta_nll", "delta_nll_stderr", "same_top")
+        row = {"case": case, "column": column, **{name: found[name] for name in kept}, **cost}
+        print("  ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        return row
+
+
+def encoder(repeats: int) -> dict[str, Any]:
+    """All cases, each once (`repeats` is for shorter suites)."""
+    model = load_model(_MODEL.value)
+    fit = data.windows("builtin", model.tokenizer, context=_CONTEXT, count=_CALIBRATION.value)
+    heldout = data.windows("builtin", model.tokenizer, context=_CONTEXT, count=_HELDOUT.value, split="heldout")
+    cost, (stats, second) = _cost(lambda: (calibrate(model, fit), list(second_moments(model, fit))))
+    bench = Bench(model, fit, stats, second, heldout, reference_of(model, heldout))
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "F16.gguf"
+        export_gguf(model, _uniform(model, None), source)
+        for case in _CASES.value:
+            rows += _case(bench, case, source, Path(folder))
+    costs = {"calibration": cost, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    save_plots({"encoder": lambda: plot(rows)})
+    print(table(rows))
+    return {"model": _MODEL.value, "calibration_tokens": fit.size, **costs, "rows": rows}
+
+
+def _case(bench: Bench, case: str, source: Path, folder: Path) -> list[Row]:
+    model, rows, path = bench.model, [], folder / "llama.gguf"
+    importance = importance_of(model.spec, bench.stats)
+    uniform = _uniform(model, int(case)) if case.isdigit() else None
+    base, types = ("Q4_0", uniform.formats) if uniform else (case, {"token_embd.weight": "F16"})
+    cost, _ = _cost(lambda: handoff.quantize(source, path, base, importance, types))
+    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    allocation = Allocation(model.spec, model.metadata, {t.name: stored[t.name] for t in allocatable(model.spec)})
+    theirs = load_model(str(path))
+    rows.append(bench.scored(case, "llama-quantize", theirs, theirs.params, cost))
+    best = Encoder("best", importance)
+    for column, encoder in {"plain": REFERENCE, "best": best}.items():
+        rows.append(_rounded(bench, case, column, model, allocation, lambda _, e=encoder: e, {}))
+    level = int(case) if case.isdigit() else _FOLD_LEVEL
+    cost, folded = _cost(lambda: fold(model, bench.stats, level, second=bench.second))
+    rows.append(_rounded(bench, case, "best, folded", folded, allocation, lambda _: best, cost))
+    make = lambda m: compensate(m, allocation, bench.fit, best)  # noqa: E731
+    rows.append(_rounded(bench, case, "compensated, folded", folded, allocation, make, cost))
+    return rows
+
+
+def _rounded(
+    bench: Bench,
+    case: str,
+    column: str,
+    model: Model,
+    allocation: Allocation,
+    make: Callable[[Model], Encoder],
+    before: Cost,
+) -> Row:
+    cost, params = _cost(lambda: jax.block_until_ready(fake_quantize(model, allocation, make(model))))
+    return bench.scored(case, column, model, params, {name: cost[name] + before.get(name, 0.0) for name in cost})
+
+
+def _uniform(model: Model, level: int | None) -> Allocation:
+    """Every block tensor at the level where it can hold the rows, all else F16."""
+
+    def name(n_in: int) -> str:
+        fmt = None if level is None else format_for(level, n_in)
+        return "F16" if fmt is None else fmt.name
+
+    formats = {t.name: "F16" if t.layer is None else name(t.shape[-1]) for t in allocatable(model.spec)}
+    return Allocation(model.spec, model.metadata, formats)
+
+
+def _cost(run: Callable[[], Any]) -> tuple[Cost, Any]:
+    """Seconds on the clock, and of all cores; compilation included."""
+    before = time.process_time()
+    seconds, result = timed(run)
+    return {"seconds": seconds, "cpu_seconds": time.process_time() - before}, result
+
+
+def table(rows: list[Row]) -> str:
+    """Mean KL divergence, one line per case, and over llama-quantize's."""
+    columns, lines = list(dict.fromkeys(row["column"] for row in rows)), []
+    lines.append("case".ljust(8) + "".join(column.rjust(24) for column in columns))
+    for case in dict.fromkeys(row["case"] for row in rows):
+        kld = {row["column"]: row["kld"] for row in rows if row["case"] == case}
+        cells = [f"{kld[c]:.4f} ({kld[c] / kld['llama-quantize']:.2f})" for c in columns]
+        lines.append(case.ljust(8) + "".join(cell.rjust(24) for cell in cells))
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Mean KL divergence of every column over llama-quantize's, case by case; half of it is the aim."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    cases, columns = (list(dict.fromkeys(row[name] for row in rows)) for name in ("case", "column"))
+    kld = {(row["case"], row["column"]): row["kld"] for row in rows}
+    for i, column in enumerate(columns[1:]):
+        heights = [kld[case, column] / kld[case, columns[0]] for case in cases]
+        axes.bar(np.arange(len(cases)) + 0.15 * i, heights, 0.15, label=column)
+    axes.axhline(1.0, color="gray", linewidth=0.8)
+    axes.axhline(0.5, color="gray", linewidth=0.8, linestyle="--")
+    axes.set(xticks=np.arange(len(cases)) + 0.3, xticklabels=cases, ylabel=f"mean KL divergence / {columns[0]}")
+    axes.legend()
+    return figure
