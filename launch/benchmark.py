@@ -21,6 +21,7 @@ from absl import app, flags
 from encoder_suite import encoder
 from forward_suite import forward
 from parity_suite import parity
+from policy_suite import policy
 from sensitivity_suite import sensitivity
 
 _SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
@@ -34,6 +35,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "errors": formats_suite.errors,
     "bytes": formats_suite.equal_bytes,
     "sensitivity": sensitivity,
+    "policy": policy,
     "encoder": encoder,
 }
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ramp_jax.allocation import ALIGNMENT, costs
 from ramp_jax.models import allocatable
 from ramp_jax.policy import embedding, networks, rollout
-from ramp_jax.policy.env import CONTEXT, UNIT_BYTES
+from ramp_jax.policy.env import CONTEXT, UNIT_BYTES, Problem
 from ramp_jax.policy.rollout import POLICY_FILE, Policy, allocate, check_levels, load_policy
 from ramp_jax.quantization import calibrate, fold
 
@@ -110,7 +110,7 @@ def test_allocations_fit_and_use_the_policy_s_levels(prepared, seed, share):
     allocation = allocate(policy_of(seed), folded, stats, budget_bytes=budget)
     assert table.smallest <= allocation.file_bytes <= budget
     assert set(allocation.formats.values()) <= {"IQ4_NL", "Q5_0", "Q8_0"}
-    assert set(allocation.folding) == {"attn_in", "ffn_in"}
+    assert set(allocation.folding) == {"attn_in", "attn_mid", "ffn_in", "ffn_mid"}
 
 
 def test_allocation_is_deterministic_and_policies_differ(prepared):
@@ -140,3 +140,27 @@ def test_budget_out_of_range_prints_the_range(prepared):
     for budget in (1, table.smallest - 1, table.largest + 1):
         with pytest.raises(ValueError, match=wanted):
             allocate(policy_of(0), folded, stats, budget_bytes=budget)
+
+
+def test_what_is_left_is_spent_where_it_saves_most():
+    """An actor that takes the smallest level; two units are left, and the second tensor loses more per unit."""
+    known = Problem(
+        jnp.zeros((2, 11)).at[1, embedding.NAMES.index("loss_rate")].set(1.0),
+        jnp.array([256.0, 256.0]),
+        jnp.array([[4, 6, 8], [4, 6, 8]], jnp.int32),
+        jnp.array([4.0, 5.0, 8.0]),
+    )
+    actor = jax.tree.map(jnp.zeros_like, policy_of(0).actor)
+    actor["params"]["Dense_1"]["bias"] = jnp.array([2.0, 1.0, 0.0])
+    policy = dataclasses.replace(policy_of(0), actor=actor)
+    assert rollout.choose(policy, known, 9).tolist() == [0, 0]
+    assert rollout.choose(policy, known, 10).tolist() == [0, 1]
+    assert rollout.choose(policy, known, 12).tolist() == [1, 1]
+    assert rollout.choose(policy, known, 16).tolist() == [2, 2]
+
+
+def test_policy_of_another_observation_is_refused(tmp_path):
+    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), jnp.zeros((1, 15)))
+    dataclasses.replace(policy_of(0), actor=actor).save(tmp_path)
+    with pytest.raises(ValueError, match=r"observes 15 numbers, this program shows 17; train it again"):
+        load_policy(tmp_path)

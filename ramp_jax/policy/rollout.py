@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization
+from jaxtyping import Int
 
+from ramp_jax import baselines
 from ramp_jax.allocation import ALIGNMENT, Allocation, Costs, check_budget, costs, from_levels
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.models import Model, allocatable
@@ -84,9 +86,17 @@ def allocate(policy: Policy, model: Model, stats: Stats, *, budget_bytes: int) -
     """
     table = costs(model, policy.levels)
     check_budget(table, budget_bytes)
-    units = jnp.int32(table.units(budget_bytes))
-    action = greedy(policy.actor, problem(model, stats, policy.levels, table), units, policy.hidden)
-    return from_levels(model, [policy.levels[a] for a in np.asarray(action)])
+    action = choose(policy, problem(model, stats, policy.levels, table), table.units(budget_bytes))
+    return from_levels(model, [policy.levels[a] for a in action])
+
+
+def choose(policy: Policy, known: Problem, units: int) -> Int[np.ndarray, " T"]:
+    """Level indices for a budget: the actor's most probable actions, then what is left of the budget is spent where the
+    embedding expects it to save most."""
+    action = np.asarray(greedy(policy.actor, known, jnp.int32(units), policy.hidden))
+    embedded, weights, bits = (np.asarray(a, np.float64) for a in (known.embedding, known.weights, known.bits))
+    expected = embedding.expected_loss(embedded, weights, bits)
+    return baselines.filled(np.asarray(known.cost, np.int64), expected, units, action)
 
 
 def check_levels(policy: Policy, levels: tuple[int, ...]) -> None:
