@@ -52,8 +52,8 @@ def test_checkpoint_is_a_model_with_its_tokenizer(made):
     text = "def spam(eggs):\n    return 'Ünïcode' * 123\n"
     assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
     assert plain(model.metadata)["tokenizer.ggml.pre"] == "smollm"
-    windows = data.windows(TINY.data, model.tokenizer, context=32, count=None, split="heldout")
-    assert found["heldout_tokens"] == windows.size > 1000
+    windows = data.windows(TINY.data, model.tokenizer, context=32, count=128, split="heldout")
+    assert found["heldout_tokens"] == windows.size
     assert found["heldout_nll"] == pytest.approx(evaluate(model, windows, protocol="sliding").nll.mean())
     assert found["heldout_nll"] < np.log(300) - 0.3
     assert 1 < found["bits_per_byte"] < 8
