@@ -25,7 +25,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["ramp_jax", "ramp_jax.*"]),
-    package_data={"ramp_jax": ["refs/*/*.json", "refs/*/*.safetensors"]},
+    package_data={"ramp_jax": ["refs/*/*.json", "refs/*/*.safetensors", "policy/pretrained/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",

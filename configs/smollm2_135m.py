@@ -16,7 +16,7 @@ from ramp_jax.policy.train import TrainConfig
 def get_config() -> ConfigDict:
     """The run's config; every field can be set as --config.field=value."""
     config = RunConfig(
-        model="smollm2-135m",
+        models=("smollm2-135m",),
         levels=(4, 5, 8),
         fold_level=4,
         sensitivity=WindowsConfig(context=48, count=2),

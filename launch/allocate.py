@@ -3,7 +3,7 @@
     python launch/allocate.py --model=REF --source_policy=DIR --budget_bytes=92000000 --output=alloc.json
 
 REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on another
-model. Needs one calibration pass over the model and nothing else. The allocation records --encoder for whoever
+model; `pretrained` is the one of this package. Needs one calibration pass over the model and nothing else. The allocation records --encoder for whoever
 evaluates or exports it. `--dry_run` prints what sizes can be reached.
 """
 
@@ -17,7 +17,7 @@ from ramp_jax.config import WindowsConfig
 from ramp_jax.policy.rollout import check_levels, load_policy
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
-_POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run.")
+_POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run, or `pretrained`.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the allocation goes (.json).")
 _LEVELS = flags.DEFINE_list("levels", None, "Levels that must be the policy's; default: whatever it was trained for.")
 flags.register_validator(

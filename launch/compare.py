@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from ramp_jax import cli, workflow
+from ramp_jax.allocation import read_saved
 from ramp_jax.config import WindowsConfig, from_dict
 from ramp_jax.halo.compare import compare
 from ramp_jax.halo.report import text_table
@@ -31,14 +32,15 @@ def main() -> None:
     if not config_path.is_file():
         raise FileNotFoundError(f"{workdir} is not the workdir of a training run; train with launch/train.py first.")
     config = from_dict(json.loads(config_path.read_text(encoding="utf-8")))
-    model = cli.load(config.model)
+    ref = read_saved(Path(_ALLOCATION.value))["model"]
+    model = cli.load(ref)
     heldout = WindowsConfig(config.calibration.data, _CONTEXT.value, _COUNT.value)
     rows = compare(
         model,
         Path(_ALLOCATION.value),
         Path(_GGUF.value),
         workdir,
-        workdir / workflow.SENSITIVITY,
+        workflow.table_path(workdir, ref),
         workflow.tokens(model, heldout, "heldout"),
         workflow.tokens(model, config.calibration, "calibration"),
         _ENCODER.value,

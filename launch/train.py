@@ -1,10 +1,10 @@
-"""Train an allocation policy on one model.
+"""Train an allocation policy on one model or several.
 
     python launch/train.py --config=configs/smollm2_135m.py --workdir=runs/smollm2-135m [--config.seed=1 ...]
 
-Loads the model, calibrates and folds it, measures what every tensor loses at every level, and trains Soft Actor-Critic
-on that table. `--workdir` receives the policy, the table, `metrics.jsonl` and `training.png`. A run that was stopped
-goes on with the same command.
+Loads the models, calibrates and folds them, measures what every tensor loses at every level, and trains Soft
+Actor-Critic on those tables. `--workdir` receives the policy, the tables, `metrics.jsonl` and `training.png`. A run
+that was stopped goes on with the same command.
 """
 
 from pathlib import Path

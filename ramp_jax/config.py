@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ramp_jax.formats.registry import Effort
@@ -21,14 +22,14 @@ class WindowsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A training run: the model, its calibration and sensitivity windows, the levels, and the learner.
+    """A training run: the models to learn on, their calibration and sensitivity windows, the levels, and the learner.
 
     `encoder` rounds the weights whose sensitivity is measured: `reference` as ggml without importance, or `best`.
     `sensitivity_method` is `exact` (half a forward pass per tensor and level) or `fisher` (an estimate from one
     backward pass for all of them, for models that are too large to measure).
     """
 
-    model: str = "smollm2-135m"
+    models: tuple[str, ...] = ("smollm2-135m",)
     dtype: str = "auto"
     seed: int = 0
     levels: tuple[int, ...] = (4, 5, 8)
@@ -40,6 +41,9 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        names = [Path(model).name for model in self.models]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"models are {self.models!r}; name at least one, and none twice.")
         if self.sensitivity_method not in (known := get_args(SensitivityMethod)):
             raise ValueError(f"sensitivity_method is {self.sensitivity_method!r}; choose {' or '.join(known)}.")
         if self.encoder not in (known := get_args(Effort)):

@@ -43,7 +43,7 @@ from ramp_jax.quantization import (
 )
 from ramp_jax.quantization.calibrate import second_moments
 
-CONFIG, SENSITIVITY, METRICS, CHECKPOINT = "config.json", "sensitivity.npz", "metrics.jsonl", "checkpoint.msgpack"
+CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.msgpack"
 
 Say = Callable[[str], None]
 
@@ -173,15 +173,10 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     if (workdir / rollout.POLICY_FILE).is_file():
         say(f"{workdir} already holds the policy of this config.")
         return load_policy(workdir)
-    say(f"Loading {config.model}")
-    model = load_model(config.model, config.dtype)
+    models = [load_model(ref, config.dtype) for ref in config.models]
     write_bytes(workdir / CONFIG, (json.dumps(as_dict(config), indent=1) + "\n").encode())
-    model, stats = prepare(model, config.calibration, config.fold_level)
-    encoder = REFERENCE if config.encoder == "reference" else Encoder(config.encoder, importance_of(model.spec, stats))
-    table = sensitivity(model, config, workdir, say, encoder)
-    problem = rollout.problem(model, stats, config.levels)
-    task = train.Task(problem, jnp.asarray(table.kld, jnp.float32))
-    say(f"Training on {len(table.tensors)} tensors with levels {', '.join(map(str, config.levels))}")
+    tasks = tuple(_task(ref, model, config, workdir, say) for ref, model in zip(config.models, models, strict=True))
+    say(f"Training on {' and '.join(config.models)} with levels {', '.join(map(str, config.levels))}")
     with (workdir / METRICS).open("a", encoding="utf-8") as metrics:
 
         def log(row: dict[str, Any]) -> None:
@@ -189,10 +184,24 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
             metrics.flush()
 
         key = jax.random.key(config.seed)
-        best = train.run(key, (task,), config.train, log=log, checkpoint_path=workdir / CHECKPOINT)
-    policy = Policy(best.actor, config.train.sac.hidden, config.levels, config.fold_level, (config.model,))
+        best = train.run(key, tasks, config.train, log=log, checkpoint_path=workdir / CHECKPOINT)
+    policy = Policy(best.actor, config.train.sac.hidden, config.levels, config.fold_level, config.models)
     policy.save(workdir)
     return policy
+
+
+def _task(ref: str, model: Model, config: RunConfig, workdir: Path, say: Say) -> train.Task:
+    """What the policy learns on a model: calibrated, folded, measured and embedded."""
+    say(f"Preparing {ref}")
+    model, stats = prepare(model, config.calibration, config.fold_level)
+    encoder = REFERENCE if config.encoder == "reference" else Encoder(config.encoder, importance_of(model.spec, stats))
+    table = sensitivity(model, config, table_path(workdir, ref), say, encoder)
+    return train.Task(rollout.problem(model, stats, config.levels), jnp.asarray(table.kld, jnp.float32))
+
+
+def table_path(workdir: Path, ref: str) -> Path:
+    """Where a run keeps the sensitivity table of one of its models."""
+    return workdir / f"sensitivity-{Path(ref).name}.npz"
 
 
 def claim(workdir: Path, config: RunConfig) -> None:
@@ -214,17 +223,15 @@ def claim(workdir: Path, config: RunConfig) -> None:
             )
 
 
-def sensitivity(model: Model, config: RunConfig, workdir: Path, say: Say, encoder: Encoder = REFERENCE) -> Sensitivity:
-    """The table of a run, measured once in f32; one that was stopped goes on.
+def sensitivity(model: Model, config: RunConfig, path: Path, say: Say, encoder: Encoder = REFERENCE) -> Sensitivity:
+    """A table of a run, measured once in f32; one that was stopped goes on.
 
-    Raises `ValueError` where `workdir` holds a table of other inputs.
+    Raises `ValueError` where `path` holds a table of other inputs.
     """
     windows = tokens(model, config.sensitivity, "calibration")
     say(f"What every tensor loses at every level ({config.sensitivity_method}), on {windows.size} tokens")
     measure = {"exact": exact_sensitivity, "fisher": fisher_sensitivity}[config.sensitivity_method]
-    return measure(
-        model.astype(jnp.float32), windows, config.levels, "sliding", path=workdir / SENSITIVITY, encoder=encoder
-    )
+    return measure(model.astype(jnp.float32), windows, config.levels, "sliding", path=path, encoder=encoder)
 
 
 def allocate(

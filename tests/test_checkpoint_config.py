@@ -92,7 +92,7 @@ def test_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 CONFIG = RunConfig(
-    model="somewhere",
+    models=("somewhere",),
     seed=3,
     levels=(3, 4),
     calibration=WindowsConfig("text.txt", 64, 2),

@@ -32,7 +32,7 @@ def get_config():
     sac = SacConfig(hidden=(8,), batch_size=8)
     train = TrainConfig(iterations=4, episodes=4, updates=2, replay_iterations=2, log_every=2, sac=sac)
     return ConfigDict(as_dict(RunConfig(
-        model={model!r}, dtype="float32", calibration=short, sensitivity=short, train=train)))
+        models=({model!r},), dtype="float32", calibration=short, sensitivity=short, train=train)))
 """
 WINDOWS = ("--context=24", "--count=2")
 
@@ -149,7 +149,7 @@ def allocate(whole):
 def test_the_whole_way(whole, untied):
     """Every file is there and nothing half-written; sizes are those predicted; all rows are in table and page."""
     names = {path.name for path in whole.workdir.iterdir()}
-    assert names >= {"config.json", "sensitivity.npz", "policy.msgpack", "metrics.jsonl", "comparison.json"}
+    assert names >= {"config.json", "sensitivity-untied.npz", "policy.msgpack", "metrics.jsonl", "comparison.json"}
     assert names >= {"report.html", "allocation.png", "training.png"}
     assert not [path for path in whole.workdir.parent.rglob("*.partial")]
     allocation = Allocation.load(whole.allocation, untied)
@@ -322,7 +322,7 @@ def test_models_that_cannot_be_read(fails, whole, allocate, tmp_path, kind):
 
 def test_training_on_a_model_that_is_mistyped_can_be_repeated(fails, whole, tmp_path):
     """The folder does not remember the mistake."""
-    arguments = (f"--config={whole.config}", f"--workdir={tmp_path / 'run'}", "--config.model=smollm3")
+    arguments = (f"--config={whole.config}", f"--workdir={tmp_path / 'run'}", "--config.models=('smollm3',)")
     assert "'smollm3' is neither" in fails("train", *arguments)
     assert list((tmp_path / "run").iterdir()) == []
 

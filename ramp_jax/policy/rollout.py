@@ -13,11 +13,13 @@ from ramp_jax.allocation import ALIGNMENT, Allocation, Costs, check_budget, cost
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.models import Model, allocatable
 from ramp_jax.policy import embedding
-from ramp_jax.policy.env import Problem
+from ramp_jax.policy.env import CONTEXT, Problem
 from ramp_jax.policy.train import greedy
 from ramp_jax.quantization import Stats
 
 POLICY_FILE = "policy.msgpack"
+PRETRAINED = "pretrained"
+"""Name of the policy that comes with the package; configs/pretrained.py made it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,12 @@ class Policy:
 
 
 def load_policy(source: str | Path) -> Policy:
-    """The policy in a training run's workdir.
+    """The policy in a training run's workdir, or the one that comes with the package for `pretrained`.
 
     Raises `FileNotFoundError` where there is none, `ValueError` for a damaged file or another embedding version.
     """
-    path = Path(source) / POLICY_FILE
+    source = Path(__file__).with_name(PRETRAINED) if source == PRETRAINED else Path(source)
+    path = source / POLICY_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{source} holds no {POLICY_FILE}; train one with launch/train.py --workdir={source}.")
     try:
@@ -57,6 +60,9 @@ def load_policy(source: str | Path) -> Policy:
             f"the policy in {source} was trained on version {policy.embedding_version} of the embedding, this program "
             f"computes version {embedding.VERSION}; train it again."
         )
+    seen, shown = policy.actor["params"]["Dense_0"]["kernel"].shape[0], len(embedding.NAMES) + CONTEXT
+    if seen != shown:
+        raise ValueError(f"the policy in {source} observes {seen} numbers, this program shows {shown}; train it again.")
     return policy
 
 
