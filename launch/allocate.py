@@ -3,8 +3,8 @@
     python launch/allocate.py --model=REF --source_policy=DIR --budget_bytes=92000000 --output=alloc.json
 
 REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on another
-model; `pretrained` is the one of this package. Needs one calibration pass over the model and nothing else. The allocation records --encoder for whoever
-evaluates or exports it. `--dry_run` prints what sizes can be reached.
+model; `pretrained` is the one of this package. Needs one calibration pass over the model and nothing else. The
+allocation records --encoder for whoever evaluates or exports it. `--dry_run` prints what sizes can be reached.
 """
 
 from pathlib import Path
