@@ -159,5 +159,5 @@ def plot(rows: list[Row]) -> Figure:
     axes.axhline(1.0, color="gray", linewidth=0.8)
     axes.axhline(0.5, color="gray", linewidth=0.8, linestyle="--")
     axes.set(xticks=np.arange(len(cases)) + 0.3, xticklabels=cases, ylabel=f"mean KL divergence / {columns[0]}")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(columns))
     return figure

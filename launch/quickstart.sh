@@ -4,6 +4,7 @@
 #   bash launch/quickstart.sh
 #
 # BUDGET (bytes of the finished file, default 92000000) and WORKDIR may be set. What exists already is used again.
+# Files are encoded with --encoder=best; the default of launch/allocate.py, compensated, loses less and takes minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/venv.sh
@@ -30,7 +31,7 @@ echo "== Training a policy"
 python launch/train.py --config=configs/smollm2_135m.py --workdir="$WORKDIR"
 echo "== Allocating $BUDGET bytes"
 [ -f "$ALLOCATION" ] || python launch/allocate.py --model=smollm2-135m --source_policy="$WORKDIR" \
-  --budget_bytes="$BUDGET" --output="$ALLOCATION"
+  --budget_bytes="$BUDGET" --encoder=best --output="$ALLOCATION"
 echo "== Exporting"
 [ -f "$GGUF" ] || python launch/export_gguf.py --model=smollm2-135m --allocation="$ALLOCATION" --output="$GGUF"
 echo "== Comparing on held-out text"

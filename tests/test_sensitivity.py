@@ -189,9 +189,7 @@ def test_finished_table_is_read_not_measured(measure, untied, windows, tmp_path,
 
 def test_run_goes_on_with_its_table(untied, tmp_path, monkeypatch):
     config = RunConfig(sensitivity=WindowsConfig(context=24, count=3))
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    for folder in (whole, stopped):
-        folder.mkdir()
+    whole, stopped = tmp_path / "whole.npz", tmp_path / "stopped.npz"
     expected = workflow.sensitivity(untied, config, whole, print)
     with monkeypatch.context() as patched:
         stopped_after(patched, 2)
