@@ -2,8 +2,10 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -12,11 +14,14 @@ import torch
 from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.halo.torch_model import token_losses, torch_model
 from ramp_jax.models import load_model
+from ramp_jax.policy import networks
+from ramp_jax.policy.rollout import Policy
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 import forward_suite
 import measuring
 import parity_suite
+import policy_suite
 
 
 @pytest.fixture
@@ -92,3 +97,31 @@ def test_parity_suite(on_tiny, monkeypatch):
     assert numbers["mean_log_likelihood"] < -5
     points = [len(line.get_ydata()) for axes in drawn["parity"].axes for line in axes.get_lines()]
     assert points == [3, 3, 3, 2, 2, 2, 3, 3, 2, 2]
+
+
+def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untied_directory, tmp_path):
+    """On the tiny model, whose rows hold only blocks of 32: rows fit their budget, and the plot shows every method."""
+    hidden, levels = (8,), (4, 5, 8)
+    actor = networks.actor(hidden, len(levels)).init(jax.random.key(0), jnp.zeros((1, 17)))
+    Policy(actor, hidden, levels, 4, ("tiny",)).save(tmp_path)
+    drawn = {}
+    monkeypatch.setattr(policy_suite, "save_plots", lambda figures: drawn.update({k: f() for k, f in figures.items()}))
+    for name, value in {
+        "_MIXES": ("IQ4_NL", "Q5_0", "Q8_0"),
+        "_CALIBRATION": {"context": 24, "count": 2},
+        "_HELDOUT": {"context": 24, "count": 2},
+        "_FISHER": {"context": 24, "count": 2},
+        "_RANDOM_SEEDS": 1,
+        "_TARGET": SimpleNamespace(value=str(untied_directory)),
+        "_POLICIES": SimpleNamespace(value=[str(tmp_path)]),
+        "_TABLE": SimpleNamespace(value=None),
+    }.items():
+        monkeypatch.setattr(policy_suite, name, value)
+    rows = policy_suite.policy(1)["rows"]
+    methods = {row["method"] for row in rows if not row["method"].startswith("llama.cpp")}
+    assert methods == {"uniform", "random 0", "Fisher knapsack", "Fisher greedy", f"policy {tmp_path.name}"}
+    assert all(row["bytes"] <= row["budget"] for row in rows)
+    assert all(np.isfinite(row["kld"]) and row["kld"] > 0 for row in rows)
+    by = {(row["budget_of"], row["method"]): row["kld"] for row in rows}
+    assert by["Q5_0", "Fisher knapsack"] < by["Q5_0", "random 0"]
+    assert {line.get_label() for line in drawn["policy"].axes[0].get_lines()} == methods | {"llama.cpp"}
