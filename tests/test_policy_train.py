@@ -51,6 +51,7 @@ def task_of(rng, tensors=12):
         jnp.asarray(weights, jnp.float32),
         jnp.asarray(weights[:, None] * BITS[None, :] // 256, jnp.int32),
         jnp.asarray(BITS, jnp.float32),
+        jnp.asarray(loss * np.exp(rng.normal(0, 0.5, (tensors, 1))), jnp.float32),
     )
     return Task(problem, jnp.asarray(loss, jnp.float32))
 

@@ -145,22 +145,24 @@ def test_budget_out_of_range_prints_the_range(prepared):
 def test_what_is_left_is_spent_where_it_saves_most():
     """An actor that takes the smallest level; two units are left, and the second tensor loses more per unit."""
     known = Problem(
-        jnp.zeros((2, 11)).at[1, embedding.NAMES.index("loss_rate")].set(1.0),
+        jnp.zeros((2, 11)),
         jnp.array([256.0, 256.0]),
         jnp.array([[4, 6, 8], [4, 6, 8]], jnp.int32),
         jnp.array([4.0, 5.0, 8.0]),
+        jnp.array([[1.0, 0.25, 0.004], [10.0, 2.5, 0.04]]),
     )
     actor = jax.tree.map(jnp.zeros_like, policy_of(0).actor)
     actor["params"]["Dense_1"]["bias"] = jnp.array([2.0, 1.0, 0.0])
     policy = dataclasses.replace(policy_of(0), actor=actor)
     assert rollout.choose(policy, known, 9).tolist() == [0, 0]
     assert rollout.choose(policy, known, 10).tolist() == [0, 1]
-    assert rollout.choose(policy, known, 12).tolist() == [1, 1]
+    assert rollout.choose(policy, known, 12).tolist() == [0, 2]
+    assert rollout.choose(policy, known, 14).tolist() == [1, 2]
     assert rollout.choose(policy, known, 16).tolist() == [2, 2]
 
 
 def test_policy_of_another_observation_is_refused(tmp_path):
     actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), jnp.zeros((1, 15)))
     dataclasses.replace(policy_of(0), actor=actor).save(tmp_path)
-    with pytest.raises(ValueError, match=r"observes 15 numbers, this program shows 17; train it again"):
+    with pytest.raises(ValueError, match=r"observes 15 numbers, this program shows 18; train it again"):
         load_policy(tmp_path)

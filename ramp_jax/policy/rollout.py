@@ -71,12 +71,12 @@ def load_policy(source: str | Path) -> Policy:
 def problem(model: Model, stats: Stats, levels: tuple[int, ...], table: Costs | None = None) -> Problem:
     """The decision process of `model`, whose tensors are embedded as they are (fold first)."""
     table = costs(model, levels) if table is None else table
-    return Problem(
-        jnp.asarray(embedding.embed(model, stats)),
-        jnp.asarray([tensor.size for tensor in allocatable(model.spec)], jnp.float32),
-        jnp.asarray(table.per_level // ALIGNMENT, jnp.int32),
-        jnp.asarray(levels, jnp.float32),
-    )
+    embedded, bits = embedding.embed(model, stats), np.asarray(levels, np.float32)
+    weights = np.asarray([tensor.size for tensor in allocatable(model.spec)], np.float32)
+    expected = embedding.expected_loss(embedded, weights / weights.sum(), bits)
+    floats = (jnp.asarray(a, jnp.float32) for a in (embedded, weights, bits, expected))
+    embedded, weights, bits, expected = floats
+    return Problem(embedded, weights, jnp.asarray(table.per_level // ALIGNMENT, jnp.int32), bits, expected)
 
 
 def allocate(policy: Policy, model: Model, stats: Stats, *, budget_bytes: int) -> Allocation:
@@ -94,9 +94,7 @@ def choose(policy: Policy, known: Problem, units: int) -> Int[np.ndarray, " T"]:
     """Level indices for a budget: the actor's most probable actions, then what is left of the budget is spent where the
     embedding expects it to save most."""
     action = np.asarray(greedy(policy.actor, known, jnp.int32(units), policy.hidden))
-    embedded, weights, bits = (np.asarray(a, np.float64) for a in (known.embedding, known.weights, known.bits))
-    expected = embedding.expected_loss(embedded, weights, bits)
-    return baselines.filled(np.asarray(known.cost, np.int64), expected, units, action)
+    return baselines.filled(np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64), units, action)
 
 
 def check_levels(policy: Policy, levels: tuple[int, ...]) -> None:
