@@ -83,7 +83,9 @@ def policy(repeats: int) -> Numbers:
     folded = fold(model, stats, first.fold_level)
     encoder = Encoder("best", importance_of(model.spec, stats), EncodeCache(1 << 33))
     bench = Bench(folded, first.levels, costs(folded, first.levels), encoder, heldout, reference)
-    methods = [*_methods(bench, folded), *(_policy(bench, name, p, stats) for name, p in policies.items())]
+    methods = list(_methods(bench, folded))
+    for name, found in policies.items():
+        methods += _policy(bench, name, found, stats)
     rows = []
     for mix, budget, kld in _mixes(model, stats, heldout, reference):
         rows.append(_said(mix, f"llama.cpp {mix}", budget, budget, kld, 0.0))
@@ -98,7 +100,7 @@ def policy(repeats: int) -> Numbers:
 
 
 def _methods(bench: Bench, folded: Model) -> Iterator[Method]:
-    """Uniform, random, and the optimum of the Fisher estimate and of the exact table."""
+    """Uniform, random, and the optimum of the Fisher estimate and of the exact table; the greedy one beside it."""
     cost = bench.sizes.per_level // ALIGNMENT
     yield Method("uniform", lambda units: baselines.uniform(cost, cost, units), 0.0)
     for seed in range(_RANDOM_SEEDS):
@@ -113,11 +115,18 @@ def _methods(bench: Bench, folded: Model) -> Iterator[Method]:
     yield Method("Fisher greedy", lambda units: baselines.greedy(cost, estimate.kld, units), estimate.seconds)
 
 
-def _policy(bench: Bench, name: str, found: Policy, stats: Stats) -> Method:
+def _policy(bench: Bench, name: str, found: Policy, stats: Stats) -> list[Method]:
+    """The policy, its rollout without repair, and what the embedding's expected loss finds without a policy."""
     started = time.monotonic()
     problem = rollout.problem(bench.model, stats, found.levels, bench.sizes)
     seconds = time.monotonic() - started
-    return Method(f"policy {Path(name).name}", lambda units: rollout.choose(found, problem, units), seconds)
+    cost, expected = np.asarray(problem.cost, np.int64), np.asarray(problem.expected, np.float64)
+    short = f"policy {Path(name).name}"
+    return [
+        Method("expected greedy", lambda units: baselines.greedy(cost, expected, units), seconds),
+        Method(f"{short}, no repair", lambda units: rollout.choose(found, problem, units, repair=False), seconds),
+        Method(short, lambda units: rollout.choose(found, problem, units), seconds),
+    ]
 
 
 def _mixes(
@@ -147,7 +156,8 @@ def _plot(rows: list[Numbers]) -> Figure:
     axes = figure.subplots()
     names = dict.fromkeys("llama.cpp" if row["method"].startswith("llama.cpp") else row["method"] for row in rows)
     for name in names:
-        mine = sorted((row["bytes"] / 1e6, row["kld"]) for row in rows if row["method"].startswith(name))
+        chosen = [row for row in rows if row["method"] == name or (name == "llama.cpp" and name in row["method"])]
+        mine = sorted((row["bytes"] / 1e6, row["kld"]) for row in chosen)
         axes.plot(*zip(*mine, strict=True), marker="o", label=name)
     axes.set(xlabel="file size (MB)", ylabel="mean KL divergence (nats per token)", yscale="log")
     axes.legend(frameon=False)

@@ -121,7 +121,7 @@ def filled(cost: Cost, loss: Loss, budget: int, actions: Actions) -> Actions:
 
 
 def exchanged(cost: Cost, loss: Loss, budget: int, actions: Actions, *, rounds: int = 1000) -> Actions:
-    """Repair: spend what is left, then let pairs of tensors trade levels for as long as that saves loss and fits."""
+    """Repair: spend what is left, then let pairs of tensors trade levels while that saves a thousandth and fits."""
     actions, rows = filled(cost, loss, budget, actions), np.arange(len(cost))
     for _ in range(rounds):
         saved = np.where(cost > 0, loss[rows, actions][:, None] - loss, -np.inf).ravel()
@@ -131,7 +131,7 @@ def exchanged(cost: Cost, loss: Loss, budget: int, actions: Actions, *, rounds: 
         fits = extra[:, None] + extra[None, :] <= budget - _sum(cost, actions)
         both = np.where(fits & (tensor[:, None] != tensor[None, :]), both, -np.inf)
         i, j = np.unravel_index(np.argmax(both), both.shape)
-        if both[i, j] <= 1e-9 * _sum(loss, actions):
+        if both[i, j] <= 1e-3 * _sum(loss, actions):
             break
         for move in (i, j):
             actions[tensor[move]] = move % cost.shape[1]

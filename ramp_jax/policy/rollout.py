@@ -90,11 +90,16 @@ def allocate(policy: Policy, model: Model, stats: Stats, *, budget_bytes: int) -
     return from_levels(model, [policy.levels[a] for a in action])
 
 
-def choose(policy: Policy, known: Problem, units: int) -> Int[np.ndarray, " T"]:
-    """Level indices for a budget: the actor's most probable actions, then what is left of the budget is spent where the
-    embedding expects it to save most."""
+def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -> Int[np.ndarray, " T"]:
+    """Level indices for a budget: the actor's most probable actions and, with `repair`, exchanges from there.
+
+    Repair spends what is left of the budget, and lets pairs of tensors trade levels where the embedding expects that to
+    save: on a model unlike those it was trained on, an actor can starve a tensor that it should not.
+    """
     action = np.asarray(greedy(policy.actor, known, jnp.int32(units), policy.hidden))
-    return baselines.filled(np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64), units, action)
+    if not repair:
+        return action
+    return baselines.exchanged(np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64), units, action)
 
 
 def check_levels(policy: Policy, levels: tuple[int, ...]) -> None:
