@@ -212,3 +212,18 @@ def test_score_by_hand(task):
     scores = train.score(actor, (task,), hidden)
     smallest = np.log(loss.sum(0)[0]) - np.interp(budgets, cost.sum(0), np.log(loss.sum(0)))
     np.testing.assert_allclose(scores, np.exp([np.mean(logs), np.mean(smallest)]), rtol=1e-4)
+
+
+def test_narrowed_episodes_lack_the_lowest_levels_of_some_tensors(task):
+    """Never the highest level, never all of a tensor; nothing changes where no episode is narrowed."""
+    assert train._narrowed(task.problem, jax.random.key(0), 0.0) is task.problem
+    costs = [np.asarray(train._narrowed(task.problem, jax.random.key(i), 0.5).cost) for i in range(200)]
+    full = np.asarray(task.problem.cost)
+    for cost in costs:
+        lacking = cost == 0
+        assert (cost[~lacking] == full[~lacking]).all()
+        assert not lacking[:, -1].any()
+        assert (lacking[:, :-1] >= lacking[:, 1:]).all()
+    share = np.mean([(cost != full).any() for cost in costs])
+    assert 0.1 < share < 0.5
+    assert any((cost != full).any() and (cost == full).all(axis=1).any() for cost in costs)

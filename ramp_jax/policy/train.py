@@ -30,7 +30,7 @@ class TrainConfig:
 
     Seeds learn side by side, each on its own episodes; the last `replay_iterations` iterations are replayed.
     `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`). A share `narrowed`
-    of the episodes lacks the lowest levels, from a random one down, as a model does whose rows no superblock divides.
+    of the episodes lacks the lowest levels of some tensors, as a model does whose rows no superblock divides.
     """
 
     iterations: int = 150
@@ -153,13 +153,17 @@ def _play(
 
 
 def _narrowed(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
-    """With probability `share`, without the levels below a random one; a tensor that would have none keeps all."""
+    """With probability `share`, a random part of the tensors lacks the levels below a random one, unless it had no other.
+
+    Rows of a real model differ: those of one width hold superblocks, those of another do not.
+    """
     if not share:
         return problem
-    chance_key, level_key = jax.random.split(key)
+    chance_key, level_key, part_key, tensor_key = jax.random.split(key, 4)
     levels = jnp.arange(problem.cost.shape[1])
     lowest = jax.random.randint(level_key, (), 0, len(levels) - 1) * jax.random.bernoulli(chance_key, share)
-    cost = jnp.where(levels >= lowest, problem.cost, 0)
+    narrow = jax.random.uniform(tensor_key, (len(problem.cost), 1)) < 2 * jax.random.uniform(part_key)
+    cost = jnp.where(narrow & (levels < lowest), 0, problem.cost)
     return problem._replace(cost=jnp.where(jnp.any(cost > 0, axis=1, keepdims=True), cost, problem.cost))
 
 
