@@ -153,7 +153,7 @@ def _play(
 
 
 def _narrowed(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
-    """With probability `share`, a random part of the tensors lacks the levels below a random one, unless it had no other.
+    """With probability `share`, a random part of the tensors lacks the levels below a random one, if it has others.
 
     Rows of a real model differ: those of one width hold superblocks, those of another do not.
     """
