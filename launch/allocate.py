@@ -4,8 +4,9 @@
 
 REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on other
 models; `pretrained` is the one of this package. Needs one calibration pass over the model and one backward pass over a
-few tokens, nothing else. The allocation records --encoder for whoever evaluates or exports it. `--dry_run` prints what
-sizes can be reached.
+few tokens, nothing else. `--source_policy=fisher` does without a policy: the exact optimum of what that backward pass
+says of every format, which takes a minute more. The allocation records --encoder for whoever evaluates or exports it.
+`--dry_run` prints what sizes can be reached.
 """
 
 from pathlib import Path
@@ -15,10 +16,11 @@ from absl import flags
 from ramp_jax import cli, workflow
 from ramp_jax.allocation import costs
 from ramp_jax.config import WindowsConfig
+from ramp_jax.formats import LEVELS
 from ramp_jax.policy.rollout import check_levels, load_policy
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
-_POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run, or `pretrained`.")
+_POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run, `pretrained` or `fisher`.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the allocation goes (.json).")
 _LEVELS = flags.DEFINE_list("levels", None, "Levels that must be the policy's; default: whatever it was trained for.")
 flags.register_validator(
@@ -37,13 +39,13 @@ flags.mark_flags_as_required(["model", "source_policy"])
 
 
 def main() -> None:
-    policy = load_policy(_POLICY.value)
-    if _LEVELS.value:
+    policy = None if _POLICY.value == workflow.ESTIMATE else load_policy(_POLICY.value)
+    if _LEVELS.value and policy:
         check_levels(policy, tuple(map(int, _LEVELS.value)))
     if not _DRY_RUN.value and not _OUTPUT.value:
         raise ValueError("--output is missing; name the file that receives the allocation.")
     model = cli.load(_MODEL.value, _DTYPE.value)
-    table = costs(model, policy.levels)
+    table = costs(model, policy.levels if policy else LEVELS)
     print(f"Reachable files of {_MODEL.value}: {table.smallest:,} to {table.largest:,} bytes")
     if _DRY_RUN.value:
         return

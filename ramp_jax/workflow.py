@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
+from ramp_jax import baselines, encoders
 from ramp_jax import data as texts
-from ramp_jax import encoders
-from ramp_jax.allocation import Allocation, read_saved
+from ramp_jax.allocation import ALIGNMENT, Allocation, check_budget, costs, from_levels, read_saved
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
 from ramp_jax.evaluation import perplexity
@@ -24,6 +24,7 @@ from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.evaluation.scores import numbers
 from ramp_jax.evaluation.sensitivity import exact_sensitivity
 from ramp_jax.evaluation.table import Sensitivity
+from ramp_jax.formats import LEVELS
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
@@ -42,6 +43,9 @@ from ramp_jax.quantization import (
     refold,
 )
 from ramp_jax.quantization.calibrate import second_moments
+
+ESTIMATE, ESTIMATE_FOLD_LEVEL = "fisher", 4
+"""What stands for a policy where the Fisher estimate allocates, and the level that the model is folded for then."""
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.msgpack"
 
@@ -236,25 +240,41 @@ def sensitivity(model: Model, config: RunConfig, path: Path, say: Say, encoder: 
 
 def allocate(
     model: Model,
-    policy: Policy,
+    policy: Policy | None,
     budget_bytes: int,
     calibration: WindowsConfig,
     output: Path,
     ref: str,
     encoder: EncoderName = encoders.DEFAULT,
 ) -> Allocation:
-    """Calibrate, fold and allocate with a trained policy, and save the allocation; no perplexity is measured."""
+    """Calibrate, fold and allocate, and save the allocation; no perplexity is measured.
+
+    Without a policy, the Fisher estimate of every tensor at every level decides (one backward pass over some of the
+    calibration text), by the exact knapsack.
+    """
     check_writable(output)
     started = time.monotonic()
-    folded, stats = prepare(model, calibration, policy.fold_level)
-    allocation = rollout.allocate(policy, folded, stats, budget_bytes=budget_bytes)
+    folded, stats = prepare(model, calibration, ESTIMATE_FOLD_LEVEL if policy is None else policy.fold_level)
+    if policy is None:
+        allocation = _by_estimate(folded, stats, budget_bytes)
+    else:
+        allocation = rollout.allocate(policy, folded, stats, budget_bytes=budget_bytes)
     allocation.save(
         output,
         model=ref,
         budget_bytes=budget_bytes,
         calibration=as_dict(calibration),
         encoder=encoder,
-        trained_on=list(policy.trained_on),
+        trained_on=[] if policy is None else list(policy.trained_on),
         seconds=time.monotonic() - started,
     )
     return allocation
+
+
+def _by_estimate(model: Model, stats: Stats, budget_bytes: int) -> Allocation:
+    sizes = costs(model, LEVELS)
+    check_budget(sizes, budget_bytes)
+    importance = Encoder("best", importance_of(model.spec, stats))
+    table = fisher_sensitivity(model.astype(jnp.float32), stats.sample, LEVELS, "sliding", encoder=importance)
+    chosen = baselines.knapsack(sizes.per_level // ALIGNMENT, table.kld, sizes.units(budget_bytes))
+    return from_levels(model, [LEVELS[a] for a in chosen])

