@@ -323,7 +323,7 @@ def test_models_that_cannot_be_read(fails, whole, allocate, tmp_path, kind):
 
 @pytest.mark.parametrize("source", ["fisher", "pretrained"])
 def test_allocation_without_training(call, allocate, whole, untied, tmp_path, source):
-    """By the estimate alone, or by the policy of the package: the file fits, and every level that rows allow is open."""
+    """By the estimate alone, or by the policy of the package: the file fits and holds what its rows allow."""
     output = tmp_path / "alloc.json"
     code, printed, errors = call("allocate", *allocate(source_policy=source, output=output))
     assert code == 0, errors
