@@ -217,7 +217,7 @@ def test_score_by_hand(task):
 def test_narrowed_episodes_lack_the_lowest_levels_of_some_tensors(task):
     """Never the highest level, never all of a tensor; nothing changes where no episode is narrowed."""
     assert train._narrowed(task.problem, jax.random.key(0), 0.0) is task.problem
-    costs = [np.asarray(train._narrowed(task.problem, jax.random.key(i), 0.5).cost) for i in range(200)]
+    costs = [np.asarray(train._narrowed(task.problem, jax.random.key(i), 0.5).cost) for i in range(100)]
     full = np.asarray(task.problem.cost)
     for cost in costs:
         lacking = cost == 0

@@ -163,7 +163,7 @@ def _narrowed(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
     levels = jnp.arange(problem.cost.shape[1])
     lowest = jax.random.randint(level_key, (), 0, len(levels) - 1) * jax.random.bernoulli(chance_key, share)
     narrow = jax.random.uniform(tensor_key, (len(problem.cost), 1)) < 2 * jax.random.uniform(part_key)
-    cost = jnp.where(narrow & (levels < lowest), 0, problem.cost)
+    cost = jnp.where(narrow & (levels < lowest)[None, :], 0, problem.cost)
     return problem._replace(cost=jnp.where(jnp.any(cost > 0, axis=1, keepdims=True), cost, problem.cost))
 
 
