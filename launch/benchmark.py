@@ -1,6 +1,6 @@
 """Measure this machine.
 
-    python launch/benchmark.py --suite=forward,parity,quantize,errors,bytes,sensitivity,encoder [--json=FILE]
+    python launch/benchmark.py --suite=forward,parity,quantize,errors,bytes,sensitivity,encoder,policy [--json=FILE]
         [--plots=FOLDER]
 
 `forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
@@ -8,6 +8,7 @@
 `quantize`, `errors`, `bytes`: the block formats beside ggml's (launch/formats_suite.py).
 `sensitivity`: the two estimates beside each other and the truth (launch/sensitivity_suite.py); it took 12 minutes on
 two busy cores.
+`policy`: what each way of choosing formats loses, at the sizes of llama.cpp's mixes (launch/policy_suite.py).
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types (launch/encoder_suite.py).
 """
 

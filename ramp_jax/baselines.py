@@ -23,7 +23,7 @@ def uniform(cost: Cost, loss: Loss, budget: int) -> Actions:
     """
     for level in reversed(range(cost.shape[1])):
         actions = np.asarray([_nearest(row > 0, level) for row in cost])
-        if np.take_along_axis(cost, actions[:, None], 1).sum() <= budget:
+        if _sum(cost, actions) <= budget:
             return actions
     raise ValueError("no uniform level fits the budget; choose a larger one.")
 

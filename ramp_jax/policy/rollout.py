@@ -74,9 +74,13 @@ def problem(model: Model, stats: Stats, levels: tuple[int, ...], table: Costs | 
     embedded, bits = embedding.embed(model, stats), np.asarray(levels, np.float32)
     weights = np.asarray([tensor.size for tensor in allocatable(model.spec)], np.float32)
     expected = embedding.expected_loss(embedded, weights / weights.sum(), bits)
-    floats = (jnp.asarray(a, jnp.float32) for a in (embedded, weights, bits, expected))
-    embedded, weights, bits, expected = floats
-    return Problem(embedded, weights, jnp.asarray(table.per_level // ALIGNMENT, jnp.int32), bits, expected)
+    return Problem(
+        jnp.asarray(embedded),
+        jnp.asarray(weights),
+        jnp.asarray(table.per_level // ALIGNMENT, jnp.int32),
+        jnp.asarray(bits),
+        jnp.asarray(expected, jnp.float32),
+    )
 
 
 def allocate(policy: Policy, model: Model, stats: Stats, *, budget_bytes: int) -> Allocation:

@@ -36,8 +36,7 @@ class Moments(NamedTuple):
 
     def total(self) -> "Moments":
         """Over all channels, `[L]` or one number."""
-        means = (jnp.mean(leaf, axis=-1) for leaf in (self.square, self.fourth, self.mean))
-        square, fourth, mean = means
+        square, fourth, mean = (jnp.mean(leaf, axis=-1) for leaf in (self.square, self.fourth, self.mean))
         return Moments(square, fourth, jnp.max(self.abs_max, axis=-1), mean)
 
     def scaled(self, s: Float[Array, "*l C"]) -> "Moments":
