@@ -128,27 +128,36 @@ def test_observations_by_hand():
         [0.25, -1.0, target, 1 / 3, target, 1 / 3, 0.0, -1.0],  # embedding, target, left, last action, progress
         [0.75, 2.0, target, 1 / 3, (12 * 256 / 512 - 5) / 2, 0.0, (8 - 5) / 2, 0.0],
     ]
-    filled = 6
-    np.testing.assert_allclose(np.delete(np.asarray(episode.observation), filled, axis=1), expected, rtol=1e-6)
-    assert episode.observation.shape == (2, 2 + CONTEXT)
+    np.testing.assert_allclose(episode.observation[:, :-2], expected, rtol=1e-6)
+    assert episode.observation.shape == (2, 2 + CONTEXT + 2)
     np.testing.assert_array_equal(episode.mask, [[True, True], [True, False]])
     np.testing.assert_array_equal(episode.action, [1, 0])
     assert episode.left == 4
 
 
-def test_water_filling_gives_more_bits_to_what_loses_more():
-    """Three tensors of one size at 2 to 8 bits: four times the loss is one bit more, and all share the budget."""
+def test_regrets_in_observations_follow_what_is_left():
+    """Three tensors of one size at 2 to 8 bits, four times the loss is one bit more: of 15 bits they get 4, 5 and 6.
+
+    Where the first takes more than its share, the price of what is left rises and the others want less.
+    """
     bits = np.arange(2, 9)
     loss = np.array([1.0, 4.0, 16.0])[:, None] * 4.0**-bits
     cost = jnp.asarray(np.tile(256 * bits, (3, 1)), jnp.int32)
     known = Problem(
         jnp.zeros((3, 1)), jnp.full(3, 256.0 * 256), cost, jnp.asarray(bits, jnp.float32), jnp.asarray(loss)
     )
-    episode = rollout(known, jnp.int32(256 * 15), lambda *_: jnp.int32(3), jax.random.key(0))
-    first = 5 + 2 * episode.observation[:, 5]
-    assert first[0] == pytest.approx(4, abs=0.6)  # of 4, 5 and 6: a level is an argmin over whole bits
-    assert first[1] == pytest.approx(4.5, abs=0.6)  # the first took 5, so 10 are left for two that differ by one bit
-    assert first[2] == pytest.approx(5, abs=0.6)
+
+    def without_regret(key, observation, mask):
+        return jnp.argmin(jnp.where(mask, observation[-len(bits) :], jnp.inf)).astype(jnp.int32)
+
+    def greedy_first(key, observation, mask):
+        first = observation[-len(bits) - 1] == -1  # progress
+        return jnp.where(first, 6, without_regret(key, observation, mask)).astype(jnp.int32)
+
+    fair = rollout(known, jnp.int32(256 * 15), without_regret, jax.random.key(0))
+    assert bits[fair.action].tolist() == [4, 5, 6]
+    np.testing.assert_array_equal(fair.observation[:, -len(bits) :].min(axis=1), 0)
+    assert bits[rollout(known, jnp.int32(256 * 15), greedy_first, jax.random.key(0)).action].tolist() == [8, 3, 4]
 
 
 @pytest.mark.parametrize(("budget", "bits", "place"), [(1, -2.0, -1.0), (10_000, 2.0, 1.0)])

@@ -23,7 +23,7 @@ LEVELS, HIDDEN = (4, 5, 8), (16,)
 
 def policy_of(seed):
     """An actor that nobody trained, with opinions strong enough to use every level."""
-    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(seed), jnp.zeros((1, 11 + CONTEXT)))
+    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(seed), jnp.zeros((1, 11 + CONTEXT + len(LEVELS))))
     actor = jax.tree.map(lambda leaf: leaf * 50, actor)
     return Policy(actor, HIDDEN, LEVELS, 4, ("tiny",))
 
@@ -94,7 +94,8 @@ def test_problem_holds_sizes_and_weights(prepared):
     np.testing.assert_array_equal(problem.weights, [t.size for t in members])
     np.testing.assert_array_equal(problem.cost * ALIGNMENT, [[t.size // 32 * b for b in (18, 22, 34)] for t in members])
     np.testing.assert_array_equal(problem.bits, LEVELS)
-    np.testing.assert_array_equal(problem.embedding, embedding.embed(folded, stats))
+    np.testing.assert_allclose(problem.embedding, embedding.embed(folded, stats), atol=1e-5)
+    np.testing.assert_allclose(problem.expected, embedding.estimated_losses(folded, stats, LEVELS), rtol=1e-5)
 
 
 def test_masked_levels_cost_nothing_in_the_problem(prepared):
@@ -164,5 +165,5 @@ def test_what_is_left_is_spent_where_it_saves_most():
 def test_policy_of_another_observation_is_refused(tmp_path):
     actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), jnp.zeros((1, 15)))
     dataclasses.replace(policy_of(0), actor=actor).save(tmp_path)
-    with pytest.raises(ValueError, match=r"observes 15 numbers, this program shows 18; train it again"):
+    with pytest.raises(ValueError, match=r"observes 15 numbers, this program shows 20; train it again"):
         load_policy(tmp_path)

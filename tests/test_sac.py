@@ -91,6 +91,17 @@ def test_masked_probabilities_by_hand():
     np.testing.assert_allclose(np.exp(log_pi), [0.25, 0, 0.75], rtol=1e-6)
 
 
+def test_untrained_networks_say_what_the_estimate_says(rng):
+    """The observation ends with regrets: values are minus these, and the actor prefers the action without."""
+    observation = jnp.asarray(np.concatenate([rng.normal(size=(50, 4)), rng.uniform(0, 5, (50, 3))], 1), jnp.float32)
+    learner = sac.init(jax.random.key(0), CONFIG, 7, 3)
+    q = networks.critic(CONFIG.hidden, 3).apply(learner.critic, observation)
+    np.testing.assert_allclose(q, -np.broadcast_to(observation[:, -3:], q.shape), atol=0.1)
+    logits = networks.actor(CONFIG.hidden, 3).apply(learner.actor, observation)
+    clear = np.ptp(np.sort(observation[:, -3:], axis=1)[:, :2], axis=1) > 0.1
+    np.testing.assert_array_equal(jnp.argmax(logits, -1)[clear], jnp.argmin(observation[:, -3:], -1)[clear])
+
+
 def test_one_valid_action_gives_finite_gradients_and_moves_nothing():
     mask = jnp.array([[False, True, False]])
     q = jnp.array([[[1.0, 2.0, 3.0]], [[3.0, 2.0, 1.0]]])

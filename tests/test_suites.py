@@ -103,7 +103,9 @@ def test_parity_suite(on_tiny, monkeypatch):
 def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untied_directory, tmp_path):
     """On the tiny model, whose rows hold only blocks of 32: rows fit their budget, and the plot shows every method."""
     hidden, levels = (8,), (4, 5, 8)
-    actor = networks.actor(hidden, len(levels)).init(jax.random.key(0), jnp.zeros((1, len(embedding.NAMES) + CONTEXT)))
+    actor = networks.actor(hidden, len(levels)).init(
+        jax.random.key(0), jnp.zeros((1, len(embedding.NAMES) + CONTEXT + 3))
+    )
     Policy(actor, hidden, levels, 4, ("tiny",)).save(tmp_path)
     drawn = {}
     monkeypatch.setattr(policy_suite, "save_plots", lambda figures: drawn.update({k: f() for k, f in figures.items()}))

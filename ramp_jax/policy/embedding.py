@@ -15,8 +15,7 @@
 | 10 | role | place in the forward pass: q, k, v, attention output, gate, up, down, head |
 
 Every number is a ratio, a log or a position, moved by a fixed map to the order of 1; nothing is fitted to a model. The
-loss is the Fisher estimate of `evaluation.fisher`: one backward pass over a few calibration tokens for all tensors at
-the one level that rows of every length have; no quantized model is run.
+loss is `estimated_losses`: one backward pass over a few calibration tokens; no quantized model is run.
 """
 
 from typing import Any
@@ -26,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ramp_jax.evaluation.fisher import fisher_costs
-from ramp_jax.formats import format_for, round_trip
+from ramp_jax.evaluation.fisher import fisher_sensitivity
 from ramp_jax.formats.rounding import blocks_of, flatten_blocks, reciprocal, round_half_away
 from ramp_jax.models import Model, Tensor, allocatable, lookup
 from ramp_jax.models.names import LINEARS
 from ramp_jax.progress import track
-from ramp_jax.quantization.calibrate import Moments, Stats
+from ramp_jax.quantization import Encoder, Stats, importance_of
+from ramp_jax.quantization.calibrate import Moments
 
-VERSION = 2
+VERSION = 3
 """Raised whenever a number changes its meaning; a policy refuses embeddings of another version."""
 
 NAMES = (
@@ -57,34 +56,41 @@ _WIDTH = np.array([0.5, 0.2, 0.7, 0.3, 0.7, 0.3, 0.5, 0.35, 0.7, 0.5, 0.35], np.
 
 _WRITTEN_BY = {"attn_in": "attn_out", "attn_mid": "attn_out", "ffn_in": "ffn_out", "ffn_mid": "ffn_out"}
 _ROLES = {key: i / len(LINEARS) for i, key in enumerate(LINEARS)} | {"token_embd": 1.0, "output": 1.0}
-_LOSS_LEVEL = 4
+LOSS_LEVEL = 4
+"""The one level that rows of every length have."""
+
 _NO_INPUT = "token"  # tap of an embedding that is only looked up
 _TINY = 1e-12
 
 
-def embed(model: Model, stats: Stats) -> Float[np.ndarray, "T 11"]:
+def estimated_losses(model: Model, stats: Stats, levels: tuple[int, ...]) -> Float[np.ndarray, "T A"]:
+    """What each allocatable tensor loses at each level by the Fisher estimate, in nats per token; 0 where masked.
+
+    Weights are rounded by ggml's search, weighted by importance: the wider one takes three times as long, and its
+    estimate chooses no better. Raises `ValueError` where `stats` lack a sample of the text.
+    """
+    if stats.sample is None:
+        raise ValueError("the statistics hold no sample of the text, which the estimate needs; calibrate the model.")
+    encoder = Encoder("reference", importance_of(model.spec, stats))
+    return fisher_sensitivity(model.astype(jnp.float32), stats.sample, levels, "sliding", encoder=encoder).kld
+
+
+def embed(model: Model, stats: Stats, loss: Float[np.ndarray, " T"] | None = None) -> Float[np.ndarray, "T 11"]:
     """Embeddings of the allocatable tensors in forward order, of the model as it is (folded or not).
 
-    Raises `KeyError` where `stats` lacks the taps of the model, `ValueError` where they lack a sample of the text.
+    `loss` is that of `estimated_losses` at `LOSS_LEVEL` where it is known. Raises `KeyError` where `stats` lacks the
+    taps of the model, `ValueError` where they lack a sample of the text.
     """
     members = allocatable(model.spec)
-    total = sum(tensor.size for tensor in members)
+    loss = estimated_losses(model, stats, (LOSS_LEVEL,))[:, 0] if loss is None else loss
+    size = np.asarray([tensor.size for tensor in members], np.float64)
+    rates = np.log10((loss / loss.sum() + _TINY) / (size / size.sum()))
     stats = stats.under(model.folding)
-    rates = _loss_rates(model, stats)
     rows = [
-        [*_activation(stats, tensor), *_weight(model, stats, tensor), rate, *_structure(model, tensor, total)]
+        [*_activation(stats, tensor), *_weight(model, stats, tensor), rate, *_structure(model, tensor, size.sum())]
         for tensor, rate in zip(track(members, "embedding tensors", "tensor"), rates, strict=True)
     ]
     return (np.asarray(rows, np.float32) - _CENTER) / _WIDTH
-
-
-def expected_loss(
-    embedding: Float[np.ndarray, "T 11"], weights: Float[np.ndarray, " T"], bits: Float[np.ndarray, " A"]
-) -> Float[np.ndarray, "T A"]:
-    """What each level is expected to lose, up to a factor of the model: its loss at level 4, a quarter per bit more."""
-    column = NAMES.index("loss_rate")
-    rate = embedding[:, column] * _WIDTH[column] + _CENTER[column]
-    return (weights * 10.0**rate)[:, None] * 4.0 ** (_LOSS_LEVEL - bits[None, :])
 
 
 def _activation(stats: Stats, tensor: Tensor) -> list[float]:
@@ -115,21 +121,7 @@ def _weight(model: Model, stats: Stats, tensor: Tensor) -> list[float]:
     return [float(np.log10(outlier + _TINY)), _log_kurtosis(kurtosis), float(np.log10(error + _TINY))]
 
 
-def _loss_rates(model: Model, stats: Stats) -> list[float]:
-    if stats.sample is None:
-        raise ValueError("the statistics hold no sample of the text, which the embedding needs; calibrate the model.")
-
-    def changes(tensor: Tensor) -> Float[Array, "1 O I"]:
-        w = lookup(model.params, tensor).astype(jnp.float32)
-        return (round_trip(w, format_for(_LOSS_LEVEL, w.shape[-1]).name) - w)[None]
-
-    costs = fisher_costs(model, stats.sample, changes, "sliding")
-    members = allocatable(model.spec)
-    loss, size = np.asarray([costs[t.name][0] for t in members]), np.asarray([t.size for t in members], np.float64)
-    return np.log10((loss / loss.sum() + _TINY) / (size / size.sum())).tolist()
-
-
-def _structure(model: Model, tensor: Tensor, total: int) -> list[float]:
+def _structure(model: Model, tensor: Tensor, total: float) -> list[float]:
     last = max(model.spec.n_layers - 1, 1)
     depth = tensor.layer / last if tensor.layer is not None else float(tensor.key == "output")
     n_out, n_in = tensor.shape

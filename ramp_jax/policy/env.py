@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-UNIT_BYTES = 32
-CONTEXT = 7
-"""Numbers that an observation holds beyond the embedding: of the whole budget and of what is left of it the bits per
-weight and the place between the smallest and the largest completion, then the tensor's share in bits by water-filling,
-the last level and the progress."""
+from ramp_jax.policy.yardstick import price_at, reference_loss, regrets, symlog, yardstick
 
-_PRICES = 128  # of a byte, at which water-filling is solved
+UNIT_BYTES = 32
+CONTEXT = 6
+"""Numbers of an observation between the embedding and the regrets: of the whole budget and of what is left of it the
+bits per weight and the place between the smallest and the largest completion, the last level and the progress."""
+
+_MOST_REGRET = 10.0
 
 
 class Problem(NamedTuple):
@@ -31,7 +32,7 @@ class Problem(NamedTuple):
     bits: Float[Array, " A"]
     """Nominal bits of each level."""
     expected: Float[Array, "T A"]
-    """What each level is expected to lose, up to one factor for the whole model."""
+    """What each level is estimated to lose, up to one factor for the whole model."""
 
 
 class Episode(NamedTuple):
@@ -70,7 +71,8 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
     """One episode under `choose(key, observation, mask)`.
 
     A level after which even the cheapest completion exceeds the budget is masked, so an episode whose budget is at
-    least the smallest allocation always fits.
+    least the smallest allocation always fits. An observation ends with the regret of each level by the estimated losses
+    at the price at which the remaining steps use up what is left, compressed by `symlog` as rewards are.
     """
     steps = problem.cost.shape[0]
     completion, dearest = cheapest_completion(problem), dearest_completion(problem)
@@ -80,45 +82,26 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
         slack = (left - completion[t]) / jnp.maximum(dearest[t] - completion[t], 1)  # float32
         return [_bits_per_weight(left, weights_left[t]), 2 * jnp.clip(slack, 0.0, 1.0) - 1]
 
-    target, fill = wealth(jnp.asarray(budget, jnp.int32), 0), _water_filling(problem)
+    budget = jnp.asarray(budget, jnp.int32)
+    target, yard = wealth(budget, 0), yardstick(problem.expected, problem.cost)
+    scale = steps / reference_loss(yard, budget)
+
+    def shown_regrets(left: jax.Array, t: jax.Array) -> Float[Array, " A"]:
+        regret = regrets(problem.expected[t], problem.cost[t], price_at(yard, left, t))
+        return jnp.minimum(symlog(scale * regret), _MOST_REGRET)
 
     def step(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple]:
         left, last = carry
         cost = problem.cost[t]
         mask = (cost > 0) & (cost <= left - completion[t + 1])
-        context = [*target, *wealth(left, t), fill(left, t), last, 2 * t.astype(jnp.float32) / steps - 1]
-        observation = jnp.concatenate([problem.embedding[t], jnp.stack(context)])
+        context = [*target, *wealth(left, t), last, 2 * t.astype(jnp.float32) / steps - 1]
+        observation = jnp.concatenate([problem.embedding[t], jnp.stack(context), shown_regrets(left, t)])
         action = choose(jax.random.fold_in(key, t), observation, mask)
         return (left - cost[action], _centered(problem.bits[action])), (observation, mask, action)
 
-    start = (jnp.asarray(budget, jnp.int32), jnp.float32(0.0))
+    start = (budget, jnp.float32(0.0))
     (left, _), (observation, mask, action) = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
     return Episode(observation, mask, action, left)
-
-
-def _water_filling(problem: Problem) -> Callable[[Int[Array, ""], Int[Array, ""]], Float[Array, ""]]:
-    """Function of the units left and the step: the bits that the step's tensor gets where all that remain share what is
-    left so that a unit more would save each of them the same expected loss (reverse water-filling), shown like bits.
-
-    The loss of a tensor falls as 4⁻ᵇ with its bits b, so its bits are where that slope is the common price of a unit.
-    """
-    valid, cost = valid_levels(problem), problem.cost.astype(jnp.float32)
-    slope = jnp.log(4.0) * problem.expected * (8 * UNIT_BYTES) / problem.weights[:, None]  # per unit, at each level
-    log_slope = jnp.log(jnp.maximum(slope, 1e-30))
-    grid = jnp.linspace(jnp.max(log_slope) + 1.0, jnp.min(log_slope) - 1.0, _PRICES)  # dear to cheap
-
-    def chosen_units(log_price: jax.Array) -> Float[Array, "T+1"]:
-        lagrangian = jnp.where(valid, problem.expected + jnp.exp(log_price) * cost, jnp.inf)
-        units = jnp.take_along_axis(problem.cost, jnp.argmin(lagrangian, axis=1)[:, None], axis=1)[:, 0]
-        return _from_here_on(units).astype(jnp.float32)
-
-    taken = jax.vmap(chosen_units)(grid)  # [P, T+1], rising along the grid
-
-    def bits(left: jax.Array, t: jax.Array) -> jax.Array:
-        log_price = jnp.interp(left.astype(jnp.float32), taken[:, t], grid)
-        return _centered(problem.bits[0] + (log_slope[t, 0] - log_price) / jnp.log(4.0))
-
-    return bits
 
 
 def _from_here_on(units: Int[Array, " T"]) -> Int[Array, "T+1"]:

@@ -62,7 +62,10 @@ def load_policy(source: str | Path) -> Policy:
             f"the policy in {source} was trained on version {policy.embedding_version} of the embedding, this program "
             f"computes version {embedding.VERSION}; train it again."
         )
-    seen, shown = policy.actor["params"]["Dense_0"]["kernel"].shape[0], len(embedding.NAMES) + CONTEXT
+    seen, shown = (
+        policy.actor["params"]["Dense_0"]["kernel"].shape[0],
+        len(embedding.NAMES) + CONTEXT + len(policy.levels),
+    )
     if seen != shown:
         raise ValueError(f"the policy in {source} observes {seen} numbers, this program shows {shown}; train it again.")
     return policy
@@ -71,15 +74,14 @@ def load_policy(source: str | Path) -> Policy:
 def problem(model: Model, stats: Stats, levels: tuple[int, ...], table: Costs | None = None) -> Problem:
     """The decision process of `model`, whose tensors are embedded as they are (fold first)."""
     table = costs(model, levels) if table is None else table
-    embedded, bits = embedding.embed(model, stats), np.asarray(levels, np.float32)
-    weights = np.asarray([tensor.size for tensor in allocatable(model.spec)], np.float32)
-    expected = embedding.expected_loss(embedded, weights / weights.sum(), bits)
+    measured = tuple(sorted({*levels, embedding.LOSS_LEVEL}))
+    loss = embedding.estimated_losses(model, stats, measured)
     return Problem(
-        jnp.asarray(embedded),
-        jnp.asarray(weights),
+        jnp.asarray(embedding.embed(model, stats, loss[:, measured.index(embedding.LOSS_LEVEL)])),
+        jnp.asarray([tensor.size for tensor in allocatable(model.spec)], jnp.float32),
         jnp.asarray(table.per_level // ALIGNMENT, jnp.int32),
-        jnp.asarray(bits),
-        jnp.asarray(expected, jnp.float32),
+        jnp.asarray(levels, jnp.float32),
+        jnp.asarray(loss[:, [measured.index(level) for level in levels]], jnp.float32),
     )
 
 

@@ -19,6 +19,7 @@ from ramp_jax.policy import networks, replay, reward, sac
 from ramp_jax.policy.env import Episode, Problem, budget_range, rollout
 from ramp_jax.policy.networks import masked_log_softmax
 from ramp_jax.policy.sac import SacConfig
+from ramp_jax.policy.yardstick import reference_loss, symlog, yardstick
 from ramp_jax.progress import track
 
 Metrics = dict[str, Float[Array, " S"]]
@@ -137,16 +138,16 @@ def _play(
     def episode(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
         level_key, budget_key, play_key = jax.random.split(key, 3)
         problem = _narrowed(task.problem, level_key, config.narrowed)
-        yard = reward.yardstick(loss, problem.cost)
+        yard = yardstick(loss, problem.cost)
         lowest, highest = budget_range(problem)
         share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
         played = rollout(problem, budget, sampled, play_key)
         shaped = functools.partial(reward.step_rewards, loss, problem.cost, yard, played.action, budget)
         q = jnp.sum(jnp.take_along_axis(loss, played.action[:, None], axis=1))
-        terminal = reward.terminal_reward(q, reward.reference_loss(yard, budget), jnp.float32(0.0))
+        terminal = reward.terminal_reward(q, reference_loss(yard, budget), jnp.float32(0.0))
         rewards = shaped(potential=config.potential) * steps  # in units of the mean loss of a tensor
-        return played, reward.symlog(rewards) if config.potential else rewards, terminal
+        return played, symlog(rewards) if config.potential else rewards, terminal
 
     played, rewards, terminal = jax.vmap(episode)(jax.random.split(key, config.episodes))
     return replay.transitions(played.observation, played.mask, played.action, rewards), terminal
@@ -193,8 +194,8 @@ def score(actors: Any, tasks: Tasks, hidden: tuple[int, ...]) -> Float[Array, " 
     def log_ratio(task: Task, actor: Any, budget: jax.Array) -> jax.Array:
         action = greedy(actor, task.problem, budget, hidden)
         predicted = jnp.sum(jnp.take_along_axis(task.loss, action[:, None], axis=1))
-        yard = reward.yardstick(task.loss, task.problem.cost)
-        return jnp.log(jnp.maximum(predicted, 1e-12) / reward.reference_loss(yard, budget))
+        yard = yardstick(task.loss, task.problem.cost)
+        return jnp.log(jnp.maximum(predicted, 1e-12) / reference_loss(yard, budget))
 
     def of_seed(actor: Any) -> jax.Array:
         logs = [jax.vmap(functools.partial(log_ratio, t, actor))(probe_budgets(t.problem)) for t in tasks]

@@ -1,0 +1,84 @@
+"""What loss and which price of a unit are normal at which size, for one table of losses.
+
+Relaxing the budget to a price λ per unit lets every tensor choose alone: min_a s[i, a] + λ c[i, a]. Over a grid of
+prices that gives the size of every such solution, from each step to the end, and so the price at which what is left of
+a budget would be used up. What a choice loses against the best one at that price is its regret.
+
+T tensors, A levels, P prices.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_PRICES = 128
+_LARGE = 1e30
+
+
+class Yardstick(NamedTuple):
+    """Curves over sizes, in units, ascending."""
+
+    uniform_units: Float[Array, " A"]
+    uniform_loss: Float[Array, " A"]
+    price: Float[Array, " P"]
+    """λ in loss per unit, falling."""
+    units: Float[Array, "P T+1"]
+    """What the solution at each price takes from each step on; 0 at the end."""
+
+
+def yardstick(loss: Float[Array, "T A"], cost: Int[Array, "T A"]) -> Yardstick:
+    """Size and loss of the uniform allocations (a masked level is replaced by the nearest one above, else below), and
+    the sizes of the relaxed solutions."""
+    valid = cost > 0
+    size = cost.astype(jnp.float32)
+    level = jnp.arange(loss.shape[1])
+    distance = jnp.where(level[None, :] >= level[:, None], level[None, :] - level[:, None], 2 * loss.shape[1])
+    distance = jnp.where(level[None, :] < level[:, None], loss.shape[1] + level[:, None] - level[None, :], distance)
+    nearest = jnp.argmin(jnp.where(valid[None], distance[:, None, :], 4 * loss.shape[1]), axis=-1)  # [A, T]
+    uniform_units, uniform_loss = (jnp.sum(_taken(table, nearest), axis=1) for table in (size, loss))
+    order = jnp.argsort(uniform_units)
+
+    prices = _price_grid(loss, size, valid)
+    lagrangian = jnp.where(valid, loss, _LARGE)[None] + prices[:, None, None] * size[None]
+    units = _taken(size, jnp.argmin(lagrangian, axis=-1))  # [P, T]
+    onward = jnp.pad(jnp.flip(jnp.cumsum(jnp.flip(units, axis=1), axis=1), axis=1), ((0, 0), (0, 1)))
+    return Yardstick(uniform_units[order], uniform_loss[order], prices, onward)
+
+
+def reference_loss(yard: Yardstick, budget: Int[Array, ""]) -> Float[Array, ""]:
+    """q_ref: the loss of a uniform allocation of that size, log-linear between the levels."""
+    logs = jnp.log(jnp.maximum(yard.uniform_loss, 1e-12))
+    return jnp.exp(jnp.interp(budget.astype(jnp.float32), yard.uniform_units, logs))
+
+
+def price_at(yard: Yardstick, left: Int[Array, ""], step: Int[Array, ""] | int = 0) -> Float[Array, ""]:
+    """λ at which the steps from `step` on use `left` units, in loss per unit."""
+    return jnp.exp(jnp.interp(left.astype(jnp.float32), yard.units[:, step], jnp.log(yard.price)))
+
+
+def regrets(loss: Float[Array, "*T A"], cost: Int[Array, "*T A"], price: Float[Array, ""]) -> Float[Array, "*T A"]:
+    """What each level loses at that price against the best one, bytes included; 0 where it is masked."""
+    priced = jnp.where(cost > 0, loss + price * cost.astype(jnp.float32), _LARGE)
+    return jnp.where(cost > 0, priced - jnp.min(priced, axis=-1, keepdims=True), 0.0)
+
+
+def symlog(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """sign(x) · log(1 + |x|)."""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+def _price_grid(loss: jax.Array, size: jax.Array, valid: Bool[Array, "T A"]) -> Float[Array, " P"]:
+    """Prices that cover every trade between two levels of one tensor, geometrically spaced, falling."""
+    gain = jnp.abs(loss[:, :, None] - loss[:, None, :])
+    extra = jnp.abs(size[:, :, None] - size[:, None, :])
+    both = valid[:, :, None] & valid[:, None, :] & (extra > 0)
+    rate = jnp.where(both, gain / jnp.maximum(extra, 1.0), 0.0)
+    highest = jnp.maximum(jnp.max(rate), 1e-20)
+    lowest = jnp.maximum(jnp.min(jnp.where(rate > 0, rate, highest)), 1e-9 * highest)
+    return jnp.exp(jnp.linspace(jnp.log(2.0 * highest), jnp.log(0.5 * lowest), _PRICES))
+
+
+def _taken(table: Float[Array, "T A"], actions: Int[Array, "K T"]) -> Float[Array, "K T"]:
+    return jnp.take_along_axis(table[None], actions[:, :, None], axis=2)[:, :, 0]
