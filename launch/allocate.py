@@ -5,8 +5,9 @@
 REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on other
 models; `pretrained` is the one of this package. Needs one calibration pass over the model and one backward pass over a
 few tokens, nothing else. `--source_policy=fisher` does without a policy: the exact optimum of what that backward pass
-says of every format, which takes a minute more. The allocation records --encoder for whoever evaluates or exports it.
-`--dry_run` prints what sizes can be reached.
+says of every format. `--refine_evals=N` spends N evaluations of quantized models on calibration text: on what the
+policy might also have chosen, then on mutants of the best. The allocation records --encoder for whoever evaluates or
+exports it. `--dry_run` prints what sizes can be reached.
 """
 
 from pathlib import Path
@@ -33,6 +34,7 @@ _CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a calibration window.
 _COUNT = flags.DEFINE_integer("count", 8, "Calibration windows.", lower_bound=1)
 _DTYPE = flags.DEFINE_string("dtype", "auto", "Data type of the matrices while calibrating.")
 _ENCODER = cli.define_encoder(recorded=False)
+_REFINE_EVALS = flags.DEFINE_integer("refine_evals", 0, "True evaluations that refine the allocation.", lower_bound=0)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the sizes that can be reached.")
 cli.define_budget()
 flags.mark_flags_as_required(["model", "source_policy"])
@@ -51,7 +53,9 @@ def main() -> None:
         return
     size = cli.budget(model, table)
     windows = WindowsConfig(_DATA.value, _CONTEXT.value, _COUNT.value)
-    allocation = workflow.allocate(model, policy, size, windows, Path(_OUTPUT.value), _MODEL.value, _ENCODER.value)
+    allocation = workflow.allocate(
+        model, policy, size, windows, Path(_OUTPUT.value), _MODEL.value, _ENCODER.value, _REFINE_EVALS.value
+    )
     print(
         f"{allocation.file_bytes:,} of {size:,} bytes ({size - allocation.file_bytes:,} unused), "
         f"{allocation.linear_bpw:.3f} bits per weight: {_OUTPUT.value}"

@@ -1,6 +1,6 @@
 """Measure this machine.
 
-    python launch/benchmark.py --suite=forward,parity,quantize,errors,bytes,sensitivity,encoder,policy [--json=FILE]
+    python launch/benchmark.py --suite=forward,parity,quantize,errors,bytes,sensitivity,encoder,sac,policy [--json=FILE]
         [--plots=FOLDER]
 
 `forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
@@ -9,6 +9,7 @@
 `sensitivity`: the two estimates beside each other and the truth (launch/sensitivity_suite.py); it took 12 minutes on
 two busy cores.
 `policy`: what each way of choosing formats loses, at the sizes of llama.cpp's mixes (launch/policy_suite.py).
+`sac`: steps per second of the decision process, seeds side by side, a whole run (launch/sac_suite.py).
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types (launch/encoder_suite.py).
 """
 
@@ -23,7 +24,10 @@ from encoder_suite import encoder
 from forward_suite import forward
 from parity_suite import parity
 from policy_suite import policy
+from sac_suite import sac
 from sensitivity_suite import sensitivity
+
+from ramp_jax.checkpoint import write_bytes
 
 _SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
 _JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")
@@ -36,6 +40,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "errors": formats_suite.errors,
     "bytes": formats_suite.equal_bytes,
     "sensitivity": sensitivity,
+    "sac": sac,
     "policy": policy,
     "encoder": encoder,
 }
@@ -47,9 +52,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}.")
     if unknown := set(_SUITE.value) - set(SUITES):
         raise app.UsageError(f"--suite names {min(unknown)!r}; choose from {', '.join(SUITES)}.")
+    if _JSON.value:
+        Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     results = {name: SUITES[name](_REPEATS.value) for name in _SUITE.value}
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_bytes(_JSON.value, (json.dumps(results, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

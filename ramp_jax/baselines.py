@@ -78,17 +78,18 @@ def evolution(
     *,
     evaluate: Callable[[Actions], float],
     evaluations: int,
+    start: Actions | None = None,
     seed: int = 0,
     offspring: int = 8,
 ) -> Actions:
     """EvoPress (Sieberling et al. 2025): the best by true loss of a parent and its mutants, again and again.
 
     A mutant moves one to three tensors up a level and as many others down until it fits, then uses what is left.
-    `evaluate` measures an allocation and is called `evaluations` times at most; the first parent is `uniform`'s, and
-    `loss` is not looked at. Raises `ValueError` where nothing fits.
+    `evaluate` measures an allocation and is called `evaluations` times at most; the first parent is `start` or else
+    `uniform`'s, and `loss` is not looked at. Raises `ValueError` where nothing fits.
     """
     rng = np.random.default_rng(seed)
-    best = uniform(cost, loss, budget)
+    best = uniform(cost, loss, budget) if start is None else start
     least, left = evaluate(best), evaluations - 1
     while left > 0:
         mutants = [_mutant(cost, budget, best, rng) for _ in range(min(offspring, left))]

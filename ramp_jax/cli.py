@@ -1,15 +1,21 @@
 """What every script in `launch/` shares: failures in one sentence, and budgets in the units that people think in."""
 
+import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, get_args
 
+import jax
 from absl import app, flags, logging
 
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
 from ramp_jax.encoders import DEFAULT
 from ramp_jax.models import Model, load_model
 from ramp_jax.quantization import EncoderName
+
+_MOST_COMPILED = 1 << 30  # bytes on disk; what was not used for longest goes first
 
 BUDGET_FLAGS = ("budget_bytes", "budget_gb", "budget_bits")
 
@@ -21,6 +27,7 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)
+        _keep_compiled()
         try:
             main()
         except (ValueError, OSError, RuntimeError) as error:
@@ -30,6 +37,14 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(130)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _keep_compiled() -> None:
+    """Compiled programs serve later runs on the same machine; `JAX_COMPILATION_CACHE_DIR` names another folder."""
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "ramp_jax" / platform.node()))
+        jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

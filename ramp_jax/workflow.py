@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from ramp_jax import baselines, encoders
 from ramp_jax import data as texts
-from ramp_jax.allocation import ALIGNMENT, Allocation, check_budget, costs, from_levels, read_saved
+from ramp_jax import encoders
+from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
 from ramp_jax.evaluation import perplexity
@@ -24,7 +24,7 @@ from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.evaluation.scores import numbers
 from ramp_jax.evaluation.sensitivity import exact_sensitivity
 from ramp_jax.evaluation.table import Sensitivity
-from ramp_jax.formats import LEVELS
+from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
@@ -46,6 +46,8 @@ from ramp_jax.quantization.calibrate import second_moments
 
 ESTIMATE, ESTIMATE_FOLD_LEVEL = "fisher", 4
 """What stands for a policy where the Fisher estimate allocates, and the level that the model is folded for then."""
+
+_REFINE_WINDOWS, _REFINE_CODES = 2, 1 << 32  # windows of a true evaluation, and bytes of codes kept between them
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.msgpack"
 
@@ -179,7 +181,9 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
         return load_policy(workdir)
     models = [load_model(ref, config.dtype) for ref in config.models]
     write_bytes(workdir / CONFIG, (json.dumps(as_dict(config), indent=1) + "\n").encode())
-    tasks = tuple(_task(ref, model, config, workdir, say) for ref, model in zip(config.models, models, strict=True))
+    tasks = tuple(
+        prepare_task(ref, model, config, workdir, say) for ref, model in zip(config.models, models, strict=True)
+    )
     say(f"Training on {' and '.join(config.models)} with levels {', '.join(map(str, config.levels))}")
     with (workdir / METRICS).open("a", encoding="utf-8") as metrics:
 
@@ -194,7 +198,7 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     return policy
 
 
-def _task(ref: str, model: Model, config: RunConfig, workdir: Path, say: Say) -> train.Task:
+def prepare_task(ref: str, model: Model, config: RunConfig, workdir: Path, say: Say) -> train.Task:
     """What the policy learns on a model: calibrated, folded, measured and embedded."""
     say(f"Preparing {ref}")
     model, stats = prepare(model, config.calibration, config.fold_level)
@@ -246,19 +250,20 @@ def allocate(
     output: Path,
     ref: str,
     encoder: EncoderName = encoders.DEFAULT,
+    refine_evals: int = 0,
 ) -> Allocation:
-    """Calibrate, fold and allocate, and save the allocation; no perplexity is measured.
+    """Calibrate, fold and allocate, and save the allocation.
 
-    Without a policy, the Fisher estimate of every tensor at every level decides (one backward pass over some of the
-    calibration text), by the exact knapsack.
+    Without a policy the Fisher estimate of every tensor at every level decides, by the exact knapsack. No quantized
+    model is run, but for `refine_evals` of them on calibration text.
     """
     check_writable(output)
     started = time.monotonic()
     folded, stats = prepare(model, calibration, ESTIMATE_FOLD_LEVEL if policy is None else policy.fold_level)
-    if policy is None:
-        allocation = _by_estimate(folded, stats, budget_bytes)
-    else:
-        allocation = rollout.allocate(policy, folded, stats, budget_bytes=budget_bytes)
+    evaluate = _true_loss(model, folded, stats, calibration) if refine_evals else None
+    allocation = rollout.allocate(
+        policy, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate, evaluations=refine_evals
+    )
     allocation.save(
         output,
         model=ref,
@@ -266,15 +271,22 @@ def allocate(
         calibration=as_dict(calibration),
         encoder=encoder,
         trained_on=[] if policy is None else list(policy.trained_on),
+        refine_evals=refine_evals,
         seconds=time.monotonic() - started,
     )
     return allocation
 
 
-def _by_estimate(model: Model, stats: Stats, budget_bytes: int) -> Allocation:
-    sizes = costs(model, LEVELS)
-    check_budget(sizes, budget_bytes)
-    importance = Encoder("best", importance_of(model.spec, stats))
-    table = fisher_sensitivity(model.astype(jnp.float32), stats.sample, LEVELS, "sliding", encoder=importance)
-    chosen = baselines.knapsack(sizes.per_level // ALIGNMENT, table.kld, sizes.units(budget_bytes))
-    return from_levels(model, [LEVELS[a] for a in chosen])
+def _true_loss(model: Model, folded: Model, stats: Stats, calibration: WindowsConfig) -> Callable[[Allocation], float]:
+    """Mean KL divergence of an allocation on the first calibration windows, rounded with importance."""
+    windows = tokens(
+        model, dataclasses.replace(calibration, count=min(calibration.count, _REFINE_WINDOWS)), "calibration"
+    )
+    reference = perplexity.reference_of(model, windows)
+    encoder = Encoder("reference", importance_of(model.spec, stats), EncodeCache(_REFINE_CODES))
+
+    def loss(allocation: Allocation) -> float:
+        params = fake_quantize(folded, allocation, encoder)
+        return perplexity.evaluate(folded, windows, params=params, reference=reference, doing="refining").mean_kld
+
+    return loss

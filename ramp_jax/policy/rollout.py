@@ -1,6 +1,7 @@
 """A trained policy: how it is saved, and how it allocates for a model it may never have seen."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from ramp_jax import baselines
 from ramp_jax.allocation import ALIGNMENT, Allocation, Costs, check_budget, costs, from_levels
+from ramp_jax.baselines import Actions
 from ramp_jax.checkpoint import write_bytes
+from ramp_jax.formats import LEVELS
 from ramp_jax.models import Model, allocatable
 from ramp_jax.policy import embedding
 from ramp_jax.policy.env import CONTEXT, Problem
-from ramp_jax.policy.train import greedy
+from ramp_jax.policy.train import greedy, sampled
 from ramp_jax.quantization import Stats
 
 POLICY_FILE = "policy.msgpack"
@@ -85,27 +88,81 @@ def problem(model: Model, stats: Stats, levels: tuple[int, ...], table: Costs | 
     )
 
 
-def allocate(policy: Policy, model: Model, stats: Stats, *, budget_bytes: int) -> Allocation:
+def allocate(
+    policy: Policy | None,
+    model: Model,
+    stats: Stats,
+    *,
+    budget_bytes: int,
+    evaluate: Callable[[Allocation], float] | None = None,
+    evaluations: int = 0,
+) -> Allocation:
     """The policy's allocation of `model` (folded as it is to be quantized) for a file of at most `budget_bytes`.
 
-    Nothing of the model is evaluated. Raises `ValueError` with the reachable range where no file of that size exists.
+    Without a policy it is the exact optimum of the estimated losses over all levels. With `evaluations`, that many
+    calls of `evaluate`, a loss, refine it; else nothing of the model is evaluated. Raises `ValueError` with the
+    reachable range where no file of that size exists.
     """
-    table = costs(model, policy.levels)
+    levels = LEVELS if policy is None else policy.levels
+    table = costs(model, levels)
     check_budget(table, budget_bytes)
-    action = choose(policy, problem(model, stats, policy.levels, table), table.units(budget_bytes))
-    return from_levels(model, [policy.levels[a] for a in action])
+    known, units = problem(model, stats, levels, table), table.units(budget_bytes)
+
+    def allocation(action: Actions) -> Allocation:
+        return from_levels(model, [levels[a] for a in action])
+
+    action = estimated_optimum(known, units) if policy is None else choose(policy, known, units)
+    if evaluations and evaluate is not None:
+        drawn = [] if policy is None else draws(policy, known, units, evaluations // 2)
+        action = refined(known, units, [action, *drawn], lambda a: evaluate(allocation(a)), evaluations)
+    return allocation(action)
 
 
-def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -> Int[np.ndarray, " T"]:
+def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -> Actions:
     """Level indices for a budget: the actor's most probable actions and, with `repair`, exchanges from there.
 
-    Repair spends what is left of the budget, and lets pairs of tensors trade levels where the embedding expects that to
+    Repair spends what is left of the budget, and lets pairs of tensors trade levels where the estimate expects that to
     save: on a model unlike those it was trained on, an actor can starve a tensor that it should not.
     """
     action = np.asarray(greedy(policy.actor, known, jnp.int32(units), policy.hidden))
-    if not repair:
-        return action
-    return baselines.exchanged(np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64), units, action)
+    return baselines.exchanged(*_tables(known), units, action) if repair else action
+
+
+def draws(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) -> list[Actions]:
+    """`count` allocations drawn from the actor's probabilities, what is left spent."""
+    keys = jax.random.split(jax.random.key(seed), count)
+    actions = np.asarray(sampled(policy.actor, known, jnp.int32(units), keys, policy.hidden))
+    return [baselines.filled(*_tables(known), units, action) for action in actions]
+
+
+def estimated_optimum(known: Problem, units: int) -> Actions:
+    """The allocation of least estimated loss."""
+    return baselines.knapsack(*_tables(known), units)
+
+
+def refined(
+    known: Problem, units: int, candidates: list[Actions], evaluate: Callable[[Actions], float], evaluations: int
+) -> Actions:
+    """The best of `candidates` by true loss, then mutants of it, `evaluations` in all; the first one is always among
+    them."""
+    losses = [evaluate(action) for action in candidates[:evaluations]]
+    best = candidates[int(np.argmin(losses))]
+    rest = evaluations - len(losses)
+    if rest < 1:
+        return best
+    found = {tuple(best): min(losses)}
+
+    def remembered(action: Actions) -> float:
+        key = tuple(action)
+        if key not in found:
+            found[key] = evaluate(action)
+        return found[key]
+
+    return baselines.evolution(*_tables(known), units, evaluate=remembered, evaluations=rest + 1, start=best)
+
+
+def _tables(known: Problem) -> tuple[Int[np.ndarray, "T A"], Float[np.ndarray, "T A"]]:
+    return np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64)
 
 
 def check_levels(policy: Policy, levels: tuple[int, ...]) -> None:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ramp_jax import checkpoint
 from ramp_jax.policy import networks, replay, reward, sac
-from ramp_jax.policy.env import Episode, Problem, budget_range, rollout
+from ramp_jax.policy.env import Choose, Episode, Problem, budget_range, rollout
 from ramp_jax.policy.networks import masked_log_softmax
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.yardstick import reference_loss, symlog, yardstick
@@ -76,7 +76,7 @@ def initial_state(key: PRNGKeyArray, tasks: Tasks, config: TrainConfig) -> Train
     n_observation, n_actions = observation_size(tasks[0].problem), tasks[0].loss.shape[1]
     learner_key, key = jax.random.split(key)
     learner = sac.init(learner_key, config.sac, n_observation, n_actions)
-    steps, _ = jax.eval_shape(functools.partial(_interact, tasks, config), learner, key)
+    steps, _ = jax.eval_shape(functools.partial(interact, tasks, config), learner, key)
     stored = replay.empty(config.replay_iterations, steps)
     return TrainState(learner, stored, key, jnp.int32(0))
 
@@ -96,7 +96,7 @@ def learn(
     def iteration(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.iteration)
         play_key, update_key = jax.random.split(key)
-        steps, returns = _interact(tasks, config, state.learner, play_key)
+        steps, returns = interact(tasks, config, state.learner, play_key)
         stored = replay.add(state.replay, steps)
 
         def one_update(learner: sac.Learner, key: jax.Array) -> tuple[sac.Learner, dict[str, jax.Array]]:
@@ -114,7 +114,7 @@ def learn(
     return jax.vmap(one_seed)(state)
 
 
-def _interact(
+def interact(
     tasks: Tasks, config: TrainConfig, learner: sac.Learner, key: PRNGKeyArray
 ) -> tuple[replay.Batch, Float[Array, " N"]]:
     """A round of episodes on every task, and their terminal rewards."""
@@ -129,11 +129,7 @@ def _play(
     """Episodes of the current actor at budgets drawn over the feasible range, and their terminal rewards."""
     loss = task.loss
     steps, n_levels = loss.shape
-    actor = networks.actor(config.sac.hidden, n_levels)
-
-    def sampled(key: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
-        log_pi = masked_log_softmax(actor.apply(learner.actor, observation), mask)
-        return jax.random.categorical(key, log_pi).astype(jnp.int32)
+    draw = _drawing(learner.actor, config.sac.hidden, n_levels)
 
     def episode(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
         level_key, budget_key, play_key = jax.random.split(key, 3)
@@ -142,7 +138,7 @@ def _play(
         lowest, highest = budget_range(problem)
         share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
-        played = rollout(problem, budget, sampled, play_key)
+        played = rollout(problem, budget, draw, play_key)
         shaped = functools.partial(reward.step_rewards, loss, problem.cost, yard, played.action, budget)
         q = jnp.sum(jnp.take_along_axis(loss, played.action[:, None], axis=1))
         terminal = reward.terminal_reward(q, reference_loss(yard, budget), jnp.float32(0.0))
@@ -151,6 +147,16 @@ def _play(
 
     played, rewards, terminal = jax.vmap(episode)(jax.random.split(key, config.episodes))
     return replay.transitions(played.observation, played.mask, played.action, rewards), terminal
+
+
+def _drawing(actor: Any, hidden: tuple[int, ...], n_levels: int) -> Choose:
+    network = networks.actor(hidden, n_levels)
+
+    def draw(key: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
+        log_pi = masked_log_softmax(network.apply(actor, observation), mask)
+        return jax.random.categorical(key, log_pi).astype(jnp.int32)
+
+    return draw
 
 
 def _narrowed(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
@@ -184,6 +190,15 @@ def greedy(actor: Any, problem: Problem, budget: Int[Array, ""], hidden: tuple[i
         return jnp.argmax(masked_log_softmax(network.apply(actor, observation), mask)).astype(jnp.int32)
 
     return rollout(problem, budget, best, jax.random.key(0)).action
+
+
+@functools.partial(jax.jit, static_argnames="hidden")
+def sampled(
+    actor: Any, problem: Problem, budget: Int[Array, ""], keys: Key[Array, " N"], hidden: tuple[int, ...]
+) -> Int[Array, "N T"]:
+    """Level indices drawn from the actor's probabilities, one allocation per key."""
+    draw = _drawing(actor, hidden, problem.bits.shape[0])
+    return jax.vmap(lambda key: rollout(problem, budget, draw, key).action)(keys)
 
 
 @functools.partial(jax.jit, static_argnames="hidden")
