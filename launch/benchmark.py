@@ -1,7 +1,6 @@
 """Measure this machine.
 
-    python launch/benchmark.py --suite=forward,parity,quantize,errors,bytes,sensitivity,encoder,sac,policy [--json=FILE]
-        [--plots=FOLDER]
+    python launch/benchmark.py --suite=SUITE[,SUITE ...] [--json=FILE] [--plots=FOLDER]
 
 `forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
 `parity`: losses of one file in JAX, llama.cpp and transformers (launch/parity_suite.py).
@@ -10,6 +9,7 @@
 two busy cores.
 `policy`: what each way of choosing formats loses, at the sizes of llama.cpp's mixes (launch/policy_suite.py).
 `sac`: steps per second of the decision process, seeds side by side, a whole run (launch/sac_suite.py).
+`transfer`: policies on models that they were not trained on, and without each number (launch/transfer_suite.py).
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types (launch/encoder_suite.py).
 """
 
@@ -26,6 +26,7 @@ from parity_suite import parity
 from policy_suite import policy
 from sac_suite import sac
 from sensitivity_suite import sensitivity
+from transfer_suite import transfer
 
 from ramp_jax.checkpoint import write_bytes
 
@@ -41,6 +42,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "bytes": formats_suite.equal_bytes,
     "sensitivity": sensitivity,
     "sac": sac,
+    "transfer": transfer,
     "policy": policy,
     "encoder": encoder,
 }

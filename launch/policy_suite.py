@@ -2,11 +2,13 @@
 
 Each of llama.cpp's mixes (importance matrix from the same calibration text) gives one budget; every method gets exactly
 its bytes, one folding and one encoder, and is measured by mean KL divergence on held-out text. `--suite_policies` are
-workdirs of training runs or `pretrained`; `--suite_tables` the exact sensitivity table of the target, for the knapsack
-and greedy rows. A plot is written beside --json.
+workdirs of training runs or `pretrained`; `--suite_table` the exact sensitivity table of the target, for the row `exact
+knapsack`; `--suite_evolution` true evaluations on calibration text for the row `evolution`, which starts at the uniform
+allocation. A plot is written beside --json.
 """
 
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +18,10 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 from matplotlib.figure import Figure
-from measuring import Numbers, save_plots
+from measuring import Numbers, said, save_plots
 
 from ramp_jax import baselines, data
-from ramp_jax.allocation import ALIGNMENT, Allocation, Costs, costs, from_levels
-from ramp_jax.evaluation.fisher import fisher_sensitivity
+from ramp_jax.allocation import Allocation, Costs, costs, from_levels
 from ramp_jax.evaluation.perplexity import Reference, evaluate, reference_of
 from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.formats.check import EncodeCache
@@ -28,16 +29,18 @@ from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.policy import rollout
+from ramp_jax.policy.env import Problem
 from ramp_jax.policy.rollout import Policy, load_policy
 from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, importance_of
+from ramp_jax.quantization.calibrate import second_moments
 
 _TARGET = flags.DEFINE_string("suite_target", "smollm2-135m", "Model that the suite `policy` allocates for.")
 _POLICIES = flags.DEFINE_list("suite_policies", ["pretrained"], "Policies that the suite `policy` compares.")
+_EVOLUTION = flags.DEFINE_integer("suite_evolution", 0, "True evaluations of the suite's evolution, per budget.")
 _TABLE = flags.DEFINE_string("suite_table", None, "Exact sensitivity table (.npz) of the target, folded as the policy.")
 
 _MIXES = ("Q3_K_S", "IQ4_XS", "Q4_0", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 _CALIBRATION, _HELDOUT = {"context": 512, "count": 4}, {"context": 512, "count": 6}
-_FISHER = {"context": 48, "count": 2}
 _RANDOM_SEEDS = 3
 
 Choose = Callable[[int], Int[np.ndarray, " T"]]
@@ -56,18 +59,19 @@ class Method:
 class Bench:
     """What all methods share."""
 
+    unfolded: Model
     model: Model
     levels: tuple[int, ...]
     sizes: Costs
     encoder: Encoder
-    heldout: Int[np.ndarray, "W T"]
-    reference: Reference
 
-    def kld(self, actions: Int[np.ndarray, " T"]) -> tuple[float, int]:
-        """Mean KL divergence on held-out text and file bytes."""
+    def kld(
+        self, windows: Int[np.ndarray, "W T"], reference: Reference, actions: Int[np.ndarray, " T"]
+    ) -> tuple[float, int]:
+        """Mean KL divergence on the windows and file bytes."""
         allocation = from_levels(self.model, [self.levels[a] for a in actions])
         params = fake_quantize(self.model, allocation, self.encoder)
-        scored = evaluate(self.model, self.heldout, params=params, reference=self.reference, doing="scoring")
+        scored = evaluate(self.model, windows, params=params, reference=reference, doing="scoring")
         return scored.mean_kld, allocation.file_bytes
 
 
@@ -80,12 +84,12 @@ def policy(repeats: int) -> Numbers:
     calibration = data.windows("builtin", model.tokenizer, **_CALIBRATION)
     heldout = data.windows("builtin", model.tokenizer, split="heldout", **_HELDOUT)
     stats, reference = calibrate(model, calibration), reference_of(model, heldout)
-    folded = fold(model, stats, first.fold_level)
+    folded = fold(model, stats, first.fold_level, second=second_moments(model, calibration))
     encoder = Encoder("best", importance_of(model.spec, stats), EncodeCache(1 << 33))
-    bench = Bench(folded, first.levels, costs(folded, first.levels), encoder, heldout, reference)
-    methods = list(_methods(bench, folded))
-    for name, found in policies.items():
-        methods += _policy(bench, name, found, stats)
+    bench = Bench(model, folded, first.levels, costs(folded, first.levels), encoder)
+    started = time.monotonic()
+    known = rollout.problem(folded, stats, first.levels, bench.sizes)
+    methods = list(_methods(bench, known, time.monotonic() - started, calibration, policies))
     rows = []
     for mix, budget, kld in _mixes(model, stats, heldout, reference):
         rows.append(_said(mix, f"llama.cpp {mix}", budget, budget, kld, 0.0))
@@ -93,40 +97,35 @@ def policy(repeats: int) -> Numbers:
             started = time.monotonic()
             actions = method.choose(bench.sizes.units(budget))
             seconds = method.seconds + time.monotonic() - started
-            loss, size = bench.kld(actions)
+            loss, size = bench.kld(heldout, reference, actions)
             rows.append(_said(mix, method.name, budget, size, loss, seconds))
     save_plots({"policy": lambda: _plot(rows)})
+    said(_over_mixes(rows))
     return {"target": _TARGET.value, "heldout_tokens": heldout.size, "rows": rows}
 
 
-def _methods(bench: Bench, folded: Model) -> Iterator[Method]:
-    """Uniform, random, and the optimum of the Fisher estimate and of the exact table; the greedy one beside it."""
-    cost = bench.sizes.per_level // ALIGNMENT
-    yield Method("uniform", lambda units: baselines.uniform(cost, cost, units), 0.0)
+def _methods(
+    bench: Bench, known: Problem, seconds: float, calibration: Int[np.ndarray, "W T"], policies: dict[str, Policy]
+) -> Iterator[Method]:
+    """Rules, searches and policies; `seconds` is what the estimated losses and the embedding took."""
+    cost, estimate = np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64)
+    yield Method("uniform", lambda units: baselines.uniform(cost, estimate, units), 0.0)
     for seed in range(_RANDOM_SEEDS):
-        yield Method(f"random {seed}", lambda units, s=seed: baselines.random(cost, cost, units, seed=s), 0.0)
-    windows = data.windows("builtin", folded.tokenizer, **_FISHER)
-    estimate = fisher_sensitivity(folded, windows, bench.levels, "sliding", encoder=bench.encoder)
-    tables = {"Fisher knapsack": estimate}
+        yield Method(f"random {seed}", lambda units, s=seed: baselines.random(cost, estimate, units, seed=s), 0.0)
+    yield Method("estimate, greedy", lambda units: baselines.greedy(cost, estimate, units), seconds)
+    yield Method("estimate, knapsack", lambda units: rollout.estimated_optimum(known, units), seconds)
     if _TABLE.value:
-        tables["exact knapsack"] = Sensitivity.load(_TABLE.value)
-    for name, table in tables.items():
-        yield Method(name, lambda units, t=table: baselines.knapsack(cost, t.kld, units), table.seconds)
-    yield Method("Fisher greedy", lambda units: baselines.greedy(cost, estimate.kld, units), estimate.seconds)
-
-
-def _policy(bench: Bench, name: str, found: Policy, stats: Stats) -> list[Method]:
-    """The policy, its rollout without repair, and what the embedding's expected loss finds without a policy."""
-    started = time.monotonic()
-    problem = rollout.problem(bench.model, stats, found.levels, bench.sizes)
-    seconds = time.monotonic() - started
-    cost, expected = np.asarray(problem.cost, np.int64), np.asarray(problem.expected, np.float64)
-    short = f"policy {Path(name).name}"
-    return [
-        Method("expected greedy", lambda units: baselines.greedy(cost, expected, units), seconds),
-        Method(f"{short}, no repair", lambda units: rollout.choose(found, problem, units, repair=False), seconds),
-        Method(short, lambda units: rollout.choose(found, problem, units), seconds),
-    ]
+        table = Sensitivity.load(_TABLE.value)
+        yield Method("exact knapsack", lambda units: baselines.knapsack(cost, table.kld, units), table.seconds)
+    if _EVOLUTION.value:
+        loss = functools.partial(bench.kld, calibration[:1], reference_of(bench.unfolded, calibration[:1]))
+        search = functools.partial(baselines.evolution, cost, estimate, evaluations=_EVOLUTION.value)
+        yield Method("evolution", lambda units: search(units, evaluate=lambda a: loss(a)[0]), 0.0)
+    for name, found in policies.items():
+        short = f"policy {Path(name).name}"
+        alone = functools.partial(rollout.choose, found, known, repair=False)
+        yield Method(f"{short}, no repair", alone, seconds)
+        yield Method(short, functools.partial(rollout.choose, found, known), seconds)
 
 
 def _mixes(
@@ -149,6 +148,16 @@ def _said(mix: str, method: str, budget: int, size: int, kld: float, seconds: fl
     row = {"budget_of": mix, "method": method, "budget": budget, "bytes": size, "kld": kld, "seconds": seconds}
     print(f"{mix:8} {method:22} {size:>12,} of {budget:>12,}  KL {kld:.4f}  {seconds:.1f} s", flush=True)
     return row
+
+
+def _over_mixes(rows: list[Numbers]) -> Numbers:
+    """Per method the KL divergence over that of the mix: mean over budgets, and largest."""
+    mixes = {row["budget_of"]: row["kld"] for row in rows if row["method"].startswith("llama.cpp")}
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        if not row["method"].startswith("llama.cpp"):
+            ratios.setdefault(row["method"], []).append(row["kld"] / mixes[row["budget_of"]])
+    return {name: f"{np.mean(values):.3f} of the mix, {max(values):.3f} at most" for name, values in ratios.items()}
 
 
 def _plot(rows: list[Numbers]) -> Figure:

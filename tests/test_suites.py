@@ -113,19 +113,19 @@ def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untie
         "_MIXES": ("IQ4_NL", "Q5_0", "Q8_0"),
         "_CALIBRATION": {"context": 24, "count": 2},
         "_HELDOUT": {"context": 24, "count": 2},
-        "_FISHER": {"context": 24, "count": 2},
         "_RANDOM_SEEDS": 1,
         "_TARGET": SimpleNamespace(value=str(untied_directory)),
         "_POLICIES": SimpleNamespace(value=[str(tmp_path)]),
         "_TABLE": SimpleNamespace(value=None),
+        "_EVOLUTION": SimpleNamespace(value=6),
     }.items():
         monkeypatch.setattr(policy_suite, name, value)
     rows = policy_suite.policy(1)["rows"]
     methods = {row["method"] for row in rows if not row["method"].startswith("llama.cpp")}
-    mine = {f"policy {tmp_path.name}", f"policy {tmp_path.name}, no repair", "expected greedy"}
-    assert methods == {"uniform", "random 0", "Fisher knapsack", "Fisher greedy"} | mine
+    mine = {f"policy {tmp_path.name}", f"policy {tmp_path.name}, no repair", "evolution"}
+    assert methods == {"uniform", "random 0", "estimate, knapsack", "estimate, greedy"} | mine
     assert all(row["bytes"] <= row["budget"] for row in rows)
     assert all(np.isfinite(row["kld"]) and row["kld"] > 0 for row in rows)
     by = {(row["budget_of"], row["method"]): row["kld"] for row in rows}
-    assert by["Q5_0", "Fisher knapsack"] < by["Q5_0", "random 0"]
+    assert by["Q5_0", "estimate, knapsack"] < by["Q5_0", "random 0"]
     assert {line.get_label() for line in drawn["policy"].axes[0].get_lines()} == methods | {"llama.cpp"}

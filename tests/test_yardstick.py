@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramp_jax.policy.yardstick import price_at, reference_loss, regrets, symlog, yardstick
+from ramp_jax.baselines import knapsack
+from ramp_jax.policy.yardstick import least_loss, lookahead, reference_loss, symlog, yardstick
 
 TENSORS, LEVELS = 6, 3
 # one trade per tensor: 3 nats for 2 units, 1.5 nats for 3 units
@@ -43,20 +44,34 @@ def test_reference_loss_is_log_linear_between_uniform_levels(budget, expected):
     assert reference_loss(YARD, jnp.int32(budget)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_price_of_a_unit_by_hand():
-    """Below 0.5 both tensors are large (10 units), up to 1.5 only the first (7), above none (5)."""
-    assert price_at(YARD, jnp.int32(6)) == pytest.approx(1.5, rel=0.02)
-    assert price_at(YARD, jnp.int32(8)) == pytest.approx(0.5, rel=0.02)
-    assert price_at(YARD, jnp.int32(9)) == pytest.approx(0.5, rel=0.02)
-    assert 0.5 <= price_at(YARD, jnp.int32(7)) <= 1.5
+def test_least_loss_by_hand():
+    """Small and small: 5 units lose 6; 2 more for the first save 3; 3 more for the second 1.5; mixtures between."""
+    for units, loss in [(5, 6), (6, 4.5), (7, 3), (8, 2.5), (10, 1.5)]:
+        assert least_loss(YARD, jnp.int32(units), 0) == pytest.approx(loss, rel=1e-5)
+    for units, loss in [(3, 2), (4, 1.5), (6, 0.5)]:
+        assert least_loss(YARD, jnp.int32(units), 1) == pytest.approx(loss, rel=1e-5)
+    assert least_loss(YARD, jnp.int32(3), 2) == 0
+
+
+def test_lookahead_by_hand():
+    """With 8 units the first tensor's levels leave 6 and 4; then 0.5 or at best 1.5 is lost."""
+    np.testing.assert_allclose(lookahead(YARD, LOSS[0], COST[0], jnp.int32(8), 0), [4.5, 2.5], rtol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_prices_fall_as_solutions_grow(seed):
-    yard = jax.jit(yardstick)(*random_table(np.random.default_rng(seed)))
-    assert (np.diff(yard.units, axis=0) >= 0).all()
-    assert (np.diff(yard.price) < 0).all()
+def test_least_loss_is_a_bound_and_falls(seed):
+    """Below the exact knapsack at every size, and no later step can undo it: a choice and its rest lose no less."""
+    loss, cost = random_table(np.random.default_rng(seed))
+    yard = jax.jit(yardstick)(loss, cost)
+    lowest = np.where(np.asarray(cost) > 0, cost, 2**30).min(axis=1).sum()
+    sizes = np.linspace(lowest, np.asarray(cost).max(axis=1).sum(), 6).astype(int)
+    bounds = [float(least_loss(yard, jnp.int32(size), 0)) for size in sizes]
+    assert (np.diff(bounds) <= 1e-5 * bounds[0]).all()
+    for size, bound in zip(sizes, bounds, strict=True):
+        best = knapsack(np.asarray(cost), np.asarray(loss, np.float64), int(size))
+        chord = 0.01 * bounds[0]  # between two prices of the grid
+        assert bound <= np.asarray(loss)[np.arange(TENSORS), best].sum() + chord
 
 
 def test_symlog_by_hand():
@@ -67,18 +82,3 @@ def test_symlog_by_hand():
 def test_symlog_is_monotone(rng):
     x = np.sort(np.concatenate([rng.normal(0, 1, 100), rng.normal(0, 1e4, 100)])).astype(np.float32)
     assert (np.diff(symlog(jnp.asarray(x))) > 0).all()
-
-
-def test_price_of_what_is_left_later():
-    """From the second tensor on: 3 units buy the small one, 6 the large one, at 0.5 a unit."""
-    np.testing.assert_array_equal(np.asarray(YARD.units)[[0, -1]], [[5, 3, 0], [10, 6, 0]])
-    assert price_at(YARD, jnp.int32(5), 1) == pytest.approx(0.5, rel=0.1)
-    assert price_at(YARD, jnp.int32(2), 1) > 1.5
-    assert price_at(YARD, jnp.int32(7), 1) < 0.5
-
-
-def test_regrets_by_hand():
-    """At 1 a unit: 4 + 2 against 1 + 4; 2 + 3 against 0.5 + 6; a masked level has none."""
-    np.testing.assert_allclose(regrets(LOSS, COST, jnp.float32(1.0)), [[1, 0], [0, 1.5]])
-    masked = regrets(jnp.array([0.0, 3.0, 1.0]), jnp.array([0, 1, 4]), jnp.float32(1.0))
-    np.testing.assert_allclose(masked, [0, 0, 1])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ramp_jax.policy.yardstick import price_at, reference_loss, regrets, symlog, yardstick
+from ramp_jax.policy.yardstick import least_loss, lookahead, symlog, yardstick
 
 UNIT_BYTES = 32
 CONTEXT = 6
@@ -71,8 +71,8 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
     """One episode under `choose(key, observation, mask)`.
 
     A level after which even the cheapest completion exceeds the budget is masked, so an episode whose budget is at
-    least the smallest allocation always fits. An observation ends with the regret of each level by the estimated losses
-    at the price at which the remaining steps use up what is left, compressed by `symlog` as rewards are.
+    least the smallest allocation always fits. An observation ends with the regret of each valid level: by how much the
+    least loss that is estimated to be reachable after it exceeds that after the best one, compressed as rewards are.
     """
     steps = problem.cost.shape[0]
     completion, dearest = cheapest_completion(problem), dearest_completion(problem)
@@ -84,18 +84,19 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
 
     budget = jnp.asarray(budget, jnp.int32)
     target, yard = wealth(budget, 0), yardstick(problem.expected, problem.cost)
-    scale = steps / reference_loss(yard, budget)
+    scale = steps / least_loss(yard, budget, 0)
 
-    def shown_regrets(left: jax.Array, t: jax.Array) -> Float[Array, " A"]:
-        regret = regrets(problem.expected[t], problem.cost[t], price_at(yard, left, t))
-        return jnp.minimum(symlog(scale * regret), _MOST_REGRET)
+    def regrets(left: jax.Array, t: jax.Array, mask: Bool[Array, " A"]) -> Float[Array, " A"]:
+        reachable = lookahead(yard, problem.expected[t], problem.cost[t], left, t)
+        best = jnp.min(jnp.where(mask, reachable, jnp.inf))
+        return jnp.where(mask, jnp.minimum(symlog(scale * (reachable - best)), _MOST_REGRET), 0.0)
 
     def step(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple]:
         left, last = carry
         cost = problem.cost[t]
         mask = (cost > 0) & (cost <= left - completion[t + 1])
         context = [*target, *wealth(left, t), last, 2 * t.astype(jnp.float32) / steps - 1]
-        observation = jnp.concatenate([problem.embedding[t], jnp.stack(context), shown_regrets(left, t)])
+        observation = jnp.concatenate([problem.embedding[t], jnp.stack(context), regrets(left, t, mask)])
         action = choose(jax.random.fold_in(key, t), observation, mask)
         return (left - cost[action], _centered(problem.bits[action])), (observation, mask, action)
 

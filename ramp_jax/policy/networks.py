@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 CRITICS = 2
-_ACTOR_TRUST = 10.0  # logits per unit of compressed regret: 1 / the temperature at which learning starts
+_ACTOR_TRUST = 3.0  # logits per unit of compressed regret; enough to prefer, and to try others still
 _MASKED = -1e9  # logit of an invalid action; finite, so that no gradient becomes NaN
 
 

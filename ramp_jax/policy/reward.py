@@ -6,23 +6,24 @@ comparable across models and budgets. Dense shaping spreads it over the steps in
 optimum by itself:
 
 1. r_t = −s[t, a_t] / q_ref from the sensitivity table s; the last step adds predicted minus true loss.
-2. A potential (Ng, Harada and Russell 1999): minus the Lagrangian bound on what the remaining steps must lose,
-   Φ_t = −(Σ_{i ≥ t} min_a(s[i, a] + λ c[i, a]) − λ · left_t) / q_ref and Φ_T = 0, with λ the dual price of a byte at
-   the episode's budget. What remains of a step is its Lagrangian regret, and of the last one also the worth of unused
-   bytes: credit for a choice arrives at the choice itself instead of up to T steps later.
+2. A potential (Ng, Harada and Russell 1999): minus the bound on what the remaining steps must lose with the units that
+   are left, Φ_t = −L_t(left_t) / q_ref and Φ_T = 0 (`yardstick.least_loss`). What remains of a step is its regret: by
+   how much it and the best possible rest lose more than was possible before it. Credit for a choice arrives at the
+   choice itself instead of up to T steps later.
 
 Regrets span five orders of magnitude (an embedding at 4 bits against one attention matrix), more than a critic can
 resolve; `symlog` compresses them. It is monotone, so the action without regret stays the best one of its step; where
 the budget forces regrets on some steps, many small ones weigh more, and one large one less, than in the sum.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.policy.yardstick import Yardstick, price_at, reference_loss, regrets
+from ramp_jax.policy.yardstick import Yardstick, least_loss
 
 
 class Penalty(NamedTuple):
@@ -63,14 +64,16 @@ def step_rewards(
 
     `true_loss` is the evaluator's; None trusts the table.
     """
-    q_ref = reference_loss(yard, budget)
-    predicted, spent = _taken(loss, action), jnp.sum(_taken(cost, action))
+    q_ref = least_loss(yard, budget, 0)
+    predicted, spent = _taken(loss, action), _taken(cost, action)
     correction = 0.0 if true_loss is None else jnp.sum(predicted) - true_loss
+    last = correction / q_ref - penalty(jnp.sum(spent), budget, terms)
     if potential:
-        price = price_at(yard, budget)
-        predicted = _taken(regrets(loss, cost, price), action)
-        correction -= price * (budget - spent).astype(jnp.float32)
-    return (-predicted / q_ref).at[-1].add(correction / q_ref - penalty(spent, budget, terms))
+        left = budget - jnp.cumsum(spent)
+        bound = jax.vmap(functools.partial(least_loss, yard))
+        steps = jnp.arange(len(action))
+        predicted += bound(left, steps + 1) - bound(left + spent, steps)
+    return (-predicted / q_ref).at[-1].add(last)
 
 
 def _taken(table: jax.Array, action: Int[Array, " T"]) -> jax.Array:

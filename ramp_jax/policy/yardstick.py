@@ -1,8 +1,9 @@
-"""What loss and which price of a unit are normal at which size, for one table of losses.
+"""What loss is normal at which size, and the least that is still possible with what is left, for one table of losses.
 
 Relaxing the budget to a price λ per unit lets every tensor choose alone: min_a s[i, a] + λ c[i, a]. Over a grid of
-prices that gives the size of every such solution, from each step to the end, and so the price at which what is left of
-a budget would be used up. What a choice loses against the best one at that price is its regret.
+prices that gives size and loss of every such solution, from each step to the end. Between two of them lies a mixture
+of both, so the curve through them is the lower bound of Lagrangian relaxation on what the remaining steps lose with so
+many units, and next to exact where these steps are many.
 
 T tensors, A levels, P prices.
 """
@@ -22,10 +23,10 @@ class Yardstick(NamedTuple):
 
     uniform_units: Float[Array, " A"]
     uniform_loss: Float[Array, " A"]
-    price: Float[Array, " P"]
-    """λ in loss per unit, falling."""
     units: Float[Array, "P T+1"]
-    """What the solution at each price takes from each step on; 0 at the end."""
+    """What the solution at each price, from the highest down, takes from each step on; 0 at the end."""
+    loss: Float[Array, "P T+1"]
+    """What it loses."""
 
 
 def yardstick(loss: Float[Array, "T A"], cost: Int[Array, "T A"]) -> Yardstick:
@@ -42,9 +43,9 @@ def yardstick(loss: Float[Array, "T A"], cost: Int[Array, "T A"]) -> Yardstick:
 
     prices = _price_grid(loss, size, valid)
     lagrangian = jnp.where(valid, loss, _LARGE)[None] + prices[:, None, None] * size[None]
-    units = _taken(size, jnp.argmin(lagrangian, axis=-1))  # [P, T]
-    onward = jnp.pad(jnp.flip(jnp.cumsum(jnp.flip(units, axis=1), axis=1), axis=1), ((0, 0), (0, 1)))
-    return Yardstick(uniform_units[order], uniform_loss[order], prices, onward)
+    chosen = jnp.argmin(lagrangian, axis=-1)  # [P, T]
+    units, onward = (_from_here_on(_taken(table, chosen)) for table in (size, loss))
+    return Yardstick(uniform_units[order], uniform_loss[order], units, onward)
 
 
 def reference_loss(yard: Yardstick, budget: Int[Array, ""]) -> Float[Array, ""]:
@@ -53,15 +54,16 @@ def reference_loss(yard: Yardstick, budget: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.exp(jnp.interp(budget.astype(jnp.float32), yard.uniform_units, logs))
 
 
-def price_at(yard: Yardstick, left: Int[Array, ""], step: Int[Array, ""] | int = 0) -> Float[Array, ""]:
-    """λ at which the steps from `step` on use `left` units, in loss per unit."""
-    return jnp.exp(jnp.interp(left.astype(jnp.float32), yard.units[:, step], jnp.log(yard.price)))
+def least_loss(yard: Yardstick, left: Int[Array, "*n"], step: Int[Array, ""]) -> Float[Array, "*n"]:
+    """The bound on what the steps from `step` on lose with `left` units."""
+    return jnp.interp(left.astype(jnp.float32), yard.units[:, step], yard.loss[:, step])
 
 
-def regrets(loss: Float[Array, "*T A"], cost: Int[Array, "*T A"], price: Float[Array, ""]) -> Float[Array, "*T A"]:
-    """What each level loses at that price against the best one, bytes included; 0 where it is masked."""
-    priced = jnp.where(cost > 0, loss + price * cost.astype(jnp.float32), _LARGE)
-    return jnp.where(cost > 0, priced - jnp.min(priced, axis=-1, keepdims=True), 0.0)
+def lookahead(
+    yard: Yardstick, loss: Float[Array, " A"], cost: Int[Array, " A"], left: Int[Array, ""], step: Int[Array, ""]
+) -> Float[Array, " A"]:
+    """What each level of step `step` loses, and all later steps at least, with `left` units before it."""
+    return loss + least_loss(yard, left - cost, step + 1)
 
 
 def symlog(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -78,6 +80,10 @@ def _price_grid(loss: jax.Array, size: jax.Array, valid: Bool[Array, "T A"]) -> 
     highest = jnp.maximum(jnp.max(rate), 1e-20)
     lowest = jnp.maximum(jnp.min(jnp.where(rate > 0, rate, highest)), 1e-9 * highest)
     return jnp.exp(jnp.linspace(jnp.log(2.0 * highest), jnp.log(0.5 * lowest), _PRICES))
+
+
+def _from_here_on(values: Float[Array, "P T"]) -> Float[Array, "P T+1"]:
+    return jnp.pad(jnp.flip(jnp.cumsum(jnp.flip(values, axis=1), axis=1), axis=1), ((0, 0), (0, 1)))
 
 
 def _taken(table: Float[Array, "T A"], actions: Int[Array, "K T"]) -> Float[Array, "K T"]:
