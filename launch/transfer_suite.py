@@ -3,9 +3,11 @@
 `--suite_run` is the workdir of a training run on several models (configs/pretrained.py); what it measured is used
 again. Policies are trained for each of the run's models alone, for each choice that leaves one out, and for all, three
 seeds each, and allocate for every model and for `--suite_held`. Then rewards go without their potential, and one number
-of the embedding after the other is blanked, for all models. A result is the predicted loss (exact table) over that of the exact knapsack, the geometric
-mean over the budgets of `train.probe_budgets`, so 1 is the optimum; `way` is how far it went from the uniform
-allocation to that optimum, the mean over budgets.
+of the embedding after the other is blanked, for all models.
+
+A result is the predicted loss (exact table) over that of the exact knapsack, the geometric mean over the budgets of
+`train.probe_budgets`, so 1 is the optimum; `way` is how far it went from the uniform allocation to that optimum, the
+mean over budgets.
 """
 
 import dataclasses
@@ -50,7 +52,8 @@ def transfer(repeats: int) -> Numbers:
     learning = dataclasses.replace(config.train, iterations=_ITERATIONS.value, seeds=_SEEDS)
     for sources in _sources(config.models):
         rows += _rows(f"trained on {' '.join(sources)}", sources, tasks, learning)
-    rows += _rows("all, rewards without potential", config.models, tasks, dataclasses.replace(learning, potential=False))
+    plain = dataclasses.replace(learning, potential=False)
+    rows += _rows("all, rewards without potential", config.models, tasks, plain)
     for i, number in enumerate(embedding.NAMES):
         blanked = {name: _blanked(task, i) for name, task in tasks.items()}
         rows += _rows(f"all, without {number}", config.models, blanked, learning)
