@@ -66,9 +66,8 @@ def _task(name: str, config: RunConfig, workdir: Path) -> Task:
 
 def _sources(names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Each model alone, all but one, and all."""
-    return itertools.chain.from_iterable(
-        itertools.combinations(names, n) for n in sorted({1, len(names) - 1, len(names)})
-    )
+    sizes = sorted({1, max(len(names) - 1, 1), len(names)})
+    return itertools.chain.from_iterable(itertools.combinations(names, size) for size in sizes)
 
 
 def _blanked(task: Task, column: int) -> Task:

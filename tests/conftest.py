@@ -1,4 +1,6 @@
-"""Strict JAX flags for every test, and the tiny models that tests share."""
+"""Strict JAX flags for every test, compiled programs kept for the next one, and the tiny models that tests share."""
+
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from ramp_jax.models import load_model
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from absl import app, flags
 
 from ramp_jax import encoders, workflow
-from ramp_jax.allocation import Allocation, costs
+from ramp_jax.allocation import Allocation, costs, read_saved
 from ramp_jax.policy import embedding
 from ramp_jax.policy.rollout import load_policy
 
@@ -331,6 +331,18 @@ def test_allocation_without_training(call, allocate, whole, untied, tmp_path, so
     assert 0.9 * whole.budget < allocation.file_bytes <= whole.budget
     assert f"{allocation.file_bytes:,} of {whole.budget:,} bytes" in printed
     assert set(allocation.formats.values()) <= {"IQ4_NL", "Q5_0", "Q5_1", "Q8_0"}
+
+
+def test_refined_allocation(call, allocate, whole, untied, tmp_path):
+    """Three true evaluations on calibration text: the file says so, fits, and is no other at the next call."""
+    outputs = [tmp_path / "a.json", tmp_path / "b.json"]
+    for output in outputs:
+        code, _, errors = call("allocate", *allocate(output=output), "--refine_evals=3")
+        assert code == 0, errors
+    first, again = (Allocation.load(output, untied) for output in outputs)
+    assert first.file_bytes <= whole.budget
+    assert first.formats == again.formats
+    assert read_saved(outputs[0])["refine_evals"] == 3
 
 
 def test_training_on_a_model_that_is_mistyped_can_be_repeated(fails, whole, tmp_path):

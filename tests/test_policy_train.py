@@ -236,3 +236,13 @@ def test_narrowed_episodes_lack_the_lowest_levels_of_some_tensors(task):
     share = np.mean([(cost != full).any() for cost in costs])
     assert 0.1 < share < 0.5
     assert any((cost != full).any() and (cost == full).all(axis=1).any() for cost in costs)
+
+
+def test_shifts_move_all_tensors_of_an_episode_alike(task):
+    moved = [np.asarray(train._shifted(task.problem, jax.random.key(i), 0.5).embedding) for i in range(200)]
+    offsets = np.asarray(moved) - np.asarray(task.problem.embedding)
+    np.testing.assert_allclose(offsets, np.broadcast_to(offsets[:, :1], offsets.shape), atol=1e-6)
+    assert offsets[:, 0].std(axis=0) == pytest.approx(0.5, abs=0.1)
+    np.testing.assert_array_equal(
+        train._shifted(task.problem, jax.random.key(0), 0.0).embedding, task.problem.embedding
+    )

@@ -11,7 +11,9 @@ from flax import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramp_jax.allocation import ALIGNMENT, costs
+from ramp_jax import baselines
+from ramp_jax.allocation import ALIGNMENT, costs, from_levels
+from ramp_jax.formats import LEVELS as FORMAT_LEVELS
 from ramp_jax.models import allocatable
 from ramp_jax.policy import embedding, networks, rollout
 from ramp_jax.policy.env import CONTEXT, UNIT_BYTES, Problem
@@ -168,3 +170,54 @@ def test_policy_of_another_observation_is_refused(tmp_path):
     dataclasses.replace(policy_of(0), actor=actor).save(tmp_path)
     with pytest.raises(ValueError, match=r"observes 15 numbers, this program shows 20; train it again"):
         load_policy(tmp_path)
+
+
+def three_tensors():
+    """Three tensors of one size at three levels; what each loses is estimated wrongly for the first."""
+    bits = np.array([4.0, 5.0, 8.0])
+    estimate = np.array([1.0, 4.0, 16.0])[:, None] * 4.0 ** -bits[None, :]
+    true = np.array([64.0, 4.0, 16.0])[:, None] * 4.0 ** -bits[None, :]
+    cost = jnp.asarray(np.tile(10 * bits, (3, 1)), jnp.int32)
+    single = [jnp.asarray(values, jnp.float32) for values in (np.zeros((3, 11)), np.full(3, 2560.0), bits, estimate)]
+    return Problem(single[0], single[1], cost, single[2], single[3]), true
+
+
+@pytest.mark.parametrize("evaluations", [1, 4, 40])
+def test_refinement_keeps_to_its_evaluations_and_never_loses(evaluations):
+    known, true = three_tensors()
+    calls = []
+
+    def evaluate(action):
+        calls.append(true[np.arange(3), action].sum())
+        return calls[-1]
+
+    policy = policy_of(0)
+    first = rollout.choose(policy, known, 170)
+    candidates = [first, *rollout.draws(policy, known, 170, evaluations // 2)]
+    found = rollout.refined(known, 170, candidates, evaluate, evaluations)
+    assert len(calls) <= evaluations
+    assert np.asarray(known.cost)[np.arange(3), found].sum() <= 170
+    assert true[np.arange(3), found].sum() == min(calls) <= calls[0] == true[np.arange(3), first].sum()
+    if evaluations == 40:
+        best = baselines.knapsack(np.asarray(known.cost), true, 170)
+        assert min(calls) == pytest.approx(true[np.arange(3), best].sum())
+
+
+def test_draws_fit_and_differ():
+    known, _ = three_tensors()
+    policy = dataclasses.replace(policy_of(0), actor=jax.tree.map(jnp.zeros_like, policy_of(0).actor))
+    drawn = rollout.draws(policy, known, 170, 20)
+    assert all(np.asarray(known.cost)[np.arange(3), action].sum() <= 170 for action in drawn)
+    assert len({tuple(action) for action in drawn}) > 1
+    np.testing.assert_array_equal(drawn, rollout.draws(policy, known, 170, 20))
+
+
+def test_without_a_policy_the_estimate_s_optimum_is_taken(prepared):
+    folded, stats = prepared
+    table = costs(folded, FORMAT_LEVELS)
+    budget = (table.smallest + table.largest) // 2
+    found = allocate(None, folded, stats, budget_bytes=budget)
+    known = rollout.problem(folded, stats, FORMAT_LEVELS)
+    best = baselines.knapsack(np.asarray(known.cost), np.asarray(known.expected), table.units(budget))
+    assert found.formats == from_levels(folded, [FORMAT_LEVELS[a] for a in best]).formats
+    assert found.file_bytes <= budget

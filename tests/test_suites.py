@@ -1,5 +1,7 @@
 """Suites of launch/benchmark.py on the tiny model, and the oracle in transformers that they measure against."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,18 +13,24 @@ import pytest
 import tiny
 import torch
 
+from ramp_jax import workflow
+from ramp_jax.config import RunConfig, as_dict
 from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.halo.torch_model import token_losses, torch_model
 from ramp_jax.models import load_model
 from ramp_jax.policy import embedding, networks
 from ramp_jax.policy.env import CONTEXT
 from ramp_jax.policy.rollout import Policy
+from ramp_jax.policy.sac import SacConfig
+from ramp_jax.policy.train import TrainConfig
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 import forward_suite
 import measuring
 import parity_suite
 import policy_suite
+import sac_suite
+import transfer_suite
 
 
 @pytest.fixture
@@ -129,3 +137,43 @@ def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untie
     by = {(row["budget_of"], row["method"]): row["kld"] for row in rows}
     assert by["Q5_0", "estimate, knapsack"] < by["Q5_0", "random 0"]
     assert {line.get_label() for line in drawn["policy"].axes[0].get_lines()} == methods | {"llama.cpp"}
+
+
+def test_sac_suite_learns_more_than_the_estimate_knows(monkeypatch):
+    """On two layers: speeds are positive, and the policy ends between the optimum and the estimate's."""
+    monkeypatch.setattr(sac_suite, "_LAYERS", 2)
+    monkeypatch.setattr(sac_suite, "_EPISODES", 4)
+    short = TrainConfig(iterations=60, updates=16, log_every=20, sac=SacConfig(hidden=(32,), batch_size=128))
+    monkeypatch.setattr(sac_suite, "TrainConfig", lambda **changed: dataclasses.replace(short, **changed))
+    with jax.numpy_dtype_promotion("standard"):
+        numbers = sac_suite.sac(1)
+    assert numbers["steps_per_second"] > 0
+    assert numbers["seeds_8_over_1"] > 0
+    assert 1 - 1e-5 < numbers["policy_over_optimum"] < numbers["uniform_over_optimum"]
+    assert 1 - 1e-5 < numbers["estimate_over_optimum"] < numbers["uniform_over_optimum"]
+
+
+def test_transfer_suite_judges_every_training_on_every_model(monkeypatch, tmp_path):
+    """Two models of synthetic tables, one of them held: optimum 1, uniform no part of the way."""
+    monkeypatch.setattr(sac_suite, "_LAYERS", 1)
+    tasks = {"a": sac_suite.synthetic(0), "b": sac_suite.synthetic(1)}
+    monkeypatch.setattr(transfer_suite, "_task", lambda name, config, workdir: tasks[name])
+    monkeypatch.setattr(transfer_suite.embedding, "NAMES", ("one",))
+    for name, value in {"_RUN": str(tmp_path), "_HELD": "b", "_ITERATIONS": 2}.items():
+        monkeypatch.setattr(transfer_suite, name, SimpleNamespace(value=value))
+    monkeypatch.setattr(transfer_suite, "_SEEDS", 2)
+    sac = SacConfig(hidden=(8,), batch_size=8)
+    config = RunConfig(models=("a",), train=TrainConfig(episodes=4, updates=2, replay_iterations=2, sac=sac))
+    (tmp_path / workflow.CONFIG).write_text(json.dumps(as_dict(config)))
+    with jax.numpy_dtype_promotion("standard"):
+        rows = transfer_suite.transfer(1)["rows"]
+    by = {(row["method"], row["model"], row["how"], row["seed"]): row for row in rows}
+    assert len(by) == len(rows)
+    assert by["exact table, knapsack", "b", "", 0]["over_optimum"] == pytest.approx(1)
+    assert by["exact table, knapsack", "b", "", 0]["way"] == pytest.approx(1)
+    assert by["uniform", "a", "", 0]["way"] == pytest.approx(0)
+    assert all(row["over_optimum"] > 1 - 1e-5 for row in rows)
+    for method in ("trained on a", "all, rewards without potential", "all, without one"):
+        assert {key[1:] for key in by if key[0] == method} == {
+            (name, how, seed) for name in "ab" for how in ("rollout", "repaired") for seed in (0, 1)
+        }

@@ -32,6 +32,8 @@ class TrainConfig:
     Seeds learn side by side, each on its own episodes; the last `replay_iterations` iterations are replayed.
     `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`). A share `narrowed`
     of the episodes lacks the lowest levels of some tensors, as a model does whose rows no superblock divides.
+    Every episode moves each number of all its embeddings by one normal offset of standard deviation `shift`: models
+    differ in where they lie, and what tensors of one model lose against each other is what is to be learned.
     """
 
     iterations: int = 150
@@ -42,6 +44,7 @@ class TrainConfig:
     log_every: int = 10
     potential: bool = True
     narrowed: float = 0.0
+    shift: float = 0.0
     sac: SacConfig = dataclasses.field(default_factory=SacConfig)
 
 
@@ -132,8 +135,8 @@ def _play(
     draw = _drawing(learner.actor, config.sac.hidden, n_levels)
 
     def episode(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
-        level_key, budget_key, play_key = jax.random.split(key, 3)
-        problem = _narrowed(task.problem, level_key, config.narrowed)
+        level_key, shift_key, budget_key, play_key = jax.random.split(key, 4)
+        problem = _shifted(_narrowed(task.problem, level_key, config.narrowed), shift_key, config.shift)
         yard = yardstick(loss, problem.cost)
         lowest, highest = budget_range(problem)
         share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
@@ -172,6 +175,12 @@ def _narrowed(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
     narrow = jax.random.uniform(tensor_key, (len(problem.cost), 1)) < 2 * jax.random.uniform(part_key)
     cost = jnp.where(narrow & (levels < lowest)[None, :], 0, problem.cost)
     return problem._replace(cost=jnp.where(jnp.any(cost > 0, axis=1, keepdims=True), cost, problem.cost))
+
+
+def _shifted(problem: Problem, key: PRNGKeyArray, deviation: float) -> Problem:
+    """All embeddings moved by the same offset."""
+    offset = deviation * jax.random.normal(key, (1, problem.embedding.shape[1]))
+    return problem._replace(embedding=problem.embedding + offset)
 
 
 def probe_budgets(problem: Problem) -> Int[Array, " PROBES"]:
