@@ -159,11 +159,13 @@ def test_transfer_suite_judges_every_training_on_every_model(monkeypatch, tmp_pa
     tasks = {"a": sac_suite.synthetic(0), "b": sac_suite.synthetic(1)}
     monkeypatch.setattr(transfer_suite, "_task", lambda name, config, workdir: tasks[name])
     monkeypatch.setattr(transfer_suite.embedding, "NAMES", ("one",))
-    for name, value in {"_RUN": str(tmp_path), "_HELD": "b", "_ITERATIONS": 2}.items():
+    for name, value in {"_RUN": str(tmp_path), "_HELD": "b"}.items():
         monkeypatch.setattr(transfer_suite, name, SimpleNamespace(value=value))
     monkeypatch.setattr(transfer_suite, "_SEEDS", 2)
     sac = SacConfig(hidden=(8,), batch_size=8)
-    config = RunConfig(models=("a",), train=TrainConfig(episodes=4, updates=2, replay_iterations=2, sac=sac))
+    config = RunConfig(
+        models=("a",), train=TrainConfig(iterations=2, episodes=4, updates=2, replay_iterations=2, sac=sac)
+    )
     (tmp_path / workflow.CONFIG).write_text(json.dumps(as_dict(config)))
     with jax.numpy_dtype_promotion("standard"):
         rows = transfer_suite.transfer(1)["rows"]
