@@ -1,7 +1,7 @@
 """The suite `transfer` of launch/benchmark.py: what policies do on models they were not trained on, by exact tables.
 
 `--suite_run` is the workdir of a training run on several models (configs/pretrained.py); what it measured is used
-again. Policies are trained as that run was, for each of the run's models alone, for each choice that leaves one out, and
+again. Policies are trained as that run was, for each of its models alone, for each choice that leaves one out, and
 for all, three seeds each, and allocate for every model and for `--suite_held`. Then rewards go without their potential,
 and one number of the embedding after the other is blanked, for all models.
 
