@@ -58,13 +58,10 @@ def _round_trip(w: jax.Array, importance: jax.Array | None, name: str, effort: E
     return fmt.decode(fmt.encode(w, importance, effort))
 
 
-def in_row_parts(run: Callable[..., Any], w: Float[Array, "R I"], copies: int, *rest: Any) -> list[Any]:
-    """`run(rows, *rest)` of equal parts of the rows of w, on all cores; `copies` is how many of a part exist at a time.
-
-    The last part is filled up with rows of zeros.
-    """
+def in_row_parts(run: Callable[..., Any], w: Float[Array, "R I"], *rest: Any) -> list[Any]:
+    """`run(rows, *rest)` of equal parts of the rows of w, on all cores; the last is filled up with rows of zeros."""
     on_cpu = jax.default_backend() == "cpu"
-    size = max(1, (_CPU_PART if on_cpu else _ACCELERATOR_PART) // (copies * w.shape[1]))
+    size = max(1, (_CPU_PART if on_cpu else _ACCELERATOR_PART) // w.shape[1])
     size = min(size, 1 << (len(w) - 1).bit_length())
 
     def one_part(start: int) -> Any:

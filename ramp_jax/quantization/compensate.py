@@ -86,7 +86,7 @@ def _seconds(
 
 def in_parts(w: Float[Array, "O I"], upper: Float[Array, "I I"], fmt: str) -> Any:
     """`compensated` in parts of rows, which are independent, on all cores."""
-    parts = in_row_parts(functools.partial(compensated, name=fmt), w, 1, upper)
+    parts = in_row_parts(functools.partial(compensated, name=fmt), w, upper)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(w)], *parts)
 
 

@@ -172,7 +172,7 @@ def _best(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array,
 def _errors(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array, fmt: str) -> Float[np.ndarray, " A"]:
     """Of each candidate, over all rows; parts of rows keep all cores busy and bound the memory."""
     run = functools.partial(_part_errors, fmt=fmt)
-    return np.sum(in_row_parts(run, w, len(scales), scales, square, moment), axis=0, dtype=np.float64)
+    return np.sum(in_row_parts(run, w, scales, square, moment), axis=0, dtype=np.float64)
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
@@ -192,4 +192,4 @@ def _part_errors(
         across = off * moment[None] if moment.ndim == 1 else off @ moment
         return jnp.sum(off * across)
 
-    return jax.vmap(one)(scales)
+    return jax.lax.map(one, scales)  # one after the other: the rows of a part fill the lanes of the encoder alone
