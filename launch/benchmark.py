@@ -5,8 +5,7 @@
 `forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
 `parity`: losses of one file in JAX, llama.cpp and transformers (launch/parity_suite.py).
 `quantize`, `errors`, `bytes`: the block formats beside ggml's (launch/formats_suite.py).
-`sensitivity`: the two estimates beside each other and the truth (launch/sensitivity_suite.py); it took 12 minutes on
-two busy cores.
+`sensitivity`: the two estimates beside each other and the truth (launch/sensitivity_suite.py).
 `policy`: what each way of choosing formats loses, at the sizes of llama.cpp's mixes (launch/policy_suite.py).
 `sac`: steps per second of the decision process, seeds side by side, a whole run (launch/sac_suite.py).
 `transfer`: policies on models that they were not trained on, and without each number (launch/transfer_suite.py).

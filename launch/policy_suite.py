@@ -2,9 +2,9 @@
 
 Each of llama.cpp's mixes (importance matrix from the same calibration text) gives one budget; every method gets exactly
 its bytes, one folding and one encoder, and is measured by mean KL divergence on held-out text. `--suite_policies` are
-workdirs of training runs or `pretrained`; `--suite_table` the exact sensitivity table of the target, for the row `exact
-knapsack`; `--suite_evolution` true evaluations on calibration text for the row `evolution`, which starts at the uniform
-allocation. A plot is written beside --json.
+workdirs of training runs or `pretrained`, all of the same levels; `--suite_table` the exact sensitivity table of the
+target, for the row `exact knapsack`; `--suite_evolution` true evaluations on calibration text for the rows `evolution`,
+which starts at the uniform allocation, and `refined`, which starts at the policy's. A plot is written beside --json.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.policy import rollout
 from ramp_jax.policy.env import Problem
-from ramp_jax.policy.rollout import Policy, load_policy
+from ramp_jax.policy.rollout import Policy, check_levels, load_policy
 from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, importance_of
 from ramp_jax.quantization.calibrate import second_moments
 
@@ -80,6 +80,8 @@ def policy(repeats: int) -> Numbers:
     del repeats
     policies = {name: load_policy(name) for name in _POLICIES.value}
     first = next(iter(policies.values()))
+    for found in policies.values():
+        check_levels(found, first.levels)
     model = load_model(_TARGET.value)
     calibration = data.windows("builtin", model.tokenizer, **_CALIBRATION)
     heldout = data.windows("builtin", model.tokenizer, split="heldout", **_HELDOUT)
@@ -117,15 +119,21 @@ def _methods(
     if _TABLE.value:
         table = Sensitivity.load(_TABLE.value)
         yield Method("exact knapsack", lambda units: baselines.knapsack(cost, table.kld, units), table.seconds)
+    spent = {"evaluate": _on_calibration(bench, calibration[:1]), "evaluations": _EVOLUTION.value}
     if _EVOLUTION.value:
-        loss = functools.partial(bench.kld, calibration[:1], reference_of(bench.unfolded, calibration[:1]))
-        search = functools.partial(baselines.evolution, cost, estimate, evaluations=_EVOLUTION.value)
-        yield Method("evolution", lambda units: search(units, evaluate=lambda a: loss(a)[0]), 0.0)
+        yield Method("evolution", functools.partial(baselines.evolution, cost, estimate, **spent), 0.0)
     for name, found in policies.items():
         short = f"policy {Path(name).name}"
         alone = functools.partial(rollout.choose, found, known, repair=False)
         yield Method(f"{short}, no repair", alone, seconds)
         yield Method(short, functools.partial(rollout.choose, found, known), seconds)
+        if _EVOLUTION.value:
+            yield Method(f"{short}, refined", functools.partial(rollout.refined, found, known, **spent), seconds)
+
+
+def _on_calibration(bench: Bench, windows: Int[np.ndarray, "W T"]) -> Callable[[Int[np.ndarray, " T"]], float]:
+    reference = reference_of(bench.unfolded, windows)
+    return lambda actions: bench.kld(windows, reference, actions)[0]
 
 
 def _mixes(

@@ -27,8 +27,8 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)
-        _keep_compiled()
         try:
+            _keep_compiled()
             main()
         except (ValueError, OSError, RuntimeError) as error:
             _fail(error)
@@ -42,7 +42,7 @@ def run(main: Callable[[], None]) -> None:
 def _keep_compiled() -> None:
     """Compiled programs serve later runs on the same machine; `JAX_COMPILATION_CACHE_DIR` names another folder."""
     if jax.config.jax_compilation_cache_dir is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         jax.config.update("jax_compilation_cache_dir", str(caches / "ramp_jax" / platform.node()))
         jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
 

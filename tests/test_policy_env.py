@@ -174,3 +174,13 @@ def test_files_of_64_gib_are_counted_exactly():
     assert episode.left == 1
     assert episode.mask.all()
     assert not rollout(problem, jnp.int32(2 * half), lambda *_: jnp.int32(0), jax.random.key(0)).mask[:, 1].any()
+
+
+def test_levels_without_loss_leave_observations_finite(rng):
+    """As of a model that was stored in its highest level, with a budget that reaches it."""
+    problem = random_problem(rng, masked=0.0)
+    problem = problem._replace(expected=problem.expected.at[:, -1].set(0.0))
+    for budget in budget_range(problem):
+        episode = play(problem, budget, jax.random.key(0))
+        assert np.isfinite(episode.observation).all()
+        check(problem, int(budget), episode)

@@ -82,7 +82,7 @@ def test_plain_rewards_sum_to_the_terminal_reward(seed, room, measured):
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
 def test_potential_telescopes_and_leaves_regrets(seed, share):
-    """Rewards with Φ sum to those without minus Φ₀ = −1; no step gains, and following the lookahead loses little."""
+    """Rewards with Φ sum to those without minus Φ₀ = −1, and no step gains but for the chords of the price grid."""
     rng = np.random.default_rng(seed)
     loss, cost = random_table(rng)
     yard, action = measured_by(loss, cost), random_actions(rng, cost)
@@ -94,7 +94,7 @@ def test_potential_telescopes_and_leaves_regrets(seed, share):
     shaped = np.asarray(rewards(loss, cost, yard, action, budget), np.float64)
     plain = np.asarray(rewards(loss, cost, yard, action, budget, potential=False), np.float64)
     assert shaped.sum() == pytest.approx(plain.sum() + 1, abs=1e-5 * scale)
-    assert (shaped <= 0.01 * scale).all()
+    assert (shaped <= 0.02 + 1e-5 * scale).all()
 
 
 def test_rewards_can_be_batched(rng):

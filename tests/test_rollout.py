@@ -197,8 +197,7 @@ def test_refinement_keeps_to_its_evaluations_and_never_loses(evaluations):
 
     policy = policy_of(0)
     first = rollout.choose(policy, known, 170)
-    candidates = [first, *rollout.draws(policy, known, 170, evaluations // 2)]
-    found = rollout.refined(known, 170, candidates, evaluate, evaluations)
+    found = rollout.refined(policy, known, 170, evaluate, evaluations)
     assert len(calls) <= evaluations
     assert np.asarray(known.cost)[np.arange(3), found].sum() <= 170
     assert true[np.arange(3), found].sum() == min(calls) <= calls[0] == true[np.arange(3), first].sum()

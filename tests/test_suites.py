@@ -130,7 +130,9 @@ def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untie
         monkeypatch.setattr(policy_suite, name, value)
     rows = policy_suite.policy(1)["rows"]
     methods = {row["method"] for row in rows if not row["method"].startswith("llama.cpp")}
-    mine = {f"policy {tmp_path.name}", f"policy {tmp_path.name}, no repair", "evolution"}
+    mine = {f"policy {tmp_path.name}", f"policy {tmp_path.name}, no repair", f"policy {tmp_path.name}, refined"} | {
+        "evolution"
+    }
     assert methods == {"uniform", "random 0", "estimate, knapsack", "estimate, greedy"} | mine
     assert all(row["bytes"] <= row["budget"] for row in rows)
     assert all(np.isfinite(row["kld"]) and row["kld"] > 0 for row in rows)
@@ -139,8 +141,8 @@ def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untie
     assert {line.get_label() for line in drawn["policy"].axes[0].get_lines()} == methods | {"llama.cpp"}
 
 
-def test_sac_suite_learns_more_than_the_estimate_knows(monkeypatch):
-    """On two layers: speeds are positive, and the policy ends between the optimum and the estimate's."""
+def test_sac_suite_ends_near_the_optimum(monkeypatch):
+    """On two layers: speeds are positive, and a short run loses hardly more than the estimate's exact optimum."""
     monkeypatch.setattr(sac_suite, "_LAYERS", 2)
     monkeypatch.setattr(sac_suite, "_EPISODES", 4)
     short = TrainConfig(iterations=60, updates=16, log_every=20, sac=SacConfig(hidden=(32,), batch_size=128))
@@ -149,8 +151,8 @@ def test_sac_suite_learns_more_than_the_estimate_knows(monkeypatch):
         numbers = sac_suite.sac(1)
     assert numbers["steps_per_second"] > 0
     assert numbers["seeds_8_over_1"] > 0
-    assert 1 - 1e-5 < numbers["policy_over_optimum"] < numbers["uniform_over_optimum"]
-    assert 1 - 1e-5 < numbers["estimate_over_optimum"] < numbers["uniform_over_optimum"]
+    assert 1 - 1e-5 < numbers["policy_over_optimum"] < numbers["estimate_over_optimum"] + 0.02
+    assert numbers["estimate_over_optimum"] < numbers["uniform_over_optimum"]
 
 
 def test_transfer_suite_judges_every_training_on_every_model(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ramp_jax.policy.yardstick import least_loss, lookahead, symlog, yardstick
+from ramp_jax.policy.yardstick import from_here_on, lookahead, symlog, unit_of_loss, yardstick
 
 UNIT_BYTES = 32
 CONTEXT = 6
@@ -54,12 +54,12 @@ def valid_levels(problem: Problem) -> Bool[Array, "T A"]:
 
 def cheapest_completion(problem: Problem) -> Int[Array, "T+1"]:
     """Units of the smallest completion from each step on; 0 at the end."""
-    return _from_here_on(jnp.min(jnp.where(valid_levels(problem), problem.cost, jnp.iinfo(jnp.int32).max), axis=1))
+    return from_here_on(jnp.min(jnp.where(valid_levels(problem), problem.cost, jnp.iinfo(jnp.int32).max), axis=1))
 
 
 def dearest_completion(problem: Problem) -> Int[Array, "T+1"]:
     """Units of the largest completion from each step on; 0 at the end."""
-    return _from_here_on(jnp.max(problem.cost, axis=1))
+    return from_here_on(jnp.max(problem.cost, axis=1))
 
 
 def budget_range(problem: Problem) -> tuple[Int[Array, ""], Int[Array, ""]]:
@@ -76,7 +76,7 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
     """
     steps = problem.cost.shape[0]
     completion, dearest = cheapest_completion(problem), dearest_completion(problem)
-    weights_left = jnp.flip(jnp.cumsum(jnp.flip(problem.weights)))
+    weights_left = from_here_on(problem.weights)
 
     def wealth(left: jax.Array, t: jax.Array | int) -> list[jax.Array]:
         slack = (left - completion[t]) / jnp.maximum(dearest[t] - completion[t], 1)  # float32
@@ -84,7 +84,7 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
 
     budget = jnp.asarray(budget, jnp.int32)
     target, yard = wealth(budget, 0), yardstick(problem.expected, problem.cost)
-    scale = steps / least_loss(yard, budget, 0)
+    scale = steps / unit_of_loss(yard, budget)
 
     def regrets(left: jax.Array, t: jax.Array, mask: Bool[Array, " A"]) -> Float[Array, " A"]:
         reachable = lookahead(yard, problem.expected[t], problem.cost[t], left, t)
@@ -103,10 +103,6 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
     start = (budget, jnp.float32(0.0))
     (left, _), (observation, mask, action) = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
     return Episode(observation, mask, action, left)
-
-
-def _from_here_on(units: Int[Array, " T"]) -> Int[Array, "T+1"]:
-    return jnp.append(jnp.flip(jnp.cumsum(jnp.flip(units))), 0)
 
 
 def _bits_per_weight(units: jax.Array, weights: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """Rewards of a finished allocation: quality first, and every byte of the budget has its price.
 
 The terminal reward is −q / q_ref − penalty, where q is the loss of the allocation (mean KL divergence in nats per token
-unless the evaluator measures another) and q_ref that of a uniform allocation of the same size, which makes rewards
-comparable across models and budgets. Dense shaping spreads it over the steps in two parts, neither of which moves the
-optimum by itself:
+unless the evaluator measures another) and q_ref the bound on what any allocation of that size loses, which makes
+rewards comparable across models and budgets. Dense shaping spreads it over the steps in two parts, neither of which
+moves the optimum by itself:
 
 1. r_t = −s[t, a_t] / q_ref from the sensitivity table s; the last step adds predicted minus true loss.
 2. A potential (Ng, Harada and Russell 1999): minus the bound on what the remaining steps must lose with the units that
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.policy.yardstick import Yardstick, least_loss
+from ramp_jax.policy.yardstick import Yardstick, least_loss, unit_of_loss
 
 
 class Penalty(NamedTuple):
@@ -64,7 +64,7 @@ def step_rewards(
 
     `true_loss` is the evaluator's; None trusts the table.
     """
-    q_ref = least_loss(yard, budget, 0)
+    q_ref = unit_of_loss(yard, budget)
     predicted, spent = _taken(loss, action), _taken(cost, action)
     correction = 0.0 if true_loss is None else jnp.sum(predicted) - true_loss
     last = correction / q_ref - penalty(jnp.sum(spent), budget, terms)

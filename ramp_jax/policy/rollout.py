@@ -23,6 +23,8 @@ from ramp_jax.policy.train import greedy, sampled
 from ramp_jax.quantization import Stats
 
 POLICY_FILE = "policy.msgpack"
+_DRAWN = 4  # of so many true evaluations, one goes to a draw
+
 PRETRAINED = "pretrained"
 """Name of the policy that comes with the package; configs/pretrained.py made it."""
 
@@ -111,11 +113,9 @@ def allocate(
     def allocation(action: Actions) -> Allocation:
         return from_levels(model, [levels[a] for a in action])
 
-    action = estimated_optimum(known, units) if policy is None else choose(policy, known, units)
     if evaluations and evaluate is not None:
-        drawn = [] if policy is None else draws(policy, known, units, evaluations // 2)
-        action = refined(known, units, [action, *drawn], lambda a: evaluate(allocation(a)), evaluations)
-    return allocation(action)
+        return allocation(refined(policy, known, units, lambda action: evaluate(allocation(action)), evaluations))
+    return allocation(estimated_optimum(known, units) if policy is None else choose(policy, known, units))
 
 
 def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -> Actions:
@@ -141,24 +141,27 @@ def estimated_optimum(known: Problem, units: int) -> Actions:
 
 
 def refined(
-    known: Problem, units: int, candidates: list[Actions], evaluate: Callable[[Actions], float], evaluations: int
+    policy: Policy | None, known: Problem, units: int, evaluate: Callable[[Actions], float], evaluations: int
 ) -> Actions:
-    """The best of `candidates` by true loss, then mutants of it, `evaluations` in all; the first one is always among
-    them."""
-    losses = [evaluate(action) for action in candidates[:evaluations]]
-    best = candidates[int(np.argmin(losses))]
-    rest = evaluations - len(losses)
-    if rest < 1:
-        return best
-    found = {tuple(best): min(losses)}
+    """The least true loss that `evaluations` calls of `evaluate` find, the choice without them among them.
+
+    Up to a quarter goes to allocations drawn from the policy, the rest to mutants of the best (`baselines.evolution`).
+    """
+    found: dict[tuple[int, ...], float] = {}
 
     def remembered(action: Actions) -> float:
-        key = tuple(action)
+        key = tuple(map(int, action))
         if key not in found:
             found[key] = evaluate(action)
         return found[key]
 
-    return baselines.evolution(*_tables(known), units, evaluate=remembered, evaluations=rest + 1, start=best)
+    if policy is None:
+        candidates = [estimated_optimum(known, units)]
+    else:
+        candidates = [choose(policy, known, units), *draws(policy, known, units, evaluations // _DRAWN)]
+    best = min(candidates, key=remembered)
+    left = evaluations - len(found) + 1  # the start is known
+    return baselines.evolution(*_tables(known), units, evaluate=remembered, evaluations=left, start=best)
 
 
 def _tables(known: Problem) -> tuple[Int[np.ndarray, "T A"], Float[np.ndarray, "T A"]]:

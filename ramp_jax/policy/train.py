@@ -19,7 +19,7 @@ from ramp_jax.policy import networks, replay, reward, sac
 from ramp_jax.policy.env import Choose, Episode, Problem, budget_range, rollout
 from ramp_jax.policy.networks import masked_log_softmax
 from ramp_jax.policy.sac import SacConfig
-from ramp_jax.policy.yardstick import least_loss, reference_loss, symlog, yardstick
+from ramp_jax.policy.yardstick import reference_loss, symlog, unit_of_loss, yardstick
 from ramp_jax.progress import track
 
 Metrics = dict[str, Float[Array, " S"]]
@@ -144,7 +144,7 @@ def _play(
         played = rollout(problem, budget, draw, play_key)
         shaped = functools.partial(reward.step_rewards, loss, problem.cost, yard, played.action, budget)
         q = jnp.sum(jnp.take_along_axis(loss, played.action[:, None], axis=1))
-        terminal = reward.terminal_reward(q, least_loss(yard, budget, 0), jnp.float32(0.0))
+        terminal = reward.terminal_reward(q, unit_of_loss(yard, budget), jnp.float32(0.0))
         rewards = shaped(potential=config.potential) * steps  # in units of the mean loss of a tensor
         return played, symlog(rewards) if config.potential else rewards, terminal
 

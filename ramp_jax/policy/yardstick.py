@@ -2,8 +2,8 @@
 
 Relaxing the budget to a price λ per unit lets every tensor choose alone: min_a s[i, a] + λ c[i, a]. Over a grid of
 prices that gives size and loss of every such solution, from each step to the end. Between two of them lies a mixture
-of both, so the curve through them is the lower bound of Lagrangian relaxation on what the remaining steps lose with so
-many units, and next to exact where these steps are many.
+of both, so the curve through them is, within the spacing of the grid, the lower bound of Lagrangian relaxation on what
+the remaining steps lose with so many units, and next to exact where these steps are many.
 
 T tensors, A levels, P prices.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 _PRICES = 128
 _LARGE = 1e30
@@ -44,12 +44,12 @@ def yardstick(loss: Float[Array, "T A"], cost: Int[Array, "T A"]) -> Yardstick:
     prices = _price_grid(loss, size, valid)
     lagrangian = jnp.where(valid, loss, _LARGE)[None] + prices[:, None, None] * size[None]
     chosen = jnp.argmin(lagrangian, axis=-1)  # [P, T]
-    units, onward = (_from_here_on(_taken(table, chosen)) for table in (size, loss))
+    units, onward = (from_here_on(_taken(table, chosen)) for table in (size, loss))
     return Yardstick(uniform_units[order], uniform_loss[order], units, onward)
 
 
 def reference_loss(yard: Yardstick, budget: Int[Array, ""]) -> Float[Array, ""]:
-    """q_ref: the loss of a uniform allocation of that size, log-linear between the levels."""
+    """The loss of a uniform allocation of that size, log-linear between the levels."""
     logs = jnp.log(jnp.maximum(yard.uniform_loss, 1e-12))
     return jnp.exp(jnp.interp(budget.astype(jnp.float32), yard.uniform_units, logs))
 
@@ -59,11 +59,25 @@ def least_loss(yard: Yardstick, left: Int[Array, "*n"], step: Int[Array, ""]) ->
     return jnp.interp(left.astype(jnp.float32), yard.units[:, step], yard.loss[:, step])
 
 
+def unit_of_loss(yard: Yardstick, budget: Int[Array, ""]) -> Float[Array, ""]:
+    """q_ref: the bound for the whole budget, at least a millionth of what the smallest allocation loses.
+
+    A model may hold the highest level without loss, as one that was stored in it.
+    """
+    return jnp.maximum(least_loss(yard, budget, 0), 1e-6 * yard.loss[0, 0] + 1e-30)
+
+
 def lookahead(
     yard: Yardstick, loss: Float[Array, " A"], cost: Int[Array, " A"], left: Int[Array, ""], step: Int[Array, ""]
 ) -> Float[Array, " A"]:
     """What each level of step `step` loses, and all later steps at least, with `left` units before it."""
     return loss + least_loss(yard, left - cost, step + 1)
+
+
+def from_here_on(values: Num[Array, "*n T"]) -> Num[Array, "*n T+1"]:
+    """Sums from each step to the end; 0 at the end."""
+    sums = jnp.flip(jnp.cumsum(jnp.flip(values, axis=-1), axis=-1), axis=-1)
+    return jnp.pad(sums, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
 
 
 def symlog(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -80,10 +94,6 @@ def _price_grid(loss: jax.Array, size: jax.Array, valid: Bool[Array, "T A"]) -> 
     highest = jnp.maximum(jnp.max(rate), 1e-20)
     lowest = jnp.maximum(jnp.min(jnp.where(rate > 0, rate, highest)), 1e-9 * highest)
     return jnp.exp(jnp.linspace(jnp.log(2.0 * highest), jnp.log(0.5 * lowest), _PRICES))
-
-
-def _from_here_on(values: Float[Array, "P T"]) -> Float[Array, "P T+1"]:
-    return jnp.pad(jnp.flip(jnp.cumsum(jnp.flip(values, axis=1), axis=1), axis=1), ((0, 0), (0, 1)))
 
 
 def _taken(table: Float[Array, "T A"], actions: Int[Array, "K T"]) -> Float[Array, "K T"]:
