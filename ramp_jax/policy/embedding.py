@@ -84,7 +84,7 @@ def embed(model: Model, stats: Stats, loss: Float[np.ndarray, " T"] | None = Non
     members = allocatable(model.spec)
     loss = estimated_losses(model, stats, (LOSS_LEVEL,))[:, 0] if loss is None else loss
     size = np.asarray([tensor.size for tensor in members], np.float64)
-    rates = np.log10((loss / loss.sum() + _TINY) / (size / size.sum()))
+    rates = np.log10((loss / max(loss.sum(), _TINY**2) + _TINY) / (size / size.sum()))
     stats = stats.under(model.folding)
     rows = [
         [*_activation(stats, tensor), *_weight(model, stats, tensor), rate, *_structure(model, tensor, size.sum())]
