@@ -119,16 +119,17 @@ def _methods(
     if _TABLE.value:
         table = Sensitivity.load(_TABLE.value)
         yield Method("exact knapsack", lambda units: baselines.knapsack(cost, table.kld, units), table.seconds)
-    spent = {"evaluate": _on_calibration(bench, calibration[:1]), "evaluations": _EVOLUTION.value}
-    if _EVOLUTION.value:
-        yield Method("evolution", functools.partial(baselines.evolution, cost, estimate, **spent), 0.0)
     for name, found in policies.items():
         short = f"policy {Path(name).name}"
         alone = functools.partial(rollout.choose, found, known, repair=False)
         yield Method(f"{short}, no repair", alone, seconds)
         yield Method(short, functools.partial(rollout.choose, found, known), seconds)
-        if _EVOLUTION.value:
-            yield Method(f"{short}, refined", functools.partial(rollout.refined, found, known, **spent), seconds)
+    if _EVOLUTION.value:
+        spent = {"evaluate": _on_calibration(bench, calibration[:1]), "evaluations": _EVOLUTION.value}
+        yield Method("evolution", functools.partial(baselines.evolution, cost, estimate, **spent), 0.0)
+        for name, found in policies.items():
+            refine = functools.partial(rollout.refined, found, known, **spent)
+            yield Method(f"policy {Path(name).name}, refined", refine, seconds)
 
 
 def _on_calibration(bench: Bench, windows: Int[np.ndarray, "W T"]) -> Callable[[Int[np.ndarray, " T"]], float]:

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from measuring import Numbers, medians, said
+from transfer_suite import geometric_mean, judge_of, totals
 
-from ramp_jax import baselines
 from ramp_jax.formats import LEVELS
 from ramp_jax.policy import train
 from ramp_jax.policy.env import UNIT_BYTES, Problem
+from ramp_jax.policy.rollout import Policy, choose, estimated_optimum
 from ramp_jax.policy.train import Task, TrainConfig
 
 _LAYERS, _D, _F, _V = 30, 576, 1536, 49_152
@@ -85,22 +86,11 @@ def _states(task: Task, config: TrainConfig, seeds: int) -> train.TrainState:
 
 def _over_optimum(task: Task, actor: Any, config: TrainConfig) -> Numbers:
     """Loss over that of the exact knapsack, geometric mean over budgets: of the policy, the estimate, and uniform."""
-    cost, loss = np.asarray(task.problem.cost, np.int64), np.asarray(task.loss, np.float64)
-    estimate = np.asarray(task.problem.expected, np.float64)
-    ways = {
-        "policy": lambda units: train.greedy(actor, task.problem, jnp.int32(units), config.sac.hidden),
-        "estimate": lambda units: baselines.knapsack(cost, estimate, units),
-        "uniform": lambda units: baselines.uniform(cost, loss, units),
+    judge = judge_of("synthetic", task)
+    policy = Policy(actor, config.sac.hidden, LEVELS, 0, ())
+    found = {
+        "policy": totals(judge.loss, judge.budgets, functools.partial(choose, policy, task.problem, repair=False)),
+        "estimate": totals(judge.loss, judge.budgets, functools.partial(estimated_optimum, task.problem)),
+        "uniform": judge.uniform,
     }
-    budgets = np.asarray(train.probe_budgets(task.problem)).tolist()
-    best = [_total(loss, baselines.knapsack(cost, loss, units)) for units in budgets]
-    return {
-        f"{name}_over_optimum": float(
-            np.exp(np.mean([np.log(_total(loss, choose(b)) / k) for b, k in zip(budgets, best, strict=True)]))
-        )
-        for name, choose in ways.items()
-    }
-
-
-def _total(loss: np.ndarray, actions: np.ndarray) -> float:
-    return float(loss[np.arange(len(loss)), np.asarray(actions)].sum())
+    return {f"{name}_over_optimum": geometric_mean(loss / judge.best) for name, loss in found.items()}

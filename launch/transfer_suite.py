@@ -53,9 +53,9 @@ class Judge:
 
     def row(self, method: str, seed: int, choose: Choose, how: str = "") -> Numbers:
         """A way of choosing, beside optimum and uniform."""
-        found = _totals(self.loss, self.budgets, choose)
+        found = totals(self.loss, self.budgets, choose)
         row = {"method": method, "model": self.model, "how": how, "seed": seed}
-        row |= {"over_optimum": float(np.exp(np.log(found / self.best).mean()))}
+        row |= {"over_optimum": geometric_mean(found / self.best)}
         row |= {"way": float(((self.uniform - found) / (self.uniform - self.best)).mean())}
         numbers = f"{row['over_optimum']:.3f} of the optimum, way {row['way']:.3f}"
         print(f"{method:50} {self.model:14} {how:9} seed {seed}  {numbers}", flush=True)
@@ -70,7 +70,7 @@ def transfer(repeats: int) -> Numbers:
     names = (*config.models, _HELD.value)
     held = dataclasses.replace(config, sensitivity=dataclasses.replace(config.sensitivity, count=_HELD_WINDOWS))
     tasks = {name: _task(name, held if name == _HELD.value else config, workdir) for name in names}
-    judges = [_judge(name, task) for name, task in tasks.items()]
+    judges = [judge_of(name, task) for name, task in tasks.items()]
     rows = [row for judge in judges for row in _without_training(judge)]
     learning = dataclasses.replace(config.train, seeds=_SEEDS)
     for sources in _sources(config.models):
@@ -87,18 +87,25 @@ def _task(name: str, config: RunConfig, workdir: Path) -> Task:
     return workflow.prepare_task(name, load_model(name, config.dtype), config, workdir, print)
 
 
-def _judge(name: str, task: Task) -> Judge:
+def judge_of(name: str, task: Task) -> Judge:
+    """The judge of a task, at the budgets of `train.probe_budgets`."""
     cost, loss = np.asarray(task.problem.cost, np.int64), np.asarray(task.loss, np.float64)
     budgets = np.asarray(train.probe_budgets(task.problem)).tolist()
     best, uniform = (
-        _totals(loss, budgets, functools.partial(method, cost, loss))
+        totals(loss, budgets, functools.partial(method, cost, loss))
         for method in (baselines.knapsack, baselines.uniform)
     )
     return Judge(name, cost, loss, np.asarray(task.problem.expected, np.float64), budgets, best, uniform)
 
 
-def _totals(loss: Float[np.ndarray, "T A"], budgets: list[int], choose: Choose) -> Float[np.ndarray, " B"]:
+def totals(loss: Float[np.ndarray, "T A"], budgets: list[int], choose: Choose) -> Float[np.ndarray, " B"]:
+    """Loss of what is chosen at each budget."""
     return np.asarray([loss[np.arange(len(loss)), choose(units)].sum() for units in budgets])
+
+
+def geometric_mean(ratios: Float[np.ndarray, " B"]) -> float:
+    """Of positive numbers."""
+    return float(np.exp(np.log(ratios).mean()))
 
 
 def _sources(names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

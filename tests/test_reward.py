@@ -8,26 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import COST, LOSS, random_table
 
 from ramp_jax.policy import reward
 from ramp_jax.policy.reward import NO_PENALTY, Penalty
 from ramp_jax.policy.yardstick import least_loss, yardstick
 
-TENSORS, LEVELS = 6, 3
-# one trade per tensor: 3 nats for 2 units, 1.5 nats for 3 units
-LOSS = jnp.array([[4.0, 1.0], [2.0, 0.5]], jnp.float32)
-COST = jnp.array([[2, 4], [3, 6]], jnp.int32)
 YARD = yardstick(LOSS, COST)
 FINES = Penalty(cliff=1.0, c_over=10.0, c_under=0.1)
-
-
-def random_table(rng, masked=0.2):
-    """Losses that fall with the level, over four orders of magnitude; masked cells hold 0 in both tables."""
-    loss = np.sort(np.exp(rng.normal(-4, 2, (TENSORS, LEVELS))), axis=1)[:, ::-1]
-    cost = np.sort(rng.integers(1, 300, (TENSORS, LEVELS)) * 4 + np.arange(LEVELS), axis=1)
-    valid = rng.random(loss.shape) >= masked
-    valid[:, -1] = True
-    return jnp.asarray(loss * valid, jnp.float32), jnp.asarray(cost * valid, jnp.int32)
 
 
 def random_actions(rng, cost):

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.policy.yardstick import Yardstick, least_loss, unit_of_loss
+from ramp_jax.policy.yardstick import Yardstick, least_loss, taken, unit_of_loss
 
 
 class Penalty(NamedTuple):
@@ -65,7 +65,7 @@ def step_rewards(
     `true_loss` is the evaluator's; None trusts the table.
     """
     q_ref = unit_of_loss(yard, budget)
-    predicted, spent = _taken(loss, action), _taken(cost, action)
+    predicted, spent = taken(loss, action), taken(cost, action)
     correction = 0.0 if true_loss is None else jnp.sum(predicted) - true_loss
     last = correction / q_ref - penalty(jnp.sum(spent), budget, terms)
     if potential:
@@ -74,7 +74,3 @@ def step_rewards(
         steps = jnp.arange(len(action))
         predicted += bound(left, steps + 1) - bound(left + spent, steps)
     return (-predicted / q_ref).at[-1].add(last)
-
-
-def _taken(table: jax.Array, action: Int[Array, " T"]) -> jax.Array:
-    return jnp.take_along_axis(table, action[:, None], axis=1)[:, 0]

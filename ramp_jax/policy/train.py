@@ -19,7 +19,7 @@ from ramp_jax.policy import networks, replay, reward, sac
 from ramp_jax.policy.env import Choose, Episode, Problem, budget_range, rollout
 from ramp_jax.policy.networks import masked_log_softmax
 from ramp_jax.policy.sac import SacConfig
-from ramp_jax.policy.yardstick import reference_loss, symlog, unit_of_loss, yardstick
+from ramp_jax.policy.yardstick import reference_loss, symlog, taken, unit_of_loss, yardstick
 from ramp_jax.progress import track
 
 Metrics = dict[str, Float[Array, " S"]]
@@ -143,7 +143,7 @@ def _play(
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
         played = rollout(problem, budget, draw, play_key)
         shaped = functools.partial(reward.step_rewards, loss, problem.cost, yard, played.action, budget)
-        q = jnp.sum(jnp.take_along_axis(loss, played.action[:, None], axis=1))
+        q = jnp.sum(taken(loss, played.action))
         terminal = reward.terminal_reward(q, unit_of_loss(yard, budget), jnp.float32(0.0))
         rewards = shaped(potential=config.potential) * steps  # in units of the mean loss of a tensor
         return played, symlog(rewards) if config.potential else rewards, terminal
@@ -217,7 +217,7 @@ def score(actors: Any, tasks: Tasks, hidden: tuple[int, ...]) -> Float[Array, " 
 
     def log_ratio(task: Task, actor: Any, budget: jax.Array) -> jax.Array:
         action = greedy(actor, task.problem, budget, hidden)
-        predicted = jnp.sum(jnp.take_along_axis(task.loss, action[:, None], axis=1))
+        predicted = jnp.sum(taken(task.loss, action))
         yard = yardstick(task.loss, task.problem.cost)
         return jnp.log(jnp.maximum(predicted, 1e-12) / reference_loss(yard, budget))
 

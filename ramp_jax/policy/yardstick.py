@@ -32,19 +32,20 @@ class Yardstick(NamedTuple):
 def yardstick(loss: Float[Array, "T A"], cost: Int[Array, "T A"]) -> Yardstick:
     """Size and loss of the uniform allocations (a masked level is replaced by the nearest one above, else below), and
     the sizes of the relaxed solutions."""
+    every = jax.vmap(taken, (None, 0))
     valid = cost > 0
     size = cost.astype(jnp.float32)
     level = jnp.arange(loss.shape[1])
     distance = jnp.where(level[None, :] >= level[:, None], level[None, :] - level[:, None], 2 * loss.shape[1])
     distance = jnp.where(level[None, :] < level[:, None], loss.shape[1] + level[:, None] - level[None, :], distance)
     nearest = jnp.argmin(jnp.where(valid[None], distance[:, None, :], 4 * loss.shape[1]), axis=-1)  # [A, T]
-    uniform_units, uniform_loss = (jnp.sum(_taken(table, nearest), axis=1) for table in (size, loss))
+    uniform_units, uniform_loss = (jnp.sum(every(table, nearest), axis=1) for table in (size, loss))
     order = jnp.argsort(uniform_units)
 
     prices = _price_grid(loss, size, valid)
     lagrangian = jnp.where(valid, loss, _LARGE)[None] + prices[:, None, None] * size[None]
     chosen = jnp.argmin(lagrangian, axis=-1)  # [P, T]
-    units, onward = (from_here_on(_taken(table, chosen)) for table in (size, loss))
+    units, onward = (from_here_on(every(table, chosen)) for table in (size, loss))
     return Yardstick(uniform_units[order], uniform_loss[order], units, onward)
 
 
@@ -74,6 +75,11 @@ def lookahead(
     return loss + least_loss(yard, left - cost, step + 1)
 
 
+def taken(table: Num[Array, "T A"], action: Int[Array, " T"]) -> Num[Array, " T"]:
+    """The entry of each step's action."""
+    return jnp.take_along_axis(table, action[:, None], axis=1)[:, 0]
+
+
 def from_here_on(values: Num[Array, "*n T"]) -> Num[Array, "*n T+1"]:
     """Sums from each step to the end; 0 at the end."""
     sums = jnp.flip(jnp.cumsum(jnp.flip(values, axis=-1), axis=-1), axis=-1)
@@ -94,7 +100,3 @@ def _price_grid(loss: jax.Array, size: jax.Array, valid: Bool[Array, "T A"]) -> 
     highest = jnp.maximum(jnp.max(rate), 1e-20)
     lowest = jnp.maximum(jnp.min(jnp.where(rate > 0, rate, highest)), 1e-9 * highest)
     return jnp.exp(jnp.linspace(jnp.log(2.0 * highest), jnp.log(0.5 * lowest), _PRICES))
-
-
-def _taken(table: Float[Array, "T A"], actions: Int[Array, "K T"]) -> Float[Array, "K T"]:
-    return jnp.take_along_axis(table[None], actions[:, :, None], axis=2)[:, :, 0]
