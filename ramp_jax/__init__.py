@@ -12,6 +12,8 @@ ramp_jax.export_gguf(model, allocation, "model.gguf", encoder)
 ramp_jax.evaluate("model.gguf", reference="smollm2-135m", data="builtin")  # {"ppl": ..., "kld": ..., ...}
 """
 
+from ramp_jax import xla  # noqa: F401, I001  (before JAX meets its first device)
+
 from ramp_jax import data, encoders
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
