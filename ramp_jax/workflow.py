@@ -18,7 +18,7 @@ from ramp_jax import encoders
 from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
-from ramp_jax.evaluation import perplexity
+from ramp_jax.evaluation import perplexity, variants
 from ramp_jax.evaluation.fisher import fisher_sensitivity
 from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.evaluation.scores import numbers
@@ -201,10 +201,15 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
 def prepare_task(ref: str, model: Model, config: RunConfig, workdir: Path, say: Say) -> train.Task:
     """What the policy learns on a model: calibrated, folded, measured and embedded."""
     say(f"Preparing {ref}")
-    model, stats = prepare(model, config.calibration, config.fold_level)
+    folded, stats = prepare(model, config.calibration, config.fold_level)
     encoder = REFERENCE if config.encoder == "reference" else Encoder(config.encoder, importance_of(model.spec, stats))
-    table = sensitivity(model, config, table_path(workdir, ref), say, encoder)
-    return train.Task(rollout.problem(model, stats, config.levels), jnp.asarray(table.kld, jnp.float32))
+    table = sensitivity(folded, config, table_path(workdir, ref), say, encoder)
+    task = train.Task(rollout.problem(folded, stats, config.levels), jnp.asarray(table.kld, jnp.float32))
+    if config.train.evaluator == "surrogate":
+        return task
+    windows = tokens(model, config.sensitivity, "calibration")
+    choices = variants.prepare(folded, model, windows, config.levels, "sliding", encoder)
+    return task._replace(true_loss=jax.tree_util.Partial(variants.mean_kld, choices))
 
 
 def table_path(workdir: Path, ref: str) -> Path:

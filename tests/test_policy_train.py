@@ -10,6 +10,7 @@ import pytest
 from ramp_jax import baselines
 from ramp_jax.policy import train
 from ramp_jax.policy.env import Problem, budget_range
+from ramp_jax.policy.reward import Penalty
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import Task, TrainConfig
 
@@ -161,8 +162,8 @@ def test_one_policy_learns_on_models_of_different_depth():
     state, _ = train.learn(state, tasks, SHORT, 1)
     assert state.replay.rounds.action.shape == (2, SHORT.replay_iterations, SHORT.episodes * (12 + 7))
     actors = state.learner.actor
-    each = [np.asarray(train.score(actors, (task,), SHORT.sac.hidden)) for task in tasks]
-    both = train.score(actors, tasks, SHORT.sac.hidden)
+    each = [np.asarray(train.score(actors, (task,), SHORT)[0]) for task in tasks]
+    both, _ = train.score(actors, tasks, SHORT)
     np.testing.assert_allclose(both, np.sqrt(each[0] * each[1]), rtol=1e-5)
 
 
@@ -218,9 +219,86 @@ def test_score_by_hand(task):
             level = max(a for a in range(3) if row[a] <= left - cost[t + 1 :, 0].sum())
             left, total = left - row[level], total + loss[t, level]
         logs.append(np.log(total) - np.log(np.exp(np.interp(budget, cost.sum(0), np.log(loss.sum(0))))))
-    scores = train.score(actor, (task,), hidden)
+    config = dataclasses.replace(SHORT, sac=dataclasses.replace(SHORT.sac, hidden=hidden))
+    scores, (found,) = train.score(actor, (task,), config)
     smallest = np.log(loss.sum(0)[0]) - np.interp(budgets, cost.sum(0), np.log(loss.sum(0)))
     np.testing.assert_allclose(scores, np.exp([np.mean(logs), np.mean(smallest)]), rtol=1e-4)
+    assert found.action.shape == (2 * train.PROBES, len(cost))
+    np.testing.assert_allclose(found.loss, loss[np.arange(len(loss)), np.asarray(found.action)].sum(1), rtol=1e-5)
+
+
+def interacting(task, strength=0.6):
+    """The task with a model in the loop: pairs of neighbouring tensors lose more together than their sum."""
+
+    def true_loss(loss, action):
+        chosen = jnp.take_along_axis(loss, action[:, None], axis=1)[:, 0]
+        return jnp.sum(chosen) + strength * jnp.sum(jnp.sqrt(chosen[1:] * chosen[:-1]))
+
+    return task._replace(true_loss=jax.tree_util.Partial(true_loss, task.loss))
+
+
+@pytest.mark.parametrize("evaluator", ["perplexity", "mixed"])
+def test_evaluators_judge_by_the_true_loss(tmp_path, task, evaluator):
+    """Scores are true losses over uniform ones, and a run that was stopped goes on to the same bits."""
+    config = dataclasses.replace(SHORT, evaluator=evaluator)
+    measured, whole, resumed = interacting(task), [], []
+    expected = train.run(jax.random.key(1), (measured,), config, log=whole.append, checkpoint_path=tmp_path / "whole")
+    yard = train.yardstick(task.loss, task.problem.cost)
+    logs = []
+    for budget in train.probe_budgets(task.problem):
+        action = train.greedy(expected.actor, task.problem, budget, config.sac.hidden)
+        logs.append(np.log(measured.true_loss(action) / train.reference_loss(yard, budget)))
+    assert float(expected.score) == pytest.approx(np.exp(np.mean(logs)), rel=1e-4)
+
+    def until_the_second(row):
+        resumed.append(row)
+        if len(resumed) == 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train.run(jax.random.key(1), (measured,), config, log=until_the_second, checkpoint_path=tmp_path / "parts")
+    del resumed[1:]
+    result = train.run(jax.random.key(1), (measured,), config, log=resumed.append, checkpoint_path=tmp_path / "parts")
+    equal(result, expected)
+    assert resumed == whole
+
+
+def test_true_losses_are_what_perplexity_rewards(task):
+    """The returns of a round: minus the true loss over the bound, episode by episode."""
+    config = dataclasses.replace(SHORT, evaluator="perplexity")
+    measured = interacting(task)
+    learner = train.initial_state(jax.random.key(0), (measured,), config).learner
+    steps, returns = train.interact((measured,), config, learner, jax.random.key(1))
+    actions = steps.action.reshape(config.episodes, -1)
+    cost = np.asarray(task.problem.cost)
+    lowest, highest = budget_range(task.problem)
+    yard = train.yardstick(task.loss, task.problem.cost)
+    keys = jax.random.split(jax.random.split(jax.random.key(1), 1)[0], config.episodes)
+    for key, action, found in zip(keys, actions, returns, strict=True):
+        share = jax.random.uniform(jax.random.split(key, 4)[2]) ** 2
+        budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
+        assert cost[np.arange(len(cost)), np.asarray(action)].sum() <= budget
+        expected = -measured.true_loss(action) / train.unit_of_loss(yard, budget)
+        assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_evaluator_without_a_model_is_refused(task):
+    with pytest.raises(ValueError, match="'mixed' needs the true losses"):
+        train.run(jax.random.key(0), (task,), dataclasses.replace(SHORT, evaluator="mixed"))
+
+
+def test_soft_budgets_mask_nothing_but_fine_what_is_over(task):
+    """With a fine for the smallest excess only, rewards are those of the table, less that fine where over budget."""
+    config = dataclasses.replace(
+        SHORT, soft=True, potential=False, penalty=Penalty(cliff=100.0, c_over=0.0, c_under=0.0)
+    )
+    learner = train.initial_state(jax.random.key(0), (task,), config).learner
+    steps, returns = train.interact((task,), config, learner, jax.random.key(1))
+    assert steps.mask.all()
+    last = np.asarray(steps.reward).reshape(config.episodes, -1)[:, -1]
+    over = last < -100.0
+    assert over.any()
+    np.testing.assert_array_equal(np.asarray(returns) < -100.0, over)
 
 
 def test_narrowed_episodes_lack_the_lowest_levels_of_some_tensors(task):

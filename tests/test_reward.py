@@ -27,7 +27,7 @@ def taken(table, action):
 
 
 measured_by = jax.jit(yardstick)
-rewards = jax.jit(reward.step_rewards, static_argnames="potential")
+rewards = jax.jit(reward.step_rewards, static_argnames=("potential", "terms"))
 
 
 @pytest.mark.parametrize(("used", "expected"), [(12, 1 + 10 * 0.2), (11, 1 + 10 * 0.1), (10, 0), (5, 0.1 * 0.5)])

@@ -67,11 +67,14 @@ def budget_range(problem: Problem) -> tuple[Int[Array, ""], Int[Array, ""]]:
     return cheapest_completion(problem)[0], dearest_completion(problem)[0]
 
 
-def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGKeyArray) -> Episode:
+def rollout(
+    problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGKeyArray, *, soft: bool = False
+) -> Episode:
     """One episode under `choose(key, observation, mask)`.
 
     A level after which even the cheapest completion exceeds the budget is masked, so an episode whose budget is at
-    least the smallest allocation always fits. An observation ends with the regret of each valid level: by how much the
+    least the smallest allocation always fits; with a `soft` budget only levels that cannot hold a tensor are masked, and
+    what is left may end below 0. An observation ends with the regret of each valid level: by how much the
     least loss that is estimated to be reachable after it exceeds that after the best one, compressed as rewards are.
     """
     steps = problem.cost.shape[0]
@@ -94,7 +97,7 @@ def rollout(problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGK
     def step(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple]:
         left, last = carry
         cost = problem.cost[t]
-        mask = (cost > 0) & (cost <= left - completion[t + 1])
+        mask = (cost > 0) & (soft | (cost <= left - completion[t + 1]))
         context = [*target, *wealth(left, t), last, 2 * t.astype(jnp.float32) / steps - 1]
         observation = jnp.concatenate([problem.embedding[t], jnp.stack(context), regrets(left, t, mask)])
         action = choose(jax.random.fold_in(key, t), observation, mask)

@@ -16,8 +16,8 @@ resolve; `symlog` compresses them. It is monotone, so the action without regret 
 the budget forces regrets on some steps, many small ones weigh more, and one large one less, than in the sum.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,12 @@ from jaxtyping import Array, Float, Int
 from ramp_jax.policy.yardstick import Yardstick, least_loss, taken, unit_of_loss
 
 
-class Penalty(NamedTuple):
-    """Asymmetric: `over` relative to the budget costs `cliff + c_over · over`, unused budget `c_under · under`."""
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """Asymmetric: `over` relative to the budget costs `cliff + c_over · over`, unused budget `c_under · under`.
+
+    In units of q / q_ref, so small penalties are a reward that puts quality first.
+    """
 
     cliff: float = 1.0
     c_over: float = 10.0

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,19 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ramp_jax import checkpoint
 from ramp_jax.policy import networks, replay, reward, sac
+from ramp_jax.policy.anchor import Evidence, anchored, no_evidence, noted
 from ramp_jax.policy.env import Choose, Episode, Problem, budget_range, rollout
 from ramp_jax.policy.networks import masked_log_softmax
+from ramp_jax.policy.reward import NO_PENALTY, Penalty
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.yardstick import reference_loss, symlog, taken, unit_of_loss, yardstick
 from ramp_jax.progress import track
 
 Metrics = dict[str, Float[Array, " S"]]
+
+Evaluator = Literal["surrogate", "perplexity", "mixed"]
+"""What says how good a finished allocation is. `surrogate`: the sensitivity table. `perplexity`: the model in the loop,
+one forward pass per episode. `mixed`: the table, anchored between scans by what the policies' allocations truly lose."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,7 @@ class TrainConfig:
     of the episodes lacks the lowest levels of some tensors, as a model does whose rows no superblock divides.
     Every episode moves each number of all its embeddings by one normal offset of standard deviation `shift`: models
     differ in where they lie, and what tensors of one model lose against each other is what is to be learned.
+    With a `soft` budget nothing is masked for its size, and the reward holds the `penalty` instead, as in the paper.
     """
 
     iterations: int = 150
@@ -45,7 +52,14 @@ class TrainConfig:
     potential: bool = True
     narrowed: float = 0.0
     shift: float = 0.0
+    soft: bool = False
+    penalty: Penalty = dataclasses.field(default_factory=Penalty)
+    evaluator: Evaluator = "surrogate"
     sac: SacConfig = dataclasses.field(default_factory=SacConfig)
+
+    def __post_init__(self) -> None:
+        if self.evaluator not in (known := get_args(Evaluator)):
+            raise ValueError(f"evaluator is {self.evaluator!r}; choose {', '.join(known)}.")
 
 
 PROBES = 8
@@ -55,10 +69,14 @@ _LOW_BUDGETS = 2.0  # power of the uniform draw: small files are what people ask
 
 
 class Task(NamedTuple):
-    """What is learned on: a model's problem, and what each level of each tensor loses (nats per token)."""
+    """What is learned on: a model's problem, and what each level of each tensor loses (nats per token).
+
+    `true_loss` maps a whole allocation to what it loses; a pytree, as `jax.tree_util.Partial` is.
+    """
 
     problem: Problem
     loss: Float[Array, "T A"]
+    true_loss: Callable[[Int[Array, " T"]], Float[Array, ""]] | None = None
 
 
 Tasks = tuple[Task, ...]
@@ -137,19 +155,31 @@ def _play(
     def episode(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
         level_key, shift_key, budget_key, play_key = jax.random.split(key, 4)
         problem = _shifted(_narrowed(task.problem, level_key, config.narrowed), shift_key, config.shift)
-        yard = yardstick(loss, problem.cost)
         lowest, highest = budget_range(problem)
         share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
-        played = rollout(problem, budget, draw, play_key)
-        shaped = functools.partial(reward.step_rewards, loss, problem.cost, yard, played.action, budget)
-        q = jnp.sum(taken(loss, played.action))
-        terminal = reward.terminal_reward(q, unit_of_loss(yard, budget), jnp.float32(0.0))
-        rewards = shaped(potential=config.potential) * steps  # in units of the mean loss of a tensor
-        return played, symlog(rewards) if config.potential else rewards, terminal
+        return rollout(problem, budget, draw, play_key, soft=config.soft), problem.cost, budget
 
-    played, rewards, terminal = jax.vmap(episode)(jax.random.split(key, config.episodes))
+    def rewarded(played: Episode, cost: jax.Array, budget: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        yard = yardstick(loss, cost)
+        terms = config.penalty if config.soft else NO_PENALTY
+        shaped = functools.partial(reward.step_rewards, loss, cost, yard, played.action, budget, terms=terms)
+        rewards = shaped(true_loss=q, potential=config.potential) * steps  # in units of the mean loss of a tensor
+        fine = reward.penalty(budget - played.left, budget, terms)
+        terminal = reward.terminal_reward(q, unit_of_loss(yard, budget), fine)
+        return symlog(rewards) if config.potential else rewards, terminal
+
+    played, cost, budget = jax.vmap(episode)(jax.random.split(key, config.episodes))
+    q = _losses(task, played.action, true=config.evaluator == "perplexity")
+    rewards, terminal = jax.vmap(rewarded)(played, cost, budget, q)
     return replay.transitions(played.observation, played.mask, played.action, rewards), terminal
+
+
+def _losses(task: Task, action: Int[Array, "N T"], *, true: bool) -> Float[Array, " N"]:
+    """What allocations lose, by the model if asked for `true` losses, else by the table."""
+    if true and task.true_loss is not None:
+        return jax.lax.map(task.true_loss, action)
+    return jax.vmap(lambda a: jnp.sum(taken(task.loss, a)))(action)
 
 
 def _drawing(actor: Any, hidden: tuple[int, ...], n_levels: int) -> Choose:
@@ -210,22 +240,24 @@ def sampled(
     return jax.vmap(lambda key: rollout(problem, budget, draw, key).action)(keys)
 
 
-@functools.partial(jax.jit, static_argnames="hidden")
-def score(actors: Any, tasks: Tasks, hidden: tuple[int, ...]) -> Float[Array, " S"]:
-    """Per seed: predicted loss of greedy allocations over that of uniform ones, the geometric mean over tasks and
-    `probe_budgets`."""
+@functools.partial(jax.jit, static_argnames="config")
+def score(actors: Any, tasks: Tasks, config: TrainConfig) -> tuple[Float[Array, " S"], tuple[Evidence, ...]]:
+    """Per seed: loss of greedy allocations over the predicted one of uniform ones, the geometric mean over tasks and
+    `probe_budgets`; and these allocations with their losses, S · PROBES per task.
 
-    def log_ratio(task: Task, actor: Any, budget: jax.Array) -> jax.Array:
-        action = greedy(actor, task.problem, budget, hidden)
-        predicted = jnp.sum(taken(task.loss, action))
-        yard = yardstick(task.loss, task.problem.cost)
-        return jnp.log(jnp.maximum(predicted, 1e-12) / reference_loss(yard, budget))
-
-    def of_seed(actor: Any) -> jax.Array:
-        logs = [jax.vmap(functools.partial(log_ratio, t, actor))(probe_budgets(t.problem)) for t in tasks]
-        return jnp.mean(jnp.concatenate(logs))
-
-    return jnp.exp(jax.vmap(of_seed)(actors))
+    The loss is the true one, unless the evaluator is the surrogate.
+    """
+    logs, found = [], []
+    for task in tasks:
+        budgets, yard = probe_budgets(task.problem), yardstick(task.loss, task.problem.cost)
+        played = functools.partial(greedy, problem=task.problem, hidden=config.sac.hidden)
+        at_budgets = jax.vmap(lambda actor, budget, play=played: play(actor, budget=budget), (None, 0))
+        action = jax.vmap(at_budgets, (0, None))(actors, budgets).reshape(-1, len(task.loss))
+        loss = _losses(task, action, true=config.evaluator != "surrogate")
+        uniform = jax.vmap(functools.partial(reference_loss, yard))(budgets)
+        logs.append(jnp.log(jnp.maximum(loss.reshape(-1, PROBES), 1e-12) / uniform[None]))
+        found.append(Evidence(action, loss))
+    return jnp.exp(jnp.mean(jnp.concatenate(logs, axis=1), axis=1)), tuple(found)
 
 
 class Best(NamedTuple):
@@ -246,25 +278,39 @@ def run(
     """Train all seeds on all tasks and return the best actor; `log` receives one row per `log_every` iterations.
 
     With `checkpoint_path`, a run that was stopped goes on where it was and ends with the same bits. Raises `ValueError`
-    where that file belongs to another run.
+    where that file belongs to another run, or a task cannot say the true losses that the evaluator needs.
     """
+    if config.evaluator != "surrogate" and any(task.true_loss is None for task in tasks):
+        raise ValueError(f"the evaluator {config.evaluator!r} needs the true losses of every task.")
     state = jax.vmap(lambda k: initial_state(k, tasks, config))(jax.random.split(key, config.seeds))
     best = Best(_member(state.learner.actor, 0), jnp.float32(jnp.inf))
+    per_scan = config.seeds * PROBES
+    places = per_scan * -(-config.iterations // config.log_every) if config.evaluator == "mixed" else 0
+    evidence = tuple(no_evidence(places, len(task.loss)) for task in tasks)
     if checkpoint_path is not None and checkpoint_path.exists():
-        state, best = checkpoint.load(checkpoint_path, (state, best))
+        state, best, evidence = checkpoint.load(checkpoint_path, (state, best, evidence))
     done = int(state.iteration[0])
     chunks = range(done, config.iterations, config.log_every)
     for start in track(chunks, f"training {config.seeds} policies", "scan"):
         iterations = min(config.log_every, config.iterations - start)
-        state, metrics = learn(state, tasks, config, iterations)
-        scores = score(state.learner.actor, tasks, config.sac.hidden)
+        learned_on = _anchored(tasks, evidence) if places else tasks
+        state, metrics = learn(state, learned_on, config, iterations)
+        scores, found = score(state.learner.actor, tasks, config)
+        if places:
+            place = jnp.int32(start // config.log_every * per_scan)
+            evidence = tuple(noted(*pair, place) for pair in zip(evidence, found, strict=True))
         leader = int(jnp.argmin(scores))
         if scores[leader] < best.score:
             best = Best(_member(state.learner.actor, leader), scores[leader])
         log(_row(start + iterations, metrics, scores, best))
         if checkpoint_path is not None:
-            checkpoint.save(checkpoint_path, (state, best))
+            checkpoint.save(checkpoint_path, (state, best, evidence))
     return best
+
+
+def _anchored(tasks: Tasks, evidence: tuple[Evidence, ...]) -> Tasks:
+    pairs = zip(tasks, evidence, strict=True)
+    return tuple(task._replace(loss=anchored(task.loss, known)) for task, known in pairs)
 
 
 def _member(tree: Any, seed: int) -> Any:
