@@ -9,6 +9,7 @@
 `policy`: what each way of choosing formats loses, at the sizes of llama.cpp's mixes (launch/policy_suite.py).
 `sac`: steps per second of the decision process, seeds side by side, a whole run (launch/sac_suite.py).
 `transfer`: policies on models that they were not trained on, and without each number (launch/transfer_suite.py).
+`reward`: what rewards are made of, and how training converges under them (launch/reward_suite.py).
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types (launch/encoder_suite.py).
 """
 
@@ -23,6 +24,7 @@ from encoder_suite import encoder
 from forward_suite import forward
 from parity_suite import parity
 from policy_suite import policy
+from reward_suite import reward
 from sac_suite import sac
 from sensitivity_suite import sensitivity
 from transfer_suite import transfer
@@ -42,6 +44,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "sensitivity": sensitivity,
     "sac": sac,
     "transfer": transfer,
+    "reward": reward,
     "policy": policy,
     "encoder": encoder,
 }

@@ -7,7 +7,7 @@ and one number of the embedding after the other is blanked, for all models.
 
 A result is the predicted loss (exact table) over that of the exact knapsack, the geometric mean over the budgets of
 `train.probe_budgets`, so 1 is the optimum; `way` is how far it went from the uniform allocation to that optimum, the
-mean over budgets.
+mean over budgets. A plot over budgets is written beside --json.
 """
 
 import dataclasses
@@ -21,18 +21,20 @@ import jax
 import numpy as np
 from absl import flags
 from jaxtyping import Float, Int
-from measuring import Numbers
+from matplotlib.figure import Figure
+from measuring import Numbers, save_plots
 
 from ramp_jax import baselines, workflow
 from ramp_jax.config import RunConfig, from_dict
 from ramp_jax.models import load_model
 from ramp_jax.policy import embedding, rollout, train
+from ramp_jax.policy.env import UNIT_BYTES
 from ramp_jax.policy.rollout import Policy
 from ramp_jax.policy.train import Task, TrainConfig
 
 _RUN = flags.DEFINE_string("suite_run", "runs/pretrained", "Training run whose models the suite `transfer` takes.")
 _HELD = flags.DEFINE_string("suite_held", "smollm2-135m", "Model that no policy of the suite `transfer` trains on.")
-_SEEDS, _HELD_WINDOWS = 3, 2  # windows of the held model's exact table
+SEEDS, _HELD_WINDOWS = 3, 2  # windows of the held model's exact table
 
 Actions = Int[np.ndarray, " T"]
 Tasks = dict[str, Task]
@@ -65,14 +67,12 @@ class Judge:
 def transfer(repeats: int) -> Numbers:
     """Rows of training set × model, printed as they come (`repeats` is not used: nothing is timed)."""
     del repeats
-    workdir = Path(_RUN.value)
-    config = from_dict(json.loads((workdir / workflow.CONFIG).read_text(encoding="utf-8")))
-    names = (*config.models, _HELD.value)
+    config, tasks = read_run()
     held = dataclasses.replace(config, sensitivity=dataclasses.replace(config.sensitivity, count=_HELD_WINDOWS))
-    tasks = {name: _task(name, held if name == _HELD.value else config, workdir) for name in names}
+    tasks[_HELD.value] = _task(_HELD.value, held)
     judges = [judge_of(name, task) for name, task in tasks.items()]
     rows = [row for judge in judges for row in _without_training(judge)]
-    learning = dataclasses.replace(config.train, seeds=_SEEDS)
+    learning = dataclasses.replace(config.train, seeds=SEEDS)
     for sources in _sources(config.models):
         rows += _rows(f"trained on {' '.join(sources)}", sources, tasks, judges, learning)
     plain = dataclasses.replace(learning, potential=False)
@@ -80,11 +80,18 @@ def transfer(repeats: int) -> Numbers:
     for i, number in enumerate(embedding.NAMES):
         blanked = {name: _blanked(task, i) for name, task in tasks.items()}
         rows += _rows(f"all, without {number}", config.models, blanked, judges, learning)
+    save_plots({"transfer": lambda: _plot(rows, judges, config.models)})
     return {"rows": rows}
 
 
-def _task(name: str, config: RunConfig, workdir: Path) -> Task:
-    return workflow.prepare_task(name, load_model(name, config.dtype), config, workdir, print)
+def read_run() -> tuple[RunConfig, Tasks]:
+    """Config and tasks of `--suite_run`."""
+    config = from_dict(json.loads((Path(_RUN.value) / workflow.CONFIG).read_text(encoding="utf-8")))
+    return config, {name: _task(name, config) for name in config.models}
+
+
+def _task(name: str, config: RunConfig) -> Task:
+    return workflow.prepare_task(name, load_model(name, config.dtype), config, Path(_RUN.value), print)
 
 
 def judge_of(name: str, task: Task) -> Judge:
@@ -123,7 +130,7 @@ def _without_training(judge: Judge) -> Iterator[Numbers]:
         for method in (baselines.knapsack, baselines.greedy):
             yield judge.row(f"{table}, {method.__name__}", 0, functools.partial(method, judge.cost, values))
     yield judge.row("uniform", 0, functools.partial(baselines.uniform, judge.cost, judge.loss))
-    for seed in range(_SEEDS):
+    for seed in range(SEEDS):
         yield judge.row("random", seed, functools.partial(baselines.random, judge.cost, judge.loss, seed=seed))
 
 
@@ -141,3 +148,28 @@ def _rows(
         for how in ("rollout", "repaired"):
             choose = functools.partial(rollout.choose, policy, tasks[judge.model].problem, repair=how == "repaired")
             yield judge.row(method, seed, choose, how)
+
+
+def _plot(rows: list[Numbers], judges: list[Judge], models: tuple[str, ...]) -> Figure:
+    """Per model the loss over the optimum at each budget, over all seeds, of policies that know it and that do not."""
+    figure = Figure(figsize=(4 * len(judges), 4), layout="constrained")
+    for axes, judge in zip(np.atleast_1d(figure.subplots(1, len(judges))), judges, strict=True):
+        others = [model for model in models if model != judge.model]
+        shown = {
+            ("uniform", ""): "uniform",
+            ("estimate, knapsack", ""): "optimum of the estimate",
+            (f"trained on {' '.join(others)}", "rollout"): "policy that never saw it",
+            (f"trained on {' '.join(others)}", "repaired"): "policy that never saw it, repaired",
+            (f"trained on {judge.model}", "rollout"): "policy of this model",
+        }
+        for key, label in shown.items():
+            mine = [row for row in rows if row["model"] == judge.model and (row["method"], row["how"]) == key]
+            if mine:
+                size = np.asarray(judge.budgets) * UNIT_BYTES / 1e6
+                curves = np.asarray([row["over_optimum_by_budget"] for row in mine])
+                (line,) = axes.plot(size, np.exp(np.log(curves).mean(axis=0)), marker=".", label=label)
+                axes.fill_between(size, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.15)
+        axes.set(title=judge.model, xlabel="tensor data (MB)", yscale="log")
+    figure.axes[0].set_ylabel("loss over that of the exact optimum")
+    figure.axes[0].legend(frameon=False, fontsize="small")
+    return figure

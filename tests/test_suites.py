@@ -29,6 +29,7 @@ import forward_suite
 import measuring
 import parity_suite
 import policy_suite
+import reward_suite
 import sac_suite
 import transfer_suite
 
@@ -44,6 +45,13 @@ def on_tiny(monkeypatch, untied):
             return getattr(module, name)(1)
 
     return run
+
+
+def figures_of(monkeypatch, suite):
+    """What the suite draws, by name."""
+    drawn = {}
+    monkeypatch.setattr(suite, "save_plots", lambda figures: drawn.update({k: f() for k, f in figures.items()}))
+    return drawn
 
 
 def test_the_oracle_holds_the_model_s_weights(model, windows):
@@ -91,8 +99,7 @@ def test_forward_suite_scores_the_same_text_everywhere(on_tiny, monkeypatch):
 
 def test_parity_suite(on_tiny, monkeypatch):
     """Losses of all three agree, continuations too, and the plot shows every window of both protocols."""
-    drawn = {}
-    monkeypatch.setattr(parity_suite, "save_plots", lambda figures: drawn.update({k: f() for k, f in figures.items()}))
+    drawn = figures_of(monkeypatch, parity_suite)
     short = {"llama.cpp": {"context": 24, "count": 3}, "sliding": {"context": 48, "count": 2}}
     monkeypatch.setattr(parity_suite, "_PROTOCOLS", short)
     monkeypatch.setattr(parity_suite, "_PAIRS", 4)
@@ -115,8 +122,7 @@ def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untie
         jax.random.key(0), jnp.zeros((1, len(embedding.NAMES) + CONTEXT + 3))
     )
     Policy(actor, hidden, levels, 4, ("tiny",)).save(tmp_path)
-    drawn = {}
-    monkeypatch.setattr(policy_suite, "save_plots", lambda figures: drawn.update({k: f() for k, f in figures.items()}))
+    drawn = figures_of(monkeypatch, policy_suite)
     for name, value in {
         "_MIXES": ("IQ4_NL", "Q5_0", "Q8_0"),
         "_CALIBRATION": {"context": 24, "count": 2},
@@ -159,11 +165,12 @@ def test_transfer_suite_judges_every_training_on_every_model(monkeypatch, tmp_pa
     """Two models of synthetic tables, one of them held: optimum 1, uniform no part of the way."""
     monkeypatch.setattr(sac_suite, "_LAYERS", 1)
     tasks = {"a": sac_suite.synthetic(0), "b": sac_suite.synthetic(1)}
-    monkeypatch.setattr(transfer_suite, "_task", lambda name, config, workdir: tasks[name])
+    monkeypatch.setattr(transfer_suite, "_task", lambda name, config: tasks[name])
     monkeypatch.setattr(transfer_suite.embedding, "NAMES", ("one",))
     for name, value in {"_RUN": str(tmp_path), "_HELD": "b"}.items():
         monkeypatch.setattr(transfer_suite, name, SimpleNamespace(value=value))
-    monkeypatch.setattr(transfer_suite, "_SEEDS", 2)
+    monkeypatch.setattr(transfer_suite, "SEEDS", 2)
+    drawn = figures_of(monkeypatch, transfer_suite)
     sac = SacConfig(hidden=(8,), batch_size=8)
     config = RunConfig(
         models=("a",), train=TrainConfig(iterations=2, episodes=4, updates=2, replay_iterations=2, sac=sac)
@@ -181,3 +188,24 @@ def test_transfer_suite_judges_every_training_on_every_model(monkeypatch, tmp_pa
         assert {key[1:] for key in by if key[0] == method} == {
             (name, how, seed) for name in "ab" for how in ("rollout", "repaired") for seed in (0, 1)
         }
+    assert [axes.get_title() for axes in drawn["transfer"].axes] == ["a", "b"]
+    assert "policy that never saw it" in {line.get_label() for line in drawn["transfer"].axes[1].get_lines()}
+
+
+def test_reward_suite_judges_every_variant_as_it_learns(monkeypatch):
+    """Two scans of two rewards: allocations fit, and before training both are alike."""
+    monkeypatch.setattr(sac_suite, "_LAYERS", 1)
+    sac = SacConfig(hidden=(8,), batch_size=8)
+    learning = TrainConfig(iterations=20, episodes=4, updates=2, replay_iterations=2, sac=sac)
+    run = RunConfig(models=("a",), train=learning), {"a": sac_suite.synthetic(0)}
+    variants = {"masks, regrets", "soft, plain losses"}
+    two = {name: how for name, how in reward_suite._variants(learning).items() if name in variants}
+    monkeypatch.setattr(reward_suite, "_variants", lambda config: two)
+    monkeypatch.setattr(reward_suite, "read_run", lambda: run)
+    drawn = figures_of(monkeypatch, reward_suite)
+    with jax.numpy_dtype_promotion("standard"):
+        rows = reward_suite.reward(1)["rows"]
+    assert {(row["variant"], row["iteration"]) for row in rows} == {(v, i) for v in variants for i in (0, 10, 20)}
+    assert len({tuple(row["over_optimum"]) for row in rows if row["iteration"] == 0}) == 1
+    assert all(min(row["over_optimum"]) > 1 - 1e-5 for row in rows)
+    assert {line.get_label() for line in drawn["reward"].axes[0].get_lines()} == variants

@@ -73,9 +73,9 @@ def rollout(
     """One episode under `choose(key, observation, mask)`.
 
     A level after which even the cheapest completion exceeds the budget is masked, so an episode whose budget is at
-    least the smallest allocation always fits; with a `soft` budget only levels that cannot hold a tensor are masked, and
-    what is left may end below 0. An observation ends with the regret of each valid level: by how much the
-    least loss that is estimated to be reachable after it exceeds that after the best one, compressed as rewards are.
+    least the smallest allocation always fits; with a `soft` budget only levels that cannot hold a tensor are masked,
+    and what is left may end below 0. An observation ends with the regret of each valid level: by how much the least
+    loss that is estimated to be reachable after it exceeds that after the best one, compressed as rewards are.
     """
     steps = problem.cost.shape[0]
     completion, dearest = cheapest_completion(problem), dearest_completion(problem)

@@ -27,8 +27,8 @@ from ramp_jax.progress import track
 Metrics = dict[str, Float[Array, " S"]]
 
 Evaluator = Literal["surrogate", "perplexity", "mixed"]
-"""What says how good a finished allocation is. `surrogate`: the sensitivity table. `perplexity`: the model in the loop,
-one forward pass per episode. `mixed`: the table, anchored between scans by what the policies' allocations truly lose."""
+"""What says how good a finished allocation is. `surrogate`: the sensitivity table. `perplexity`: the model, one forward
+pass per episode. `mixed`: the table, anchored between scans by what the policies' allocations truly lose."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,15 +220,17 @@ def probe_budgets(problem: Problem) -> Int[Array, " PROBES"]:
     return lowest + (shares * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames="hidden")
-def greedy(actor: Any, problem: Problem, budget: Int[Array, ""], hidden: tuple[int, ...]) -> Int[Array, " T"]:
-    """Level indices of the actor's most probable actions."""
+@functools.partial(jax.jit, static_argnames=("hidden", "soft"))
+def greedy(
+    actor: Any, problem: Problem, budget: Int[Array, ""], hidden: tuple[int, ...], *, soft: bool = False
+) -> Int[Array, " T"]:
+    """Level indices of the actor's most probable actions; with a `soft` budget they may not fit."""
     network = networks.actor(hidden, problem.bits.shape[0])
 
     def best(_: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
         return jnp.argmax(masked_log_softmax(network.apply(actor, observation), mask)).astype(jnp.int32)
 
-    return rollout(problem, budget, best, jax.random.key(0)).action
+    return rollout(problem, budget, best, jax.random.key(0), soft=soft).action
 
 
 @functools.partial(jax.jit, static_argnames="hidden")
