@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jaxtyping import Int
@@ -22,6 +23,7 @@ from measuring import Numbers, said, save_plots
 
 from ramp_jax import baselines, data
 from ramp_jax.allocation import Allocation, Costs, costs, from_levels
+from ramp_jax.evaluation import variants
 from ramp_jax.evaluation.perplexity import Reference, evaluate, reference_of
 from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.formats.check import EncodeCache
@@ -133,8 +135,8 @@ def _methods(
 
 
 def _on_calibration(bench: Bench, windows: Int[np.ndarray, "W T"]) -> Callable[[Int[np.ndarray, " T"]], float]:
-    reference = reference_of(bench.unfolded, windows)
-    return lambda actions: bench.kld(windows, reference, actions)[0]
+    choices = variants.prepare(bench.model, bench.unfolded, windows, bench.levels, encoder=bench.encoder)
+    return lambda actions: float(variants.mean_kld(choices, jnp.asarray(actions, jnp.int32)))
 
 
 def _mixes(

@@ -84,7 +84,6 @@ def evolution(
 ) -> Actions:
     """EvoPress (Sieberling et al. 2025): the best by true loss of a parent and its mutants, again and again.
 
-    A mutant moves one to three tensors up a level and as many others down until it fits, then uses what is left.
     `evaluate` measures an allocation and is called `evaluations` times at most; the first parent is `start` or else
     `uniform`'s, and `loss` is not looked at. Raises `ValueError` where nothing fits.
     """
@@ -92,7 +91,7 @@ def evolution(
     best = uniform(cost, loss, budget) if start is None else start
     least, left = evaluate(best), evaluations - 1
     while left > 0:
-        mutants = [_mutant(cost, budget, best, rng) for _ in range(min(offspring, left))]
+        mutants = [mutant(cost, budget, best, rng) for _ in range(min(offspring, left))]
         losses = [evaluate(mutant) for mutant in mutants]
         left -= len(mutants)
         if min(losses) < least:
@@ -140,9 +139,10 @@ def exchanged(cost: Cost, loss: Loss, budget: int, actions: Actions, *, rounds: 
     return actions
 
 
-def _mutant(cost: Cost, budget: int, parent: Actions, rng: np.random.Generator) -> Actions:
+def mutant(cost: Cost, budget: int, parent: Actions, rng: np.random.Generator) -> Actions:
+    """One to three tensors up a level, as many others down until it fits, then what is left used."""
     actions = parent.copy()
-    for t in rng.choice(len(cost), size=rng.integers(1, 4), replace=False):
+    for t in rng.choice(len(cost), size=min(rng.integers(1, 4), len(cost)), replace=False):
         actions[t] = _step(cost[t], actions[t], up=True)
     while _sum(cost, actions) > budget:
         t = rng.integers(len(cost))

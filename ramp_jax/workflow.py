@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ramp_jax import data as texts
 from ramp_jax import encoders
 from ramp_jax.allocation import Allocation, read_saved
+from ramp_jax.baselines import Actions
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
 from ramp_jax.evaluation import perplexity, variants
@@ -24,7 +25,7 @@ from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.evaluation.scores import numbers
 from ramp_jax.evaluation.sensitivity import exact_sensitivity
 from ramp_jax.evaluation.table import Sensitivity
-from ramp_jax.formats.check import EncodeCache
+from ramp_jax.formats import LEVELS
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
@@ -47,7 +48,7 @@ from ramp_jax.quantization.calibrate import second_moments
 ESTIMATE, ESTIMATE_FOLD_LEVEL = "fisher", 4
 """What stands for a policy where the Fisher estimate allocates, and the level that the model is folded for then."""
 
-_REFINE_WINDOWS, _REFINE_CODES = 2, 1 << 32  # windows of a true evaluation, and bytes of codes kept between them
+_REFINE_WINDOWS = 2  # of a true evaluation
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.msgpack"
 
@@ -265,7 +266,8 @@ def allocate(
     check_writable(output)
     started = time.monotonic()
     folded, stats = prepare(model, calibration, ESTIMATE_FOLD_LEVEL if policy is None else policy.fold_level)
-    evaluate = _true_loss(model, folded, stats, calibration) if refine_evals else None
+    levels = LEVELS if policy is None else policy.levels
+    evaluate = _true_loss(model, folded, stats, calibration, levels) if refine_evals else None
     allocation = rollout.allocate(
         policy, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate, evaluations=refine_evals
     )
@@ -282,16 +284,11 @@ def allocate(
     return allocation
 
 
-def _true_loss(model: Model, folded: Model, stats: Stats, calibration: WindowsConfig) -> Callable[[Allocation], float]:
-    """Mean KL divergence of an allocation on the first calibration windows, rounded with importance."""
-    windows = tokens(
-        model, dataclasses.replace(calibration, count=min(calibration.count, _REFINE_WINDOWS)), "calibration"
-    )
-    reference = perplexity.reference_of(model, windows)
-    encoder = Encoder("reference", importance_of(model.spec, stats), EncodeCache(_REFINE_CODES))
-
-    def loss(allocation: Allocation) -> float:
-        params = fake_quantize(folded, allocation, encoder)
-        return perplexity.evaluate(folded, windows, params=params, reference=reference, doing="refining").mean_kld
-
-    return loss
+def _true_loss(
+    model: Model, folded: Model, stats: Stats, calibration: WindowsConfig, levels: tuple[int, ...]
+) -> Callable[[Actions], float]:
+    """Mean KL divergence of level indices on the first calibration windows, rounded with importance."""
+    few = dataclasses.replace(calibration, count=min(calibration.count, _REFINE_WINDOWS))
+    encoder = Encoder("reference", importance_of(model.spec, stats))
+    choices = variants.prepare(folded, model, tokens(model, few, "calibration"), levels, encoder=encoder)
+    return lambda actions: float(variants.mean_kld(choices, jnp.asarray(actions, jnp.int32)))

@@ -17,13 +17,13 @@ from ramp_jax.baselines import Actions
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import LEVELS
 from ramp_jax.models import Model, allocatable
-from ramp_jax.policy import embedding
+from ramp_jax.policy import embedding, refine
 from ramp_jax.policy.env import CONTEXT, Problem
 from ramp_jax.policy.train import greedy, sampled
 from ramp_jax.quantization import Stats
 
 POLICY_FILE = "policy.msgpack"
-_DRAWN = 4  # of so many true evaluations, one goes to a draw
+_DRAWN = 16  # of so many true evaluations, one goes to a draw
 
 PRETRAINED = "pretrained"
 """Name of the policy that comes with the package; configs/pretrained.py made it."""
@@ -96,14 +96,14 @@ def allocate(
     stats: Stats,
     *,
     budget_bytes: int,
-    evaluate: Callable[[Allocation], float] | None = None,
+    evaluate: Callable[[Actions], float] | None = None,
     evaluations: int = 0,
 ) -> Allocation:
     """The policy's allocation of `model` (folded as it is to be quantized) for a file of at most `budget_bytes`.
 
     Without a policy it is the exact optimum of the estimated losses over all levels. With `evaluations`, that many
-    calls of `evaluate`, a loss, refine it; else nothing of the model is evaluated. Raises `ValueError` with the
-    reachable range where no file of that size exists.
+    calls of `evaluate` refine it, a loss of level indices in forward order (see `evaluation/variants.py`); else nothing
+    of the model is evaluated. Raises `ValueError` with the reachable range where no file of that size exists.
     """
     levels = LEVELS if policy is None else policy.levels
     table = costs(model, levels)
@@ -114,7 +114,7 @@ def allocate(
         return from_levels(model, [levels[a] for a in action])
 
     if evaluations and evaluate is not None:
-        return allocation(refined(policy, known, units, lambda action: evaluate(allocation(action)), evaluations))
+        return allocation(refined(policy, known, units, evaluate, evaluations))
     return allocation(estimated_optimum(known, units) if policy is None else choose(policy, known, units))
 
 
@@ -145,23 +145,12 @@ def refined(
 ) -> Actions:
     """The least true loss that `evaluations` calls of `evaluate` find, the choice without them among them.
 
-    Up to a quarter goes to allocations drawn from the policy, the rest to mutants of the best (`baselines.evolution`).
+    The optimum of the estimate and some allocations drawn from the policy come first, then `refine.refined` goes on.
     """
-    found: dict[tuple[int, ...], float] = {}
-
-    def remembered(action: Actions) -> float:
-        key = tuple(map(int, action))
-        if key not in found:
-            found[key] = evaluate(action)
-        return found[key]
-
-    if policy is None:
-        candidates = [estimated_optimum(known, units)]
-    else:
-        candidates = [choose(policy, known, units), *draws(policy, known, units, evaluations // _DRAWN)]
-    best = min(candidates, key=remembered)
-    left = evaluations - len(found) + 1  # the start is known
-    return baselines.evolution(*_tables(known), units, evaluate=remembered, evaluations=left, start=best)
+    start = [estimated_optimum(known, units)]
+    if policy is not None:
+        start = [choose(policy, known, units), *start, *draws(policy, known, units, evaluations // _DRAWN)]
+    return refine.refined(*_tables(known), units, evaluate=evaluate, evaluations=evaluations, start=start)
 
 
 def _tables(known: Problem) -> tuple[Int[np.ndarray, "T A"], Float[np.ndarray, "T A"]]:

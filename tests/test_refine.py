@@ -1,0 +1,55 @@
+"""Search by true evaluations: what it asks, and what it finds where tensors lose more together than alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ramp_jax import baselines
+from ramp_jax.policy.refine import refined
+
+COST = np.tile([3, 4, 6], (7, 1))
+LOSS = np.geomspace(1, 20, 7)[:, None] * np.array([1.0, 0.3, 0.02])[None]
+BUDGET = 28
+
+
+def together(actions):
+    """The sum, and what neighbours lose beside it."""
+    chosen = LOSS[np.arange(7), actions]
+    return chosen.sum() + 1.5 * np.sqrt(chosen[1:] * chosen[:-1]).sum()
+
+
+def search(evaluations, seed=0):
+    asked = []
+
+    def evaluate(actions):
+        asked.append(tuple(actions))
+        return together(actions)
+
+    start = baselines.knapsack(COST, LOSS, BUDGET)
+    found = refined(COST, LOSS, BUDGET, evaluate=evaluate, evaluations=evaluations, start=[start, start], seed=seed)
+    return found, asked
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 7, 40])
+def test_asks_for_what_fits_never_twice_and_keeps_the_best(evaluations):
+    found, asked = search(evaluations)
+    assert len(asked) == len(set(asked)) == evaluations
+    assert all(COST[np.arange(7), list(actions)].sum() <= BUDGET for actions in asked)
+    assert together(found) == min(together(np.asarray(actions)) for actions in asked)
+
+
+def test_finds_the_optimum_that_the_table_cannot_see():
+    """Of 2,187 allocations the best one, with 100 evaluations; the knapsack of the table loses more."""
+    every = (np.asarray(a) for a in itertools.product(range(3), repeat=7))
+    best = min(together(a) for a in every if COST[np.arange(7), a].sum() <= BUDGET)
+    assert together(baselines.knapsack(COST, LOSS, BUDGET)) > 1.01 * best
+    assert together(search(100)[0]) == pytest.approx(best)
+
+
+def test_ends_where_nothing_is_new():
+    """Two tensors, nine allocations of which some never come up: the search stops by itself."""
+    found = refined(
+        COST[:2], LOSS[:2], 12, evaluate=lambda a: LOSS[[0, 1], a].sum(), evaluations=1000, start=[np.array([0, 0])]
+    )
+    assert found.tolist() == [2, 2]
