@@ -39,9 +39,13 @@ from ramp_jax.quantization.calibrate import second_moments
 _TARGET = flags.DEFINE_string("suite_target", "smollm2-135m", "Model that the suite `policy` allocates for.")
 _POLICIES = flags.DEFINE_list("suite_policies", ["pretrained"], "Policies that the suite `policy` compares.")
 _EVOLUTION = flags.DEFINE_integer("suite_evolution", 0, "True evaluations of the suite's evolution, per budget.")
+_MIXES = flags.DEFINE_list(
+    "suite_mixes",
+    ["Q3_K_S", "IQ4_XS", "Q4_0", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M"],
+    "Mixes of llama.cpp whose sizes are the budgets of the suite `policy`.",
+)
 _TABLE = flags.DEFINE_string("suite_table", None, "Exact sensitivity table (.npz) of the target, folded as the policy.")
 
-_MIXES = ("Q3_K_S", "IQ4_XS", "Q4_0", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 _CALIBRATION, _HELDOUT = {"context": 512, "count": 4}, {"context": 512, "count": 6}
 _RANDOM_SEEDS = 3
 
@@ -147,7 +151,7 @@ def _mixes(
         source = Path(folder) / "F16.gguf"
         plain = {tensor.name: "F16" for tensor in allocatable(model.spec)}
         export_gguf(model, Allocation(model.spec, model.metadata, plain), source)
-        for mix in _MIXES:
+        for mix in _MIXES.value:
             path = Path(folder) / f"{mix}.gguf"
             size = handoff.quantize(source, path, mix, importance_of(model.spec, stats))
             scored = evaluate(load_model(str(path)), heldout, reference=reference, doing=f"scoring {mix}")

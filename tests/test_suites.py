@@ -124,10 +124,10 @@ def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untie
     Policy(actor, hidden, levels, 4, ("tiny",)).save(tmp_path)
     drawn = figures_of(monkeypatch, policy_suite)
     for name, value in {
-        "_MIXES": ("IQ4_NL", "Q5_0", "Q8_0"),
         "_CALIBRATION": {"context": 24, "count": 2},
         "_HELDOUT": {"context": 24, "count": 2},
         "_RANDOM_SEEDS": 1,
+        "_MIXES": SimpleNamespace(value=["IQ4_NL", "Q5_0", "Q8_0"]),
         "_TARGET": SimpleNamespace(value=str(untied_directory)),
         "_POLICIES": SimpleNamespace(value=[str(tmp_path)]),
         "_TABLE": SimpleNamespace(value=None),
