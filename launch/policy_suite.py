@@ -121,7 +121,8 @@ def _methods(
     for seed in range(_RANDOM_SEEDS):
         yield Method(f"random {seed}", lambda units, s=seed: baselines.random(cost, estimate, units, seed=s), 0.0)
     yield Method("estimate, greedy", lambda units: baselines.greedy(cost, estimate, units), seconds)
-    yield Method("estimate, knapsack", lambda units: rollout.estimated_optimum(known, units), seconds)
+    yield Method("estimate, knapsack", lambda units: baselines.knapsack(cost, estimate, units), seconds)
+    yield Method("estimate, pairs", lambda units: rollout.estimated_optimum(known, units), seconds)
     if _TABLE.value:
         table = Sensitivity.load(_TABLE.value)
         yield Method("exact knapsack", lambda units: baselines.knapsack(cost, table.kld, units), table.seconds)

@@ -91,7 +91,9 @@ def read_run() -> tuple[RunConfig, Tasks]:
 
 
 def _task(name: str, config: RunConfig) -> Task:
-    return workflow.prepare_task(name, load_model(name, config.dtype), config, Path(_RUN.value), print)
+    """Without what the estimate says of pairs, which a sum over tensors cannot judge."""
+    task = workflow.prepare_task(name, load_model(name, config.dtype), config, Path(_RUN.value), print)
+    return task._replace(problem=task.problem._replace(pairs=None))
 
 
 def judge_of(name: str, task: Task) -> Judge:

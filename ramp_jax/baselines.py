@@ -13,6 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 Cost = Int[np.ndarray, "T A"]
 Loss = Float[np.ndarray, "T A"]
+Pairs = Float[np.ndarray, "T A T A"]
 Actions = Int[np.ndarray, " T"]
 
 
@@ -107,11 +108,11 @@ def cheapest(cost: Cost, budget: int) -> Actions:
     return actions
 
 
-def filled(cost: Cost, loss: Loss, budget: int, actions: Actions) -> Actions:
+def filled(cost: Cost, loss: Loss, budget: int, actions: Actions, pairs: Pairs | None = None) -> Actions:
     """Spend what is left: one tensor at a time takes another level, the one that saves most loss per unit."""
     actions, rows = actions.copy(), np.arange(len(cost))
     while True:
-        saved = np.where(cost > 0, loss[rows, actions][:, None] - loss, 0.0)
+        saved = np.where(cost > 0, _saved(loss, actions, pairs), 0.0)
         extra = cost - cost[rows, actions][:, None]
         rate = np.where((saved > 0) & (extra <= budget - _sum(cost, actions)), saved / np.maximum(extra, 1e-3), 0.0)
         if not rate.any():
@@ -120,14 +121,19 @@ def filled(cost: Cost, loss: Loss, budget: int, actions: Actions) -> Actions:
         actions[t] = a
 
 
-def exchanged(cost: Cost, loss: Loss, budget: int, actions: Actions, *, rounds: int = 1000) -> Actions:
-    """Repair: spend what is left, then let pairs of tensors trade levels while that saves a thousandth and fits."""
-    actions, rows = filled(cost, loss, budget, actions), np.arange(len(cost))
+def exchanged(
+    cost: Cost, loss: Loss, budget: int, actions: Actions, pairs: Pairs | None = None, *, rounds: int = 1000
+) -> Actions:
+    """Repair: spend what is left, then let pairs of tensors trade levels while that saves a thousandth and fits.
+
+    `pairs` is what two tensors lose together beyond their sum, symmetric, 0 between levels of one tensor.
+    """
+    actions, rows = filled(cost, loss, budget, actions, pairs), np.arange(len(cost))
+    tensor = np.repeat(rows, cost.shape[1])
     for _ in range(rounds):
-        saved = np.where(cost > 0, loss[rows, actions][:, None] - loss, -np.inf).ravel()
+        saved = np.where(cost > 0, _saved(loss, actions, pairs), -np.inf).ravel()
         extra = (cost - cost[rows, actions][:, None]).ravel()
-        both = saved[:, None] + saved[None, :]
-        tensor = np.repeat(rows, cost.shape[1])
+        both = saved[:, None] + saved[None, :] + _saved_together(actions, pairs)
         fits = extra[:, None] + extra[None, :] <= budget - _sum(cost, actions)
         both = np.where(fits & (tensor[:, None] != tensor[None, :]), both, -np.inf)
         i, j = np.unravel_index(np.argmax(both), both.shape)
@@ -135,8 +141,26 @@ def exchanged(cost: Cost, loss: Loss, budget: int, actions: Actions, *, rounds: 
             break
         for move in (i, j):
             actions[tensor[move]] = move % cost.shape[1]
-        actions = filled(cost, loss, budget, actions)
+        actions = filled(cost, loss, budget, actions, pairs)
     return actions
+
+
+def _saved(loss: Loss, actions: Actions, pairs: Pairs | None) -> Loss:
+    """What each level of one tensor saves, all others unchanged."""
+    rows = np.arange(len(loss))
+    if pairs is not None:
+        loss = loss + pairs[:, :, rows, actions].sum(axis=2)
+    return loss[rows, actions][:, None] - loss
+
+
+def _saved_together(actions: Actions, pairs: Pairs | None) -> Float[np.ndarray, "M M"] | float:
+    """What two moves save beyond the sum of what each saves alone, M = T · A."""
+    if pairs is None:
+        return 0.0
+    n_levels = pairs.shape[1]
+    products = pairs.reshape(actions.size * n_levels, -1)
+    here = np.repeat(np.arange(actions.size) * n_levels + actions, n_levels)  # where each move starts
+    return products[:, here] + products[here] - products - products[np.ix_(here, here)]
 
 
 def mutant(cost: Cost, budget: int, parent: Actions, rng: np.random.Generator) -> Actions:

@@ -102,7 +102,7 @@ def test_problem_holds_sizes_and_weights(prepared):
     np.testing.assert_array_equal(problem.cost * ALIGNMENT, [[t.size // 32 * b for b in (18, 22, 34)] for t in members])
     np.testing.assert_array_equal(problem.bits, LEVELS)
     np.testing.assert_allclose(problem.embedding, embedding.embed(folded, stats), atol=1e-5)
-    np.testing.assert_allclose(problem.expected, embedding.estimated_losses(folded, stats, LEVELS), rtol=1e-5)
+    np.testing.assert_allclose(problem.expected, embedding.estimated(folded, stats, LEVELS).loss, rtol=1e-5)
 
 
 def test_masked_levels_cost_nothing_in_the_problem(prepared):

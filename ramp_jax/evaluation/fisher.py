@@ -63,15 +63,9 @@ def fisher_sensitivity(
     table = Sensitivity.begin(members, levels, inputs, path)
     if not table.finished:
         started = time.monotonic()
-
-        def changes(tensor: Tensor) -> Float[Array, "A O I"]:
-            w = lookup(model.params, tensor).astype(jnp.float32)
-            formats = [cell.format.name for cell in _of(every, tensor)]
-            new = [decoded(model, tensor, fmt, encoder).astype(jnp.float32) - w for fmt in formats]
-            return jnp.stack(new) if new else jnp.zeros((0, *tensor.shape))
-
+        changes = rounding_errors(model, every, encoder)
         costs = fisher_costs(model, windows, changes, protocol, probes=probes, seed=seed)
-        ordered = [(cell, cost) for t in members for cell, cost in zip(_of(every, t), costs[t.name], strict=True)]
+        ordered = [(cell, cost) for t in members for cell, cost in zip(cells_of(every, t), costs[t.name], strict=True)]
         rows, columns, values = zip(*((cell.row, cell.column, float(cost)) for cell, cost in ordered), strict=True)
         table = table.with_cells(rows, columns, list(values), 0.0, time.monotonic() - started)
         if path is not None:
@@ -79,18 +73,54 @@ def fisher_sensitivity(
     return table
 
 
+Changes = Callable[[Tensor], Float[Array, "A O I"]]
+
+
+def rounding_errors(model: Model, every: list[Cell], encoder: Encoder) -> Changes:
+    """What rounding changes in a tensor, for each of its cells among `every`."""
+
+    def changes(tensor: Tensor) -> Float[Array, "A O I"]:
+        w = lookup(model.params, tensor).astype(jnp.float32)
+        formats = [cell.format.name for cell in cells_of(every, tensor)]
+        new = [decoded(model, tensor, fmt, encoder).astype(jnp.float32) - w for fmt in formats]
+        return jnp.stack(new) if new else jnp.zeros((0, *tensor.shape))
+
+    return changes
+
+
+def cells_of(every: list[Cell], tensor: Tensor) -> list[Cell]:
+    """Those of one tensor."""
+    return [cell for cell in every if cell.tensor == tensor]
+
+
 def fisher_costs(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    changes: Callable[[Tensor], Float[Array, "A O I"]],
+    changes: Changes,
     protocol: Protocol = "llama.cpp",
     *,
     probes: int = PROBES,
     seed: int = 0,
 ) -> dict[str, Float[np.ndarray, " A"]]:
-    """Nats per scored token that each of `changes(tensor)` costs alone, by tensor name.
+    """Nats per scored token that each of `changes(tensor)` costs alone, by tensor name."""
+    moves = fisher_moves(model, windows, changes, protocol, probes=probes, seed=seed)
+    return {name: np.sum(np.square(values, dtype=np.float64), axis=1) / 2 for name, values in moves.items()}
 
-    Forward to the last layer, then back, layer by layer; `changes` is asked for one layer's tensors at a time.
+
+def fisher_moves(
+    model: Model,
+    windows: Int[np.ndarray, "W T"],
+    changes: Changes,
+    protocol: Protocol = "llama.cpp",
+    *,
+    probes: int = PROBES,
+    seed: int = 0,
+) -> dict[str, Float[np.ndarray, "A S"]]:
+    """How far each of `changes(tensor)` moves every sample (a probe at a token), by tensor name.
+
+    Several changes together move a sample by the sum of their moves; half the sum of the squares is what they cost,
+    in nats per scored token. Forward to the last layer, then back, layer by layer; `changes` is asked for one layer's
+    tensors at a time.
     """
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
@@ -113,16 +143,8 @@ def fisher_costs(
     if spec.tied:
         moves["token_embd", None] += moves.pop(("output", None))
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
-    return {at[place].name: _half_squares(values) / scored for place, values in moves.items()}
-
-
-def _of(every: list[Cell], tensor: Tensor) -> list[Cell]:
-    return [cell for cell in every if cell.tensor == tensor]
-
-
-def _half_squares(moves: Float[Array, "A P W T"]) -> Float[np.ndarray, " A"]:
-    """Half the squared moves, summed over tokens: a mean over probes."""
-    return np.sum(np.square(moves, dtype=np.float64), axis=(1, 2, 3)) / (2 * moves.shape[1])
+    scale = np.float32(1 / np.sqrt(probes * scored))
+    return {at[place].name: np.asarray(values).reshape(len(values), -1) * scale for place, values in moves.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "probes", "start"))

@@ -15,7 +15,7 @@
 | 10 | role | place in the forward pass: q, k, v, attention output, gate, up, down, head |
 
 Every number is a ratio, a log or a position, moved by a fixed map to the order of 1; nothing is fitted to a model. The
-loss is `estimated_losses`: one backward pass over a few calibration tokens; no quantized model is run.
+loss is `estimated`: one backward pass over a few calibration tokens; no quantized model is run.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ramp_jax.evaluation.fisher import fisher_sensitivity
+from ramp_jax.evaluation.interactions import Estimate, estimate
 from ramp_jax.formats.rounding import blocks_of, flatten_blocks, reciprocal, round_half_away
 from ramp_jax.models import Model, Tensor, allocatable, lookup
 from ramp_jax.models.names import LINEARS
@@ -63,8 +63,8 @@ _NO_INPUT = "token"  # tap of an embedding that is only looked up
 _TINY = 1e-12
 
 
-def estimated_losses(model: Model, stats: Stats, levels: tuple[int, ...]) -> Float[np.ndarray, "T A"]:
-    """What each allocatable tensor loses at each level by the Fisher estimate, in nats per token; 0 where masked.
+def estimated(model: Model, stats: Stats, levels: tuple[int, ...]) -> Estimate:
+    """What allocatable tensors lose at each level by the Fisher estimate, alone and in pairs.
 
     Weights are rounded by ggml's search, weighted by importance: the wider one takes three times as long, and its
     estimate chooses no better. Raises `ValueError` where `stats` lack a sample of the text.
@@ -72,17 +72,17 @@ def estimated_losses(model: Model, stats: Stats, levels: tuple[int, ...]) -> Flo
     if stats.sample is None:
         raise ValueError("the statistics hold no sample of the text, which the estimate needs; calibrate the model.")
     encoder = Encoder("reference", importance_of(model.spec, stats))
-    return fisher_sensitivity(model.astype(jnp.float32), stats.sample, levels, "sliding", encoder=encoder).kld
+    return estimate(model.astype(jnp.float32), stats.sample, levels, encoder)
 
 
 def embed(model: Model, stats: Stats, loss: Float[np.ndarray, " T"] | None = None) -> Float[np.ndarray, "T 11"]:
     """Embeddings of the allocatable tensors in forward order, of the model as it is (folded or not).
 
-    `loss` is that of `estimated_losses` at `LOSS_LEVEL` where it is known. Raises `KeyError` where `stats` lacks the
+    `loss` is that of `estimated` at `LOSS_LEVEL` where it is known. Raises `KeyError` where `stats` lacks the
     taps of the model, `ValueError` where they lack a sample of the text.
     """
     members = allocatable(model.spec)
-    loss = estimated_losses(model, stats, (LOSS_LEVEL,))[:, 0] if loss is None else loss
+    loss = estimated(model, stats, (LOSS_LEVEL,)).loss[:, 0] if loss is None else loss
     size = np.asarray([tensor.size for tensor in members], np.float64)
     rates = np.log10((loss / max(loss.sum(), _TINY**2) + _TINY) / (size / size.sum()))
     stats = stats.under(model.folding)

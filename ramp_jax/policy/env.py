@@ -33,6 +33,8 @@ class Problem(NamedTuple):
     """Nominal bits of each level."""
     expected: Float[Array, "T A"]
     """What each level is estimated to lose, up to one factor for the whole model."""
+    pairs: Float[Array, "T A T A"] | None = None
+    """What two tensors at two levels are estimated to lose beyond that; no observation shows it, repair looks at it."""
 
 
 class Episode(NamedTuple):

@@ -80,13 +80,15 @@ def problem(model: Model, stats: Stats, levels: tuple[int, ...], table: Costs | 
     """The decision process of `model`, whose tensors are embedded as they are (fold first)."""
     table = costs(model, levels) if table is None else table
     measured = tuple(sorted({*levels, embedding.LOSS_LEVEL}))
-    loss = embedding.estimated_losses(model, stats, measured)
+    estimate = embedding.estimated(model, stats, measured)
+    loss, mine = estimate.loss, [measured.index(level) for level in levels]
     return Problem(
         jnp.asarray(embedding.embed(model, stats, loss[:, measured.index(embedding.LOSS_LEVEL)])),
         jnp.asarray([tensor.size for tensor in allocatable(model.spec)], jnp.float32),
         jnp.asarray(table.per_level // ALIGNMENT, jnp.int32),
         jnp.asarray(levels, jnp.float32),
-        jnp.asarray(loss[:, [measured.index(level) for level in levels]], jnp.float32),
+        jnp.asarray(loss[:, mine], jnp.float32),
+        jnp.asarray(estimate.pairs[:, mine][..., mine]),
     )
 
 
@@ -125,7 +127,7 @@ def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -
     save: on a model unlike those it was trained on, an actor can starve a tensor that it should not.
     """
     action = np.asarray(greedy(policy.actor, known, jnp.int32(units), policy.hidden))
-    return baselines.exchanged(*_tables(known), units, action) if repair else action
+    return baselines.exchanged(*_tables(known), units, action, _pairs(known)) if repair else action
 
 
 def draws(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) -> list[Actions]:
@@ -136,8 +138,9 @@ def draws(policy: Policy, known: Problem, units: int, count: int, seed: int = 0)
 
 
 def estimated_optimum(known: Problem, units: int) -> Actions:
-    """The allocation of least estimated loss."""
-    return baselines.knapsack(*_tables(known), units)
+    """The allocation of least estimated loss: the exact knapsack, then exchanges where pairs are known too."""
+    optimum = baselines.knapsack(*_tables(known), units)
+    return optimum if known.pairs is None else baselines.exchanged(*_tables(known), units, optimum, _pairs(known))
 
 
 def refined(
@@ -155,6 +158,10 @@ def refined(
 
 def _tables(known: Problem) -> tuple[Int[np.ndarray, "T A"], Float[np.ndarray, "T A"]]:
     return np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64)
+
+
+def _pairs(known: Problem) -> Float[np.ndarray, "T A T A"] | None:
+    return None if known.pairs is None else np.asarray(known.pairs)
 
 
 def check_levels(policy: Policy, levels: tuple[int, ...]) -> None:

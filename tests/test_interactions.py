@@ -1,0 +1,60 @@
+"""Pairs of rounded tensors: products that are real are kept, noise is not, and the model agrees."""
+
+import numpy as np
+import pytest
+
+from ramp_jax.evaluation import interactions
+from ramp_jax.evaluation.fisher import fisher_moves, fisher_sensitivity
+from ramp_jax.evaluation.interactions import estimate, shrunk_products
+from ramp_jax.evaluation.perplexity import evaluate
+from ramp_jax.models import allocatable
+from ramp_jax.models.names import lookup, replaced
+from ramp_jax.quantization import REFERENCE
+
+LEVELS = (4, 5, 8)
+
+
+def test_noise_is_shrunk_to_nothing_and_what_is_real_is_kept(rng):
+    m = rng.normal(size=(20, 400))
+    m[1] = m[0] + 0.1 * rng.normal(size=400)
+    found = shrunk_products(m.astype(np.float32))
+    real = m[0] @ m[1]
+    assert found[0, 1] == found[1, 0] == pytest.approx(real, rel=0.06)
+    assert found[0, 1] < real
+    noise = found[np.triu_indices(20, 1)][1:]
+    assert (noise == 0).mean() > 0.95
+
+
+def test_losses_are_those_of_the_fisher_table(model, windows):
+    found = estimate(model, windows, LEVELS, REFERENCE)
+    expected = fisher_sensitivity(model, windows, LEVELS, "sliding", probes=interactions._PROBES).kld
+    np.testing.assert_allclose(found.loss, expected, rtol=1e-4, atol=1e-12)
+    np.testing.assert_allclose(found.pairs, found.pairs.transpose(2, 3, 0, 1), rtol=1e-3, atol=1e-9)
+    for row in range(len(expected)):
+        assert not found.pairs[row, :, row].any()
+        assert not found.pairs[row, expected[row] == 0].any()
+
+
+def test_products_are_what_two_changes_cost_together(untied, windows):
+    """Values and attention's output scaled by a hundredth move the stream alike: together they cost more than alone,
+    by the product of their moves."""
+    members = {t.name: t for t in allocatable(untied.spec)}
+    pair = [members["blk.0.attn_v.weight"], members["blk.0.attn_output.weight"]]
+
+    def changes(tensor):
+        w = lookup(untied.params, tensor)
+        return (0.02 if tensor in pair else 0.0) * w[None]
+
+    first, second = (fisher_moves(untied, windows, changes, "sliding", probes=64)[t.name][0] for t in pair)
+
+    def divergence(chosen):
+        params = replaced(
+            untied.params,
+            list(members.values()),
+            lambda t: lookup(untied.params, t) * (1.02 if t in chosen else 1.0),
+        )
+        return evaluate(untied, windows, params=params, reference=untied, protocol="sliding").mean_kld
+
+    together = divergence(pair) - divergence(pair[:1]) - divergence(pair[1:])
+    assert together > 0
+    assert float(first @ second) == pytest.approx(together, rel=0.25)
