@@ -127,6 +127,11 @@ def test_unknown_field_is_named(values, name):
         from_dict(values)
 
 
+def test_unknown_evaluator_is_named():
+    with pytest.raises(ValueError, match="evaluator is 'oracle'; choose surrogate, perplexity, mixed"):
+        from_dict({"train": {"evaluator": "oracle"}})
+
+
 def test_unknown_sensitivity_method_is_named():
     with pytest.raises(ValueError, match="sensitivity_method is 'guess'; choose exact or fisher"):
         from_dict({"sensitivity_method": "guess"})
