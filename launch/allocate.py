@@ -4,10 +4,10 @@
 
 REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on other
 models; `pretrained` is the one of this package. Needs one calibration pass over the model and one backward pass over a
-few tokens, nothing else. `--source_policy=fisher` does without a policy: the exact optimum of what that backward pass
-says of every format. `--refine_evals=N` spends N evaluations of quantized models on calibration text: on what the
-policy might also have chosen, then on mutants of the best. The allocation records --encoder for whoever evaluates or
-exports it. `--dry_run` prints what sizes can be reached.
+few tokens, nothing else. `--source_policy=fisher` does without a policy: the optimum of what that backward pass says
+of every format, alone and in pairs. `--refine_evals=N` spends N evaluations of quantized models on calibration text,
+each of them proposed by a table that the ones before corrected; the weights then lie in memory once per level. The
+allocation records --encoder for whoever evaluates or exports it. `--dry_run` prints what sizes can be reached.
 """
 
 from pathlib import Path

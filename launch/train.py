@@ -3,7 +3,8 @@
     python launch/train.py --config=configs/smollm2_135m.py --workdir=runs/smollm2-135m [--config.seed=1 ...]
 
 Loads the models, calibrates and folds them, measures what every tensor loses at every level, and trains Soft
-Actor-Critic on those tables. `--workdir` receives the policy, the tables, `metrics.jsonl` and `training.png`. A run
+Actor-Critic on those tables. With `--config.train.evaluator=perplexity` the quantized model judges every episode
+instead, with `mixed` the tables are corrected between scans by what whole allocations truly lose. `--workdir` receives the policy, the tables, `metrics.jsonl` and `training.png`. A run
 that was stopped goes on with the same command.
 """
 

@@ -158,7 +158,6 @@ def _plot(rows: list[Numbers], judges: list[Judge], models: tuple[str, ...]) -> 
     for axes, judge in zip(np.atleast_1d(figure.subplots(1, len(judges))), judges, strict=True):
         others = [model for model in models if model != judge.model]
         shown = {
-            ("uniform", ""): "uniform",
             ("estimate, knapsack", ""): "optimum of the estimate",
             (f"trained on {' '.join(others)}", "rollout"): "policy that never saw it",
             (f"trained on {' '.join(others)}", "repaired"): "policy that never saw it, repaired",
@@ -171,7 +170,7 @@ def _plot(rows: list[Numbers], judges: list[Judge], models: tuple[str, ...]) -> 
                 curves = np.asarray([row["over_optimum_by_budget"] for row in mine])
                 (line,) = axes.plot(size, np.exp(np.log(curves).mean(axis=0)), marker=".", label=label)
                 axes.fill_between(size, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.15)
-        axes.set(title=judge.model, xlabel="tensor data (MB)", yscale="log")
+        axes.set(title=judge.model, xlabel="tensor data (MB)")
     figure.axes[0].set_ylabel("loss over that of the exact optimum")
     figure.axes[0].legend(frameon=False, fontsize="small")
     return figure
