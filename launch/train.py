@@ -4,8 +4,8 @@
 
 Loads the models, calibrates and folds them, measures what every tensor loses at every level, and trains Soft
 Actor-Critic on those tables. With `--config.train.evaluator=perplexity` the quantized model judges every episode
-instead, with `mixed` the tables are corrected between scans by what whole allocations truly lose. `--workdir` receives the policy, the tables, `metrics.jsonl` and `training.png`. A run
-that was stopped goes on with the same command.
+instead, with `mixed` the tables are corrected between scans by what whole allocations truly lose. `--workdir` receives
+the policy, the tables, `metrics.jsonl` and `training.png`. A run that was stopped goes on with the same command.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def main() -> None:
     rows = report.read_metrics(workdir / workflow.METRICS)
     picture = report.save_png(workdir / report.TRAINING_PNG, report.plot_training(rows))
     score = rows[-1]["best_loss_over_uniform"]
-    print(f"Predicted loss of its allocations over uniform ones, mean over budgets: {score:.3f}; see {picture}")
+    print(f"Loss of its allocations over uniform ones, mean over budgets: {score:.3f}; see {picture}")
     print(
         f"Allocate with: python launch/allocate.py --source_policy={workdir} --model=... --budget_gb=... --output=..."
     )

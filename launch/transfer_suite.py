@@ -85,8 +85,9 @@ def transfer(repeats: int) -> Numbers:
 
 
 def read_run() -> tuple[RunConfig, Tasks]:
-    """Config and tasks of `--suite_run`."""
+    """Config and tasks of `--suite_run`, whose tables judge here, whatever judged there."""
     config = from_dict(json.loads((Path(_RUN.value) / workflow.CONFIG).read_text(encoding="utf-8")))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluator="surrogate", soft=False))
     return config, {name: _task(name, config) for name in config.models}
 
 

@@ -18,7 +18,7 @@ from ramp_jax import encoders
 from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.baselines import Actions
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.config import RunConfig, WindowsConfig, as_dict
+from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
 from ramp_jax.evaluation import perplexity, variants
 from ramp_jax.evaluation.fisher import fisher_sensitivity
 from ramp_jax.evaluation.perplexity import Protocol
@@ -228,7 +228,7 @@ def claim(workdir: Path, config: RunConfig) -> None:
     check_writable(path)
     wanted = json.loads(json.dumps(as_dict(config)))
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(json.dumps(as_dict(from_dict(json.loads(path.read_text(encoding="utf-8"))))))
         changed = [name for name in wanted if wanted[name] != found.get(name)]
         if changed:
             raise ValueError(
@@ -260,8 +260,8 @@ def allocate(
 ) -> Allocation:
     """Calibrate, fold and allocate, and save the allocation.
 
-    Without a policy the Fisher estimate of every tensor at every level decides, by the exact knapsack. No quantized
-    model is run, but for `refine_evals` of them on calibration text.
+    Without a policy the Fisher estimate decides, of every tensor at every level and of pairs. No quantized model is
+    run, but for `refine_evals` of them on calibration text.
     """
     check_writable(output)
     started = time.monotonic()
@@ -291,4 +291,4 @@ def _true_loss(
     few = dataclasses.replace(calibration, count=min(calibration.count, _REFINE_WINDOWS))
     encoder = Encoder("reference", importance_of(model.spec, stats))
     choices = variants.prepare(folded, model, tokens(model, few, "calibration"), levels, encoder=encoder)
-    return lambda actions: float(variants.mean_kld(choices, jnp.asarray(actions, jnp.int32)))
+    return variants.measuring(choices)

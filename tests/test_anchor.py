@@ -26,17 +26,18 @@ def test_without_evidence_the_table_stays(rng):
 
 
 def test_is_ridge_regression_on_the_entries(rng):
-    """δ minimizes Σ_e ((true − Σ s (1 + δ)) / (σ true))² + Σ (δ / τ)², here solved entry by entry in f64."""
+    """δ minimizes Σ_e ((true − Σ s (1 + δ + δ₀)) / (σ true))² + Σ (δ / τ)² + (δ₀ / τ₀)², here in f64."""
     table, actions = table_and_actions(rng, 5)
     true = sums(table, actions) * rng.uniform(0.9, 1.1, 5)
     rows = np.zeros((5, table.size))
     for row, action in zip(rows.reshape(5, *table.shape), np.asarray(actions), strict=True):
         row[np.arange(len(table)), action] = np.asarray(table)[np.arange(len(table)), action]
-    rows /= true[:, None] * anchor._NOISE
+    rows = np.concatenate([rows, rows.sum(axis=1, keepdims=True)], axis=1) / (true[:, None] * anchor._NOISE)
     aim = (1 - sums(table, actions) / true) / anchor._NOISE
-    change = np.linalg.solve(rows.T @ rows + np.eye(table.size) / anchor._DEVIATION**2, rows.T @ aim)
+    prior = np.array([anchor._DEVIATION] * table.size + [anchor._COMMON])
+    *change, common = np.linalg.solve(rows.T @ rows + np.diag(prior**-2.0), rows.T @ aim)
     found = anchor.anchored(table, Evidence(actions, jnp.asarray(true, jnp.float32)))
-    expected = np.asarray(table) * np.maximum(1 + change.reshape(table.shape), anchor._LEAST)
+    expected = np.asarray(table) * np.maximum(1 + np.reshape(change, table.shape) + common, anchor._LEAST)
     np.testing.assert_allclose(found, expected, rtol=2e-3)
 
 
@@ -47,6 +48,24 @@ def test_learns_what_a_table_gets_wrong(rng):
     seen = Evidence(actions[:20], jnp.asarray(true[:20], jnp.float32))
     errors = [np.abs(sums(t, actions[20:]) / true[20:] - 1).mean() for t in (table, anchor.anchored(table, seen))]
     assert errors[1] < errors[0] / 3
+
+
+def test_what_is_measured_twice_counts_once(rng):
+    """A policy that has settled hands in the same allocation after every scan."""
+    table, actions = table_and_actions(rng, 3)
+    true = jnp.asarray(1.3 * sums(table, actions), jnp.float32)
+    again = Evidence(jnp.concatenate([actions, actions[:1], actions[:1]]), jnp.concatenate([true, true[:1], true[:1]]))
+    np.testing.assert_allclose(
+        anchor.anchored(table, again), anchor.anchored(table, Evidence(actions, true)), rtol=1e-5
+    )
+
+
+def test_a_table_that_is_small_throughout_grows_throughout(rng):
+    """Where the truth is 1.3 times every sum, the whole table grows, not only what was measured."""
+    table, actions = table_and_actions(rng, 20)
+    true = jnp.asarray(1.3 * sums(table, actions), jnp.float32)
+    growth = np.asarray(anchor.anchored(table, Evidence(actions, true)) / table)
+    assert np.median(growth) == pytest.approx(1.3, abs=0.1)
 
 
 def test_notes_go_to_their_places(rng):

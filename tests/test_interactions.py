@@ -1,12 +1,15 @@
 """Pairs of rounded tensors: products that are real are kept, noise is not, and the model agrees."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from ramp_jax.evaluation import interactions
-from ramp_jax.evaluation.fisher import fisher_moves, fisher_sensitivity
+from ramp_jax.evaluation.fisher import fisher_moves, fisher_sensitivity, rounding_errors
 from ramp_jax.evaluation.interactions import estimate, shrunk_products
 from ramp_jax.evaluation.perplexity import evaluate
+from ramp_jax.evaluation.sensitivity import cells
 from ramp_jax.models import allocatable
 from ramp_jax.models.names import lookup, replaced
 from ramp_jax.quantization import REFERENCE
@@ -30,9 +33,27 @@ def test_losses_are_those_of_the_fisher_table(model, windows):
     expected = fisher_sensitivity(model, windows, LEVELS, "sliding", probes=interactions._PROBES).kld
     np.testing.assert_allclose(found.loss, expected, rtol=1e-4, atol=1e-12)
     np.testing.assert_allclose(found.pairs, found.pairs.transpose(2, 3, 0, 1), rtol=1e-3, atol=1e-9)
+    assert found.pairs.any()
     for row in range(len(expected)):
         assert not found.pairs[row, :, row].any()
         assert not found.pairs[row, expected[row] == 0].any()
+
+
+def test_a_loss_that_is_no_number_is_named(untied, windows):
+    broken = {**untied.params, "blk": {**untied.params["blk"], "ffn_norm": untied.params["blk"]["ffn_norm"] * np.nan}}
+    with pytest.raises(ValueError, match=r"what \S+ loses is not finite"):
+        estimate(dataclasses.replace(untied, params=broken), windows, LEVELS, REFERENCE)
+
+
+def test_pairs_stand_at_their_tensors_and_levels(untied, windows, monkeypatch):
+    """Unshrunk, an entry is the product of the moves of its two tensors at its two levels."""
+    monkeypatch.setattr(interactions, "_DOUBT", 0.0)
+    found, members = estimate(untied, windows, LEVELS, REFERENCE), allocatable(untied.spec)
+    changes = rounding_errors(untied, cells(members, LEVELS), REFERENCE)
+    moves = fisher_moves(untied, windows, changes, "sliding", probes=interactions._PROBES)
+    for i, j, a, b in [(0, 3, 1, 2), (5, 2, 0, 1)]:
+        expected = moves[members[i].name][a] @ moves[members[j].name][b]
+        assert found.pairs[i, a, j, b] == pytest.approx(expected, rel=1e-3)
 
 
 def test_products_are_what_two_changes_cost_together(untied, windows):

@@ -262,10 +262,16 @@ def test_evaluators_judge_by_the_true_loss(tmp_path, task, evaluator):
     equal(result, expected)
     assert resumed == whole
 
+    plain = []
+    train.run(jax.random.key(1), (task,), SHORT, log=plain.append)
+    returns = [[row["return"] for row in rows] for rows in (whole, plain)]
+    assert (returns[0][0] == returns[1][0]) == (evaluator == "mixed")  # its first scan has nothing to anchor by
+    assert returns[0][1] != returns[1][1]
+
 
 def test_true_losses_are_what_perplexity_rewards(task):
-    """The returns of a round: minus the true loss over the bound, episode by episode."""
-    config = dataclasses.replace(SHORT, evaluator="perplexity")
+    """Returns and sums of rewards of a round: minus the true loss over the bound, episode by episode."""
+    config = dataclasses.replace(SHORT, evaluator="perplexity", potential=False)
     measured = interacting(task)
     learner = train.initial_state(jax.random.key(0), (measured,), config).learner
     steps, returns = train.interact((measured,), config, learner, jax.random.key(1))
@@ -274,12 +280,25 @@ def test_true_losses_are_what_perplexity_rewards(task):
     lowest, highest = budget_range(task.problem)
     yard = train.yardstick(task.loss, task.problem.cost)
     keys = jax.random.split(jax.random.split(jax.random.key(1), 1)[0], config.episodes)
-    for key, action, found in zip(keys, actions, returns, strict=True):
+    rewarded = steps.reward.reshape(actions.shape).sum(axis=1) / len(cost)
+    for key, action, found, total in zip(keys, actions, returns, rewarded, strict=True):
         share = jax.random.uniform(jax.random.split(key, 4)[2]) ** 2
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
         assert cost[np.arange(len(cost)), np.asarray(action)].sum() <= budget
         expected = -measured.true_loss(action) / train.unit_of_loss(yard, budget)
         assert float(found) == pytest.approx(float(expected), rel=1e-4)
+        assert float(total) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_what_cannot_be_evaluated_is_bad_but_finite(task):
+    """A model that breaks at some level: its loss is a number, worse than any that the table knows."""
+
+    def broken(action):
+        return jnp.where(jnp.any(action == 0), jnp.inf, 0.0)
+
+    actions = jnp.zeros((2, 12), jnp.int32).at[1].set(2)
+    losses = train._losses(task._replace(true_loss=broken), actions, true=True)
+    assert losses.tolist() == pytest.approx([10 * float(task.loss.max(axis=1).sum()), 0.0])
 
 
 def test_evaluator_without_a_model_is_refused(task):
@@ -288,17 +307,23 @@ def test_evaluator_without_a_model_is_refused(task):
 
 
 def test_soft_budgets_mask_nothing_but_fine_what_is_over(task):
-    """With a fine for the smallest excess only, rewards are those of the table, less that fine where over budget."""
-    config = dataclasses.replace(
-        SHORT, soft=True, potential=False, penalty=Penalty(cliff=100.0, c_over=0.0, c_under=0.0)
-    )
+    """The fine of the smallest excess, uncompressed, exactly where an episode is over its budget."""
+    fine = Penalty(cliff=1000.0, c_over=0.0, c_under=0.0)
+    config = dataclasses.replace(SHORT, episodes=32, soft=True, penalty=fine)
     learner = train.initial_state(jax.random.key(0), (task,), config).learner
     steps, returns = train.interact((task,), config, learner, jax.random.key(1))
     assert steps.mask.all()
-    last = np.asarray(steps.reward).reshape(config.episodes, -1)[:, -1]
-    over = last < -100.0
+    cost, n_tensors = np.asarray(task.problem.cost), len(task.loss)
+    used = cost[np.arange(n_tensors), np.asarray(steps.action).reshape(32, -1)].sum(axis=1)
+    lowest, highest = (int(x) for x in budget_range(task.problem))
+    keys = jax.random.split(jax.random.split(jax.random.key(1), 1)[0], 32)
+    shares = np.asarray([jax.random.uniform(jax.random.split(key, 4)[2]) ** 2 for key in keys])
+    over = used > lowest + (shares * (highest - lowest)).astype(int)
     assert over.any()
-    np.testing.assert_array_equal(np.asarray(returns) < -100.0, over)
+    assert not over.all()
+    last = np.asarray(steps.reward).reshape(32, -1)[:, -1]
+    np.testing.assert_array_equal(last < -900 * n_tensors, over)
+    np.testing.assert_array_equal(np.asarray(returns) < -900, over)
 
 
 def test_narrowed_episodes_lack_the_lowest_levels_of_some_tensors(task):

@@ -27,7 +27,7 @@ def taken(table, action):
 
 
 measured_by = jax.jit(yardstick)
-rewards = jax.jit(reward.step_rewards, static_argnames=("potential", "terms"))
+rewards = jax.jit(reward.step_rewards, static_argnames="potential")
 
 
 @pytest.mark.parametrize(("used", "expected"), [(12, 1 + 10 * 0.2), (11, 1 + 10 * 0.1), (10, 0), (5, 0.1 * 0.5)])
@@ -62,9 +62,9 @@ def test_plain_rewards_sum_to_the_terminal_reward(seed, room, measured):
     budget = jnp.int32(max(1, int(room * used)))
     q = float(rng.uniform(0.1, 2) * taken(loss, action).sum()) if measured else float(taken(loss, action).sum())
     true = jnp.float32(q) if measured else None
-    steps = rewards(loss, cost, yard, action, budget, true_loss=true, terms=FINES, potential=False)
-    fine = float(reward.penalty(jnp.int32(used), budget, FINES))
-    assert steps.sum() == pytest.approx(-q / float(least_loss(yard, budget, 0)) - fine, rel=1e-4, abs=1e-5)
+    steps = rewards(loss, cost, yard, action, budget, true_loss=true, potential=False)
+    expected = reward.terminal_reward(q, least_loss(yard, budget, 0), jnp.float32(0.0))
+    assert steps.sum() == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
 
 
 @settings(max_examples=50, deadline=None)

@@ -144,7 +144,8 @@ def fisher_moves(
         moves["token_embd", None] += moves.pop(("output", None))
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
     scale = np.float32(1 / np.sqrt(probes * scored))
-    return {at[place].name: np.asarray(values).reshape(len(values), -1) * scale for place, values in moves.items()}
+    samples = probes * windows.size
+    return {at[place].name: np.asarray(values).reshape(-1, samples) * scale for place, values in moves.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "probes", "start"))

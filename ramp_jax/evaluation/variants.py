@@ -1,8 +1,11 @@
 """The true loss of any allocation inside jit: every tensor lies on the device at every level, an allocation picks.
 
 What a search, or a policy that learns with the model in the loop, asks for thousands of times: one forward pass, no
-encoding, no way back to the host. Memory: the weights once per level, in the model's dtype, and one layer's picks.
+encoding, no way back to the host. Memory, in the model's dtype: the weights once per level, and the picked embedding,
+head and matrices of one layer, once more for every seed that learns beside others.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from ramp_jax.evaluation.perplexity import Protocol, first_scored, mean_divergences, reference_of
 from ramp_jax.formats import format_for
 from ramp_jax.models import DecoderSpec, Model, allocatable
-from ramp_jax.models.decoder import Params, block_forward, embed, rms_norm
+from ramp_jax.models.decoder import Params, block_forward, embed, layer_params, rms_norm
 from ramp_jax.models.names import LINEARS
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
@@ -74,18 +77,23 @@ def prepare(
 def mean_kld(variants: Variants, action: Int[Array, " T"]) -> Float[Array, ""]:
     """Mean KL divergence of one allocation, level indices in forward order; infinite where it is not a number."""
     spec = variants.spec
-    layers = action[1 : 1 + spec.n_layers * len(LINEARS)].reshape(spec.n_layers, len(LINEARS))
+    chosen = action[1 : 1 + spec.n_layers * len(LINEARS)].reshape(spec.n_layers, len(LINEARS))
     picked = {"token_embd": action[0], "output": action[-1]}
     top = {key: w[variants.place[key][picked[key]]] for key, w in variants.top.items()}
 
-    def one_layer(x: Float[Array, "W T D"], layer: tuple[Params, Params, Int[Array, " K"]]) -> tuple[jax.Array, None]:
-        linears, others, chosen = layer
-        places = {key: variants.place[key][a] for key, a in zip(LINEARS, chosen, strict=True)}
-        return block_forward(spec, others | {key: w[places[key]] for key, w in linears.items()}, x), None
+    def one_layer(i: Int[Array, ""], x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
+        places = {key: variants.place[key][a] for key, a in zip(LINEARS, chosen[i], strict=True)}
+        linears = {key: w[i, places[key]] for key, w in variants.linears.items()}
+        return block_forward(spec, layer_params(variants.params, i) | linears, x)
 
     x = embed(spec, top["token_embd"], variants.windows)
-    x, _ = jax.lax.scan(one_layer, x, (variants.linears, variants.params["blk"], layers))
+    x = jax.lax.fori_loop(0, spec.n_layers, one_layer, x)
     x = rms_norm(x, variants.params["output_norm"], spec.norm_eps)[:, variants.start : -1]
     head = top.get("output", top["token_embd"])
     kld = mean_divergences(x.reshape(1, -1, x.shape[-1]), head, variants.hidden, variants.head)[0]
     return jnp.where(jnp.isfinite(kld), kld, jnp.inf)
+
+
+def measuring(variants: Variants) -> Callable[[Int[np.ndarray, " T"]], float]:
+    """`mean_kld` for searches on the host."""
+    return lambda action: float(mean_kld(variants, jnp.asarray(action, jnp.int32)))

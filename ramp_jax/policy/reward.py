@@ -5,7 +5,8 @@ unless the evaluator measures another) and q_ref the bound on what any allocatio
 rewards comparable across models and budgets. Dense shaping spreads it over the steps in two parts, neither of which
 moves the optimum by itself:
 
-1. r_t = −s[t, a_t] / q_ref from the sensitivity table s; the last step adds predicted minus true loss.
+1. r_t = −s[t, a_t] / q_ref from the sensitivity table s; the last step adds predicted minus true loss. The penalty of
+   a soft budget comes on top of the last step as it is, since a compressed one would be worth paying.
 2. A potential (Ng, Harada and Russell 1999): minus the bound on what the remaining steps must lose with the units that
    are left, Φ_t = −L_t(left_t) / q_ref and Φ_T = 0 (`yardstick.least_loss`). What remains of a step is its regret: by
    how much it and the best possible rest lose more than was possible before it. Credit for a choice arrives at the
@@ -61,20 +62,18 @@ def step_rewards(
     budget: Int[Array, ""],
     *,
     true_loss: Float[Array, ""] | None = None,
-    terms: Penalty = NO_PENALTY,
     potential: bool = True,
 ) -> Float[Array, " T"]:
-    """Shaped rewards of one episode; without the potential they sum to the terminal reward.
+    """Shaped rewards of one episode; without the potential they sum to the terminal reward before its penalty.
 
     `true_loss` is the evaluator's; None trusts the table.
     """
     q_ref = unit_of_loss(yard, budget)
     predicted, spent = taken(loss, action), taken(cost, action)
     correction = 0.0 if true_loss is None else jnp.sum(predicted) - true_loss
-    last = correction / q_ref - penalty(jnp.sum(spent), budget, terms)
     if potential:
         left = budget - jnp.cumsum(spent)
         bound = jax.vmap(functools.partial(least_loss, yard))
         steps = jnp.arange(len(action))
         predicted += bound(left, steps + 1) - bound(left + spent, steps)
-    return (-predicted / q_ref).at[-1].add(last)
+    return (-predicted / q_ref).at[-1].add(correction / q_ref)

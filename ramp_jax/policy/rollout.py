@@ -103,9 +103,10 @@ def allocate(
 ) -> Allocation:
     """The policy's allocation of `model` (folded as it is to be quantized) for a file of at most `budget_bytes`.
 
-    Without a policy it is the exact optimum of the estimated losses over all levels. With `evaluations`, that many
-    calls of `evaluate` refine it, a loss of level indices in forward order (see `evaluation/variants.py`); else nothing
-    of the model is evaluated. Raises `ValueError` with the reachable range where no file of that size exists.
+    Without a policy it is the optimum of the estimated losses over all levels (`estimated_optimum`). With
+    `evaluations`, that many calls of `evaluate` refine it, a loss of level indices in forward order (as of
+    `variants.measuring`); else nothing of the model is evaluated. Raises `ValueError` with the reachable range where no
+    file of that size exists.
     """
     levels = LEVELS if policy is None else policy.levels
     table = costs(model, levels)
@@ -138,7 +139,7 @@ def draws(policy: Policy, known: Problem, units: int, count: int, seed: int = 0)
 
 
 def estimated_optimum(known: Problem, units: int) -> Actions:
-    """The allocation of least estimated loss: the exact knapsack, then exchanges where pairs are known too."""
+    """Least estimated loss: the exact knapsack of single losses and, where pairs are known, exchanges from there."""
     optimum = baselines.knapsack(*_tables(known), units)
     return optimum if known.pairs is None else baselines.exchanged(*_tables(known), units, optimum, _pairs(known))
 
@@ -161,7 +162,7 @@ def _tables(known: Problem) -> tuple[Int[np.ndarray, "T A"], Float[np.ndarray, "
 
 
 def _pairs(known: Problem) -> Float[np.ndarray, "T A T A"] | None:
-    return None if known.pairs is None else np.asarray(known.pairs)
+    return None if known.pairs is None else np.asarray(known.pairs, np.float64)
 
 
 def check_levels(policy: Policy, levels: tuple[int, ...]) -> None:

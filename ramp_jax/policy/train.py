@@ -35,12 +35,14 @@ pass per episode. `mixed`: the table, anchored between scans by what the policie
 class TrainConfig:
     """How long the policy learns: each iteration plays `episodes` per task and makes `updates` gradient steps.
 
-    Seeds learn side by side, each on its own episodes; the last `replay_iterations` iterations are replayed.
+    Seeds learn side by side, each on its own episodes; the last `replay_iterations` iterations are replayed. Under the
+    evaluator `mixed` they share one anchored table, and what is replayed keeps the rewards of the table of its time.
     `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`). A share `narrowed`
     of the episodes lacks the lowest levels of some tensors, as a model does whose rows no superblock divides.
     Every episode moves each number of all its embeddings by one normal offset of standard deviation `shift`: models
     differ in where they lie, and what tensors of one model lose against each other is what is to be learned.
-    With a `soft` budget nothing is masked for its size, and the reward holds the `penalty` instead, as in the paper.
+    With a `soft` budget nothing is masked for its size in training, and the reward holds the `penalty` instead, as in
+    the paper; scores and allocations are masked all the same.
     """
 
     iterations: int = 150
@@ -163,11 +165,12 @@ def _play(
     def rewarded(played: Episode, cost: jax.Array, budget: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
         yard = yardstick(loss, cost)
         terms = config.penalty if config.soft else NO_PENALTY
-        shaped = functools.partial(reward.step_rewards, loss, cost, yard, played.action, budget, terms=terms)
-        rewards = shaped(true_loss=q, potential=config.potential) * steps  # in units of the mean loss of a tensor
         fine = reward.penalty(budget - played.left, budget, terms)
+        shaped = functools.partial(reward.step_rewards, loss, cost, yard, played.action, budget)
+        rewards = steps * shaped(true_loss=q, potential=config.potential)  # in units of the mean loss of a tensor
+        rewards = symlog(rewards) if config.potential else rewards
         terminal = reward.terminal_reward(q, unit_of_loss(yard, budget), fine)
-        return symlog(rewards) if config.potential else rewards, terminal
+        return rewards.at[-1].add(-steps * fine), terminal
 
     played, cost, budget = jax.vmap(episode)(jax.random.split(key, config.episodes))
     q = _losses(task, played.action, true=config.evaluator == "perplexity")
@@ -176,9 +179,12 @@ def _play(
 
 
 def _losses(task: Task, action: Int[Array, "N T"], *, true: bool) -> Float[Array, " N"]:
-    """What allocations lose, by the model if asked for `true` losses, else by the table."""
+    """What allocations lose, by the model if asked for `true` losses, else by the table.
+
+    A true loss is taken as ten times the table's largest where it is more, or infinite.
+    """
     if true and task.true_loss is not None:
-        return jax.lax.map(task.true_loss, action)
+        return jnp.minimum(jax.lax.map(task.true_loss, action), 10 * jnp.sum(jnp.max(task.loss, axis=1)))
     return jax.vmap(lambda a: jnp.sum(taken(task.loss, a)))(action)
 
 
@@ -247,7 +253,7 @@ def score(actors: Any, tasks: Tasks, config: TrainConfig) -> tuple[Float[Array, 
     """Per seed: loss of greedy allocations over the predicted one of uniform ones, the geometric mean over tasks and
     `probe_budgets`; and these allocations with their losses, S · PROBES per task.
 
-    The loss is the true one, unless the evaluator is the surrogate.
+    The loss is the true one, unless the evaluator is the surrogate. Budgets are masks here, however it was trained.
     """
     logs, found = [], []
     for task in tasks:
