@@ -137,7 +137,7 @@ def exchanged(
         fits = extra[:, None] + extra[None, :] <= budget - _sum(cost, actions)
         both = np.where(fits & (tensor[:, None] != tensor[None, :]), both, -np.inf)
         i, j = np.unravel_index(np.argmax(both), both.shape)
-        if not both[i, j] > 1e-3 * abs(_sum(loss, actions) + _sum_of_pairs(pairs, actions)):
+        if not both[i, j] > 1e-3 * abs(total_loss(loss, actions, pairs)):
             break
         for move in (i, j):
             actions[tensor[move]] = move % cost.shape[1]
@@ -153,9 +153,11 @@ def _saved(loss: Loss, actions: Actions, pairs: Pairs | None) -> Loss:
     return loss[rows, actions][:, None] - loss
 
 
-def _sum_of_pairs(pairs: Pairs | None, actions: Actions) -> float:
+def total_loss(loss: Loss, actions: Actions, pairs: Pairs | None = None) -> float:
+    """What an allocation loses by the table, and by pairs where they are known."""
     rows = np.arange(actions.size)
-    return 0.0 if pairs is None else pairs[rows[:, None], actions[:, None], rows[None], actions[None]].sum() / 2
+    together = 0.0 if pairs is None else pairs[rows[:, None], actions[:, None], rows[None], actions[None]].sum() / 2
+    return _sum(loss, actions) + together
 
 
 def _saved_together(actions: Actions, pairs: Pairs | None) -> Float[np.ndarray, "M M"] | float:

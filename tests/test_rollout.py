@@ -125,11 +125,25 @@ def test_allocation_is_deterministic_and_policies_differ(prepared):
     folded, stats = prepared
     table = costs(folded, LEVELS)
     budget = (table.smallest + table.largest) // 2
-    first, again, *others = (
-        allocate(policy_of(seed), folded, stats, budget_bytes=budget).formats for seed in (0, 0, 1, 2, 3)
-    )
+    first, again = (allocate(policy_of(0), folded, stats, budget_bytes=budget).formats for _ in range(2))
     assert first == again
-    assert any(first != other for other in others)
+    known, units = rollout.problem(folded, stats, LEVELS, table), table.units(budget)
+    played = [rollout.choose(policy_of(seed), known, units, repair=False).tolist() for seed in range(4)]
+    assert any(played[0] != other for other in played[1:])
+
+
+def test_no_choice_is_expected_to_lose_far_more_than_the_optimum(prepared):
+    """Policies that nobody trained: played as they are they lose more than twice what repaired ones may at most."""
+    folded, stats = prepared
+    table = costs(folded, LEVELS)
+    known, units = rollout.problem(folded, stats, LEVELS, table), table.units((table.smallest + table.largest) // 2)
+    least = rollout._expected(known, rollout.estimated_optimum(known, units))
+    losses = [
+        [rollout._expected(known, rollout.choose(policy_of(seed), known, units, repair=repair)) for seed in range(4)]
+        for repair in (False, True)
+    ]
+    assert max(losses[0]) > 2.3 * least
+    assert max(losses[1]) <= 1.15 * least
 
 
 def test_ends_of_the_range_are_the_uniform_files(prepared):

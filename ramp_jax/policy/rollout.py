@@ -23,6 +23,7 @@ from ramp_jax.policy.train import greedy, sampled
 from ramp_jax.quantization import Stats
 
 POLICY_FILE = "policy.msgpack"
+_MOST_DOUBT = 1.15  # of its own optimum, that the estimate may expect a policy's choice to lose
 _DRAWN = 16  # of so many true evaluations, one goes to a draw
 
 PRETRAINED = "pretrained"
@@ -125,10 +126,16 @@ def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -
     """Level indices for a budget: the actor's most probable actions and, with `repair`, exchanges from there.
 
     Repair spends what is left of the budget, and lets pairs of tensors trade levels where the estimate expects that to
-    save: on a model unlike those it was trained on, an actor can starve a tensor that it should not.
+    save: on a model unlike those it was trained on, an actor can starve a tensor that it should not. No trade of two
+    gives back what a large embedding took from all others, so where the estimate expects the end to lose far more than
+    its own optimum does, that optimum is taken.
     """
     action = np.asarray(greedy(policy.actor, known, jnp.int32(units), policy.hidden))
-    return baselines.exchanged(*_tables(known), units, action, _pairs(known)) if repair else action
+    if not repair:
+        return action
+    repaired = baselines.exchanged(*_tables(known), units, action, _pairs(known))
+    optimum = estimated_optimum(known, units)
+    return repaired if _expected(known, repaired) <= _MOST_DOUBT * _expected(known, optimum) else optimum
 
 
 def draws(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) -> list[Actions]:
@@ -159,6 +166,10 @@ def refined(
 
 def _tables(known: Problem) -> tuple[Int[np.ndarray, "T A"], Float[np.ndarray, "T A"]]:
     return np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64)
+
+
+def _expected(known: Problem, action: Actions) -> float:
+    return baselines.total_loss(np.asarray(known.expected, np.float64), action, _pairs(known))
 
 
 def _pairs(known: Problem) -> Float[np.ndarray, "T A T A"] | None:
