@@ -64,7 +64,8 @@ def fisher_sensitivity(
     if not table.finished:
         started = time.monotonic()
         changes = rounding_errors(model, every, encoder)
-        costs = fisher_costs(model, windows, changes, protocol, probes=probes, seed=seed)
+        moves = fisher_moves(model, windows, changes, protocol, probes=probes, seed=seed)
+        costs = {name: half_squares(values) for name, values in moves.items()}
         ordered = [(cell, cost) for t in members for cell, cost in zip(cells_of(every, t), costs[t.name], strict=True)]
         rows, columns, values = zip(*((cell.row, cell.column, float(cost)) for cell, cost in ordered), strict=True)
         table = table.with_cells(rows, columns, list(values), 0.0, time.monotonic() - started)
@@ -93,18 +94,9 @@ def cells_of(every: list[Cell], tensor: Tensor) -> list[Cell]:
     return [cell for cell in every if cell.tensor == tensor]
 
 
-def fisher_costs(
-    model: Model,
-    windows: Int[np.ndarray, "W T"],
-    changes: Changes,
-    protocol: Protocol = "llama.cpp",
-    *,
-    probes: int = PROBES,
-    seed: int = 0,
-) -> dict[str, Float[np.ndarray, " A"]]:
-    """Nats per scored token that each of `changes(tensor)` costs alone, by tensor name."""
-    moves = fisher_moves(model, windows, changes, protocol, probes=probes, seed=seed)
-    return {name: np.sum(np.square(values, dtype=np.float64), axis=1) / 2 for name, values in moves.items()}
+def half_squares(moves: Float[np.ndarray, "A S"]) -> Float[np.ndarray, " A"]:
+    """Nats per scored token that changes with these moves cost, each alone."""
+    return np.sum(np.square(moves, dtype=np.float64), axis=1) / 2
 
 
 def fisher_moves(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from ramp_jax.evaluation.fisher import cells_of, fisher_moves, rounding_errors
+from ramp_jax.evaluation.fisher import cells_of, fisher_moves, half_squares, rounding_errors
 from ramp_jax.evaluation.sensitivity import cells
 from ramp_jax.models import Model, allocatable
 from ramp_jax.quantization import Encoder
@@ -41,7 +41,7 @@ def estimate(model: Model, windows: Int[np.ndarray, "W T"], levels: tuple[int, .
     m = np.concatenate([moves[tensor.name] for tensor in members])  # [cells, S]
     rows, columns = np.transpose(at)
     loss = np.zeros((len(members), len(levels)))
-    loss[rows, columns] = np.sum(np.square(m, dtype=np.float64), axis=1) / 2
+    loss[rows, columns] = half_squares(m)
     if not np.isfinite(loss).all():
         name = members[int(np.argwhere(~np.isfinite(loss))[0, 0])].name
         raise ValueError(f"what {name} loses is not finite; its weights or what calibration saw before it are not.")
