@@ -10,6 +10,7 @@
 `sac`: steps per second of the decision process, seeds side by side, a whole run (launch/sac_suite.py).
 `transfer`: policies on models that they were not trained on, and without each number (launch/transfer_suite.py).
 `reward`: what rewards are made of, and how training converges under them (launch/reward_suite.py).
+`accelerator`: what 7B shapes take on one GPU or TPU (launch/accelerator_suite.py).
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types (launch/encoder_suite.py).
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import formats_suite
 from absl import app, flags
+from accelerator_suite import accelerator
 from encoder_suite import encoder
 from forward_suite import forward
 from parity_suite import parity
@@ -47,6 +49,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "reward": reward,
     "policy": policy,
     "encoder": encoder,
+    "accelerator": accelerator,
 }
 
 

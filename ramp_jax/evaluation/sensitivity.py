@@ -4,10 +4,10 @@ The cost is the mean KL divergence to the unquantized model on calibration windo
 not change when that layer is quantized: they are advanced layer by layer, each measurement runs from its layer on, and
 all tensors and levels of one layer run together as a batch that shares the reference's logits.
 
-Memory beside the weights, for W windows of T tokens and batches of K cells (K · W · T is at most `_TOKENS_AT_ONCE`,
-or W · T where that is more): (K + 3) · W · T · D f32 of hidden states, one layer's activations of K · W · T tokens
-(about 3 · F f32 each), K tensors and one chunk of logits. With 7B shapes and 8 × 2,048 tokens (K = 1): 1.1 GB, 2.2 GB
-and less than 0.5 GB. No axis grows with the number of layers.
+Memory beside the weights, for W windows of T tokens and batches of K variants (K · W · T is at most `_TOKENS_AT_ONCE`,
+or 2 · W · T where that is more): (K + 3) · W · T · D f32 of hidden states, one layer's activations of K · W · T tokens
+(about 3 · F f32 each), K tensors and one chunk of logits. With 7B shapes and 8 × 2,048 tokens on an accelerator
+(K = 4): 1.9 GB, 8.7 GB and less than 1 GB. No axis grows with the number of layers.
 """
 
 import functools
@@ -30,7 +30,8 @@ from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, 
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
 
-_TOKENS_AT_ONCE = 8192  # of all variants that run together
+_TOKENS_AT_ONCE = 1 << 13  # of all variants that run together
+_TOKENS_ON_ACCELERATORS = 1 << 16
 _NUDGE = 2.0**-20  # of every hidden state; Q8_0 moves a tensor's outputs by about 2⁻⁸, which costs 10⁷ times more
 
 
@@ -57,17 +58,19 @@ def exact_sensitivity(
     if table.finished:
         return table
     scored = slice(first_scored(protocol, windows.shape[1]), -1)
-    batches = _batches(members, levels, size=max(1, _TOKENS_AT_ONCE // windows.size))
+    at_once = _TOKENS_AT_ONCE if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATORS
+    batches = _batches(members, levels, size=max(2, at_once // windows.size))
     with jax.default_matmul_precision("default"):
         state, depth = embed(model.spec, model.params["token_embd"], windows), 0
         reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
         for batch in track(batches, "measuring sensitivity", "batch"):
             started = time.monotonic()
-            while depth < _depth(model.spec, batch[0].tensor):
+            while depth < _depth(model.spec, batch.cells[0].tensor):
                 state, depth = block_forward(model.spec, layer_params(model.params, depth), state), depth + 1
-            rows, columns = zip(*((cell.row, cell.column) for cell in batch), strict=True)
+            rows, columns = zip(*((cell.row, cell.column) for cell in batch.cells), strict=True)
             if np.isnan(table.kld[rows, columns]).any():
-                floor, *kld = _costs(model, batch, state, windows, reference, scored, encoder)
+                kld = _costs(model, batch, state, windows, reference, scored, encoder)
+                floor, kld = (kld[0], kld[1:]) if batch.nudged else (table.floor[batch.first_row], kld)
                 table = table.with_cells(rows, columns, kld, floor, time.monotonic() - started)
                 if path is not None:
                     table.save(path)
@@ -93,17 +96,27 @@ def cells(members: list[Tensor], levels: tuple[int, ...]) -> list[Cell]:
     ]
 
 
-def _batches(members: list[Tensor], levels: tuple[int, ...], size: int) -> list[list[Cell]]:
-    """All cells, in batches of one layer and up to `size`; those of a layer are equally long, so that all layers share
-    one compiled function: the last cell fills up what is missing."""
+class Batch(NamedTuple):
+    """Cells of one layer that run together, the nudged reference before them in the first batch of a layer."""
+
+    cells: list[Cell]
+    nudged: bool
+    first_row: int  # of the layer; the nudge gives it its floor
+
+
+def _batches(members: list[Tensor], levels: tuple[int, ...], size: int) -> list[Batch]:
+    """All cells, in batches of one layer and up to `size` variants; those of a layer are equally long, so that all
+    layers share one compiled function: the last cell fills up what is missing."""
     layers = [list(group) for _, group in itertools.groupby(cells(members, levels), lambda cell: cell.tensor.layer)]
     return [part for layer in layers for part in _split(layer, size)]
 
 
-def _split(layer: list[Cell], size: int) -> list[list[Cell]]:
-    equal = -(-len(layer) // -(-len(layer) // size))
-    filled = layer + layer[-1:] * (-len(layer) % equal)
-    return [filled[start : start + equal] for start in range(0, len(filled), equal)]
+def _split(layer: list[Cell], size: int) -> list[Batch]:
+    variants = len(layer) + 1  # with the nudge
+    equal = -(-variants // -(-variants // size))
+    filled = layer + layer[-1:] * (-variants % equal)
+    cuts = [0, *range(equal - 1, len(filled) + 1, equal)]
+    return [Batch(filled[a:b], a == 0, layer[0].row) for a, b in itertools.pairwise(cuts)]
 
 
 def _depth(spec: DecoderSpec, tensor: Tensor) -> int:
@@ -115,31 +128,37 @@ def _depth(spec: DecoderSpec, tensor: Tensor) -> int:
 
 def _costs(
     model: Model,
-    batch: list[Cell],
+    batch: Batch,
     state: Float[Array, "W T D"],
     windows: Int[np.ndarray, "W T"],
     reference: Float[Array, "W S D"],
     scored: slice,
     encoder: Encoder,
 ) -> Float[np.ndarray, " K"]:
-    """Mean KL of the nudged reference and of each cell of one layer, which share every later layer."""
-    spec, params, first = model.spec, model.params, batch[0].tensor
-    new = [decoded(model, cell.tensor, cell.format.name, encoder) for cell in batch]
-    nudged = state * (1 + _NUDGE * (1 - 2 * (jax.lax.broadcasted_iota(jnp.float32, state.shape, 2) % 2)))
+    """Mean KL of the nudged reference, if it is in the batch, and of each cell, which share every later layer."""
+    spec, params, first = model.spec, model.params, batch.cells[0].tensor
+    new = [decoded(model, cell.tensor, cell.format.name, encoder) for cell in batch.cells]
+    nudged = [_nudged(state)] if batch.nudged else []
     if first.layer is not None:
         layer = layer_params(params, first.layer)
-        changed = [block_forward(spec, layer | {cell.tensor.key: w}, state) for cell, w in zip(batch, new, strict=True)]
-        starts, depth = [block_forward(spec, layer, nudged), *changed], first.layer + 1
+        changed = [layer | {cell.tensor.key: w} for cell, w in zip(batch.cells, new, strict=True)]
+        starts = [block_forward(spec, layer, x) for x in nudged] + [block_forward(spec, w, state) for w in changed]
+        depth = first.layer + 1
     elif first.key == "output":
-        starts, depth = [nudged] + [state] * len(new), spec.n_layers
+        starts, depth = nudged + [state] * len(new), spec.n_layers
     else:
-        starts, depth = [nudged, *(embed(spec, w, windows) for w in new)], 0
+        starts, depth = nudged + [embed(spec, w, windows) for w in new], 0
     hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
     head, reference = head_weights(params), _tokens(reference)
     if first.layer is not None or (first.key == "token_embd" and not spec.tied):
         return np.asarray(mean_divergences(hidden, head, reference, head))
-    pairs = zip(hidden, [head, *new], strict=True)
+    pairs = zip(hidden, [head] * batch.nudged + new, strict=True)
     return np.concatenate([mean_divergences(x[None], changed, reference, head) for x, changed in pairs])
+
+
+@jax.jit
+def _nudged(state: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
+    return state * (1 + _NUDGE * (1 - 2 * (jax.lax.broadcasted_iota(jnp.float32, state.shape, 2) % 2)))
 
 
 def _tokens(hidden: Float[Array, "... W S D"]) -> Float[Array, "... W*S D"]:

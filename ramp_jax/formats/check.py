@@ -5,8 +5,9 @@ import hashlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from ramp_jax.formats.parts import encode
 from ramp_jax.formats.registry import Effort, get_format
@@ -32,12 +33,11 @@ def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = 
     n_in = w.shape[-1]
     if n_in % known.block_size:
         raise ValueError(f"{tensor} cannot be {fmt}: rows of {n_in} weights are no multiple of {known.block_size}.")
-    w = np.asarray(w, np.float32)
-    if not np.isfinite(w).all():
-        kind = "NaN" if np.isnan(w).any() else "infinity"
+    peak = float(_peak(w) if isinstance(w, jax.Array) else np.max(np.abs(np.asarray(w, np.float32)), initial=0.0))
+    if not np.isfinite(peak):
+        kind = "NaN" if np.isnan(peak) else "infinity"
         raise ValueError(f"{tensor} cannot be {fmt}: a weight is {kind}; repair the source model.")
     limit = LARGEST.get(fmt, np.inf if known.exportable else _F16_MAX)
-    peak = float(np.max(np.abs(w), initial=0.0))
     if peak > limit:
         raise ValueError(f"{tensor} cannot be {fmt}: |weight| {peak:g} is beyond its f16 scales, at most {limit:g}.")
     if importance is None:
@@ -48,6 +48,12 @@ def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = 
     if not np.isfinite(importance).all() or (importance < 0).any():
         raise ValueError(f"{tensor} cannot be {fmt}: importance has a negative or non-finite entry.")
     return importance if importance.any() else None
+
+
+@jax.jit
+def _peak(w: Float[Array, "*rows I"]) -> Float[Array, ""]:
+    """Largest magnitude, found where the weights are; not finite where one is not."""
+    return jnp.max(jnp.abs(w), initial=0.0)
 
 
 def checked_encode(

@@ -18,7 +18,8 @@ from ramp_jax.formats.registry import Effort, get_format
 from ramp_jax.formats.search import LANES
 
 _CPU_PART = 256 * LANES  # weights; the searches' chunks fit into it without a remainder
-_ACCELERATOR_PART = 1 << 26
+_ACCELERATOR_PART = 1 << 24
+_ACCELERATOR_ROWS = 1 << 27  # weights of rows that go through long loops of small steps, where only their number counts
 
 
 def encode(
@@ -59,10 +60,13 @@ def _round_trip(w: jax.Array, importance: jax.Array | None, name: str, effort: E
 
 
 def in_row_parts(run: Callable[..., Any], w: Float[Array, "R I"], *rest: Any) -> list[Any]:
-    """`run(rows, *rest)` of equal parts of the rows of w, on all cores; the last is filled up with rows of zeros."""
+    """`run(rows, *rest)` of equal parts of the rows of w, on all cores; the last is filled up with rows of zeros.
+
+    Accelerators take all rows of a matrix at once.
+    """
     on_cpu = jax.default_backend() == "cpu"
-    size = max(1, (_CPU_PART if on_cpu else _ACCELERATOR_PART) // w.shape[1])
-    size = min(size, 1 << (len(w) - 1).bit_length())
+    size = max(1, (_CPU_PART if on_cpu else _ACCELERATOR_ROWS) // w.shape[1])
+    size = min(size, 1 << (len(w) - 1).bit_length() if on_cpu else len(w))
 
     def one_part(start: int) -> Any:
         part = w[start : start + size]

@@ -22,6 +22,7 @@ Tap = Callable[[jax.Array], Any]
 Rope = tuple[Float[Array, "T H/2"], Float[Array, "T H/2"]]
 
 _QUERY_BLOCK = 128  # queries that attend together; each group meets only the keys of its causal prefix
+_QUERY_BLOCK_ON_ACCELERATORS = 512  # where launching a kernel costs more than keys that are masked
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}  # flax's gelu is the tanh approximation
 _UNINITIALIZED = nn.initializers.zeros_init()  # weights are loaded, never drawn
 
@@ -71,9 +72,10 @@ def causal_attention(
     group = heads // kv_heads
     q = (q * size**-0.5).astype(dtype).reshape(batch, time, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
     k, v = k.astype(dtype).transpose(0, 2, 3, 1), v.astype(dtype).transpose(0, 2, 1, 3)  # [B, K, H, S], [B, K, S, H]
+    block = _QUERY_BLOCK if jax.default_backend() == "cpu" else _QUERY_BLOCK_ON_ACCELERATORS
     outputs = []
-    for start in range(0, time, _QUERY_BLOCK):
-        stop = min(start + _QUERY_BLOCK, time)
+    for start in range(0, time, block):
+        stop = min(start + block, time)
         rows = q[:, :, :, start:stop].reshape(batch, kv_heads, -1, size)  # [B, K, G·T, H]
         scores = jnp.einsum("BKTH,BKHS->BKTS", rows, k[..., :stop], preferred_element_type=jnp.float32)
         visible = jnp.tile(jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :], (group, 1))
