@@ -1,4 +1,4 @@
-"""Sums that XLA must not get wrong, and the flag that sees to it."""
+"""Sums that XLA must not get wrong, and the flags that see to it."""
 
 import os
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ramp_jax.models.decoder import rms_norm
-from ramp_jax.xla import avoid_wrong_fusions
+from ramp_jax.xla import set_flags
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+OTHER = "--xla_gpu_enable_triton_gemm=false"
 
 
 def test_gradients_of_a_norm_are_right_in_large_batches(rng):
@@ -34,14 +35,15 @@ def test_gradients_of_a_norm_are_right_in_large_batches(rng):
 @pytest.mark.parametrize(
     ("version", "before", "after"),
     [
-        ((0, 10, 2), "", f"{FLAG}=-reduce"),
-        ((0, 11, 0), "--xla_other=1", f"--xla_other=1 {FLAG}=-reduce"),
-        ((0, 10, 2), f"{FLAG}=", f"{FLAG}="),  # who asks for another treatment gets it
-        ((0, 10, 1), "", ""),  # does not know the flag's values
-        ((0, 12, 0), "", ""),  # may not know the flag
+        ((0, 10, 2), "", f"{FLAG}=-reduce {OTHER}"),
+        ((0, 11, 0), "--xla_other=1", f"--xla_other=1 {FLAG}=-reduce {OTHER}"),
+        ((0, 10, 2), f"{FLAG}=", f"{FLAG}= {OTHER}"),  # who asks for another treatment gets it
+        ((0, 10, 2), f"{FLAG}= {OTHER}", f"{FLAG}= {OTHER}"),
+        ((0, 10, 1), "", ""),  # does not know the first flag's values
+        ((0, 12, 0), "", ""),  # may not know a flag
     ],
 )
-def test_flag_is_set_where_it_is_needed(monkeypatch, version, before, after):
+def test_flags_are_set_where_they_are_known(monkeypatch, version, before, after):
     monkeypatch.setenv("XLA_FLAGS", before)
-    avoid_wrong_fusions(version)
+    set_flags(version)
     assert os.environ["XLA_FLAGS"] == after

@@ -23,7 +23,20 @@ from jaxtyping import Array, Float
 
 from ramp_jax.formats import search
 from ramp_jax.formats.codes import Codes, SuperAffineCodes, SuperScaledCodes
-from ramp_jax.formats.rounding import blocks_of, clip, divide, map_lanes, opaque_one, round_half_even, sum_rows
+from ramp_jax.formats.rounding import (
+    blocks_of,
+    clip,
+    divide,
+    map_lanes,
+    opaque_one,
+    quotient,
+    reciprocal,
+    round_half_even,
+    rounded_to_f16,
+    square_root,
+    sum_rows,
+    to_f16,
+)
 from ramp_jax.formats.search import LANES, AffineGrid
 
 BLOCK = 256
@@ -90,7 +103,7 @@ def _affine(
     elif grid.absolute:
         weight = jnp.abs(subs)
     else:
-        weight = jnp.sqrt(sum_rows(list(subs * subs), one) / size)[None] + jnp.abs(subs)
+        weight = square_root(sum_rows(list(subs * subs), one) / size)[None] + jnp.abs(subs)
     scale, low, searched = _search(lambda a, b: search.search_affine(a, b, grid, one), subs, weight)
     if importance is None:
         d, scales = _largest_scale(scale, top)
@@ -99,13 +112,13 @@ def _affine(
         total = sum_rows(list(weight), one)
         d, scales = search.search_positive(scale, total, top, one)
         dmin, mins = search.search_positive(low, total, top, one)
-    d, dmin = d.astype(jnp.float16), dmin.astype(jnp.float16)
-    sub_d = d.astype(jnp.float32)[None] * scales
-    sub_m = one * (dmin.astype(jnp.float32)[None] * mins)
-    q = clip(round_half_even((subs + sub_m[None]) / sub_d[None]), 0, grid.top)
+    d, dmin = rounded_to_f16(d), rounded_to_f16(dmin)
+    sub_d = d[None] * scales
+    sub_m = one * (dmin[None] * mins)
+    q = clip(round_half_even(quotient(subs + sub_m[None], sub_d[None])), 0, grid.top)
     q = jnp.where(sub_d[None] == 0, searched, q)
     u8 = jnp.uint8
-    return SuperAffineCodes(d, dmin, scales.astype(u8), mins.astype(u8), _whole(q).astype(u8))
+    return SuperAffineCodes(to_f16(d), to_f16(dmin), scales.astype(u8), mins.astype(u8), _whole(q).astype(u8))
 
 
 def _q3_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
@@ -113,14 +126,14 @@ def _q3_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperSc
     if importance is None:
         scale, searched = _search(lambda a, _: search.descend_symmetric(a, 4, one), subs, subs, 8 * LANES)
         largest = search.first_largest(scale)
-        inverse = one * (-32.0 / largest)
+        inverse = one * quotient(-32.0, largest)
         scales = jnp.where(largest == 0, -32.0, clip(round_half_even(inverse[None] * scale), -32, 31))
-        d = jnp.where(largest == 0, 0.0, 1 / inverse)
+        d = jnp.where(largest == 0, 0.0, quotient(1.0, inverse))
     else:
         weight = _error_weights(x, importance, 2, 16, one)
         scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 4, one), subs, weight)
         d, scales = search.search_symmetric(scale, sum_rows(list(weight), one), 32, one)
-    return _symmetric_codes(subs, d.astype(jnp.float16), scales, searched, 4)
+    return _symmetric_codes(subs, rounded_to_f16(d), scales, searched, 4)
 
 
 def _q6_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
@@ -129,10 +142,10 @@ def _q6_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperSc
     scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 32, one), subs, weight)
     largest = search.first_largest(scale)
     zero = jnp.abs(largest) < 1e-15
-    inverse = one * (-128.0 / largest)
+    inverse = one * quotient(-128.0, largest)
     scales = jnp.where(zero, 0.0, jnp.minimum(round_half_even(inverse[None] * scale), 127))
-    d = jnp.where(zero, 0.0, 1 / inverse).astype(jnp.float16)
-    return _symmetric_codes(subs, d, scales, jnp.where(zero, -32.0, searched), 32)
+    d = jnp.where(zero, 0.0, quotient(1.0, inverse))
+    return _symmetric_codes(subs, rounded_to_f16(d), scales, jnp.where(zero, -32.0, searched), 32)
 
 
 def _iq4_xs(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
@@ -140,34 +153,34 @@ def _iq4_xs(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> Super
     weight = subs * subs if importance is None else _error_weights(x, importance, 2, 32, one)
     (scale,) = _search(lambda a, b: (search.search_iq4(a, b, one),), subs, weight)
     d = -search.first_largest(scale) / 32
-    scales = jnp.where(d == 0, 0.0, clip(round_half_even((1 / d)[None] * scale), -32, 31))
+    scales = jnp.where(d == 0, 0.0, clip(round_half_even(quotient(1.0, d)[None] * scale), -32, 31))
     sub_d = d[None] * scales
-    inverse = jnp.where(sub_d == 0, 0.0, 1 / sub_d)
+    inverse = reciprocal(sub_d)
     q = search.nearest_iq4(inverse[None] * subs)
-    return SuperScaledCodes(d.astype(jnp.float16), scales.astype(jnp.int8), _whole(q).astype(jnp.int8))
+    return SuperScaledCodes(to_f16(d), scales.astype(jnp.int8), _whole(q).astype(jnp.int8))
 
 
 def _symmetric_codes(
     subs: jax.Array, d: jax.Array, scales: jax.Array, searched: jax.Array, half: int
 ) -> SuperScaledCodes:
     """Codes rounded under the stored scales, the searched ones where the stored scale is 0."""
-    sub_d = d.astype(jnp.float32)[None] * scales
-    q = clip(round_half_even(subs / sub_d[None]), -half, half - 1)
+    sub_d = d[None] * scales
+    q = clip(round_half_even(quotient(subs, sub_d[None])), -half, half - 1)
     q = jnp.where(sub_d[None] == 0, searched, q)
-    return SuperScaledCodes(d, scales.astype(jnp.int8), _whole(q).astype(jnp.int8))
+    return SuperScaledCodes(to_f16(d), scales.astype(jnp.int8), _whole(q).astype(jnp.int8))
 
 
 def _largest_scale(scale: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     """Superscale that gives the largest of the sub-scales `[S, N]` the code `top`, and the codes."""
     largest = functools.reduce(jnp.maximum, list(scale), jnp.zeros_like(scale[0]))
-    codes = clip(round_half_even((top / largest)[None] * scale), 0, top)
+    codes = clip(round_half_even(quotient(top, largest)[None] * scale), 0, top)
     return divide(largest, top), jnp.where(largest > 0, codes, 0.0)
 
 
 def _error_weights(x: jax.Array, importance: jax.Array, spread: int, size: int, one: jax.Array) -> jax.Array:
     """importance · √(spread · mean square of the superblock + x²), `[E, S, N]`."""
     mean_square = spread * sum_rows(list(x * x), one) / BLOCK
-    return _subs(importance * jnp.sqrt(mean_square[None] + one * (x * x)), size)
+    return _subs(importance * square_root(mean_square[None] + one * (x * x)), size)
 
 
 def _search(

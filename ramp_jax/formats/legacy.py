@@ -28,7 +28,9 @@ from ramp_jax.formats.rounding import (
     opaque_one,
     reciprocal,
     round_half_away,
+    square_root,
     sum_rows,
+    to_f16,
     truncate_sum,
 )
 from ramp_jax.formats.search import LANES, AffineGrid
@@ -64,7 +66,7 @@ def encode_q8_0(w: Weights, importance: Importance = None) -> ScaledCodes:
     del importance
     blocks = blocks_of(w, BLOCK)
     d = divide(jnp.max(jnp.abs(blocks), axis=-1), 127)
-    return ScaledCodes(d.astype(jnp.float16), round_half_away(blocks * reciprocal(d)[..., None]).astype(jnp.int8))
+    return ScaledCodes(to_f16(d), round_half_away(blocks * reciprocal(d)[..., None]).astype(jnp.int8))
 
 
 def encode_iq4_nl(w: Weights, importance: Importance = None) -> ScaledCodes:
@@ -76,10 +78,10 @@ def encode_iq4_nl(w: Weights, importance: Importance = None) -> ScaledCodes:
         weight = x * x
     else:
         mean_square = sum_rows(list(x * x), one) / 16
-        weight = _lane_importance(importance, blocks) * jnp.sqrt(mean_square[None] + one * (x * x))
+        weight = _lane_importance(importance, blocks) * square_root(mean_square[None] + one * (x * x))
     scale = map_lanes(lambda a, b: search.search_iq4(a, b, one), LANES, x, weight)
     q = search.nearest_iq4(reciprocal(scale)[None] * x)
-    return ScaledCodes(_rows(scale, blocks).astype(jnp.float16), _rows(q, blocks).astype(jnp.int8))
+    return ScaledCodes(to_f16(_rows(scale, blocks)), _rows(q, blocks).astype(jnp.int8))
 
 
 def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes:
@@ -89,11 +91,11 @@ def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes
         d = jnp.take_along_axis(blocks, largest, axis=-1) / -half
         unsigned = truncate_sum(blocks * reciprocal(d), half + 0.5)
         q = jnp.clip(unsigned, 0, 2 * half - 1) - half
-        return ScaledCodes(d[..., 0].astype(jnp.float16), q.astype(jnp.int8))
+        return ScaledCodes(to_f16(d[..., 0]), q.astype(jnp.int8))
     one = opaque_one(w)
     weight = _row_weights(w, importance, one)
     scale, q = map_lanes(lambda a, b: search.search_symmetric(a, b, half, one), LANES, _lanes(blocks), weight)
-    return ScaledCodes(_rows(scale, blocks).astype(jnp.float16), _rows(q, blocks).astype(jnp.int8))
+    return ScaledCodes(to_f16(_rows(scale, blocks)), _rows(q, blocks).astype(jnp.int8))
 
 
 def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
@@ -102,12 +104,12 @@ def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
         low, high = jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
         d = divide(high - low, top)
         q = jnp.minimum(truncate_sum((blocks - low[..., None]) * reciprocal(d)[..., None], 0.5), top)
-        return AffineCodes(d.astype(jnp.float16), low.astype(jnp.float16), q.astype(jnp.uint8))
+        return AffineCodes(to_f16(d), to_f16(low), q.astype(jnp.uint8))
     one = opaque_one(w)
     grid = AffineGrid(top, -0.9, 0.05, 37)
     weight = _row_weights(w, importance, one)
     scale, low, q = map_lanes(lambda a, b: search.search_affine(a, b, grid, one), LANES, _lanes(blocks), weight)
-    d, m = (_rows(a, blocks).astype(jnp.float16) for a in (scale, -low))
+    d, m = (to_f16(_rows(a, blocks)) for a in (scale, -low))
     return AffineCodes(d, m, _rows(q, blocks).astype(jnp.uint8))
 
 
@@ -120,7 +122,7 @@ def _row_weights(w: Weights, importance: Float[Array, " I"], one: jax.Array) -> 
 
     total, _ = lax.scan(add, jnp.zeros_like(by_column[0]), by_column, unroll=min(32, w.shape[-1]))
     mean_square = divide(total, w.shape[-1])[..., None]
-    weight = jnp.broadcast_to(importance, w.shape) * jnp.sqrt(mean_square + one * (w * w))
+    weight = jnp.broadcast_to(importance, w.shape) * square_root(mean_square + one * (w * w))
     return _lanes(blocks_of(weight, BLOCK))
 
 

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ramp_jax.formats.codes import AffineCodes, Codes, ScaledCodes, SuperAffineCodes, SuperScaledCodes
-from ramp_jax.formats.rounding import blocks_of, clip, map_lanes, reciprocal, round_half_even
+from ramp_jax.formats.rounding import blocks_of, clip, map_lanes, reciprocal, round_half_even, rounded_to_f16
 from ramp_jax.formats.search import LANES, nearest_iq4
 
 _ROUNDS = 2
@@ -119,7 +119,7 @@ def _stretch(carry: tuple[State, jax.Array], x: jax.Array, weight: jax.Array, gr
     factors = jnp.asarray(_FACTORS)
 
     def attempt(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-        moved = _rounded(start._replace(d=_half(start.d * factors[i])), x, grid)
+        moved = _rounded(start._replace(d=rounded_to_f16(start.d * factors[i])), x, grid)
         carry = _keep(carry, moved, x, weight)
         return _keep(carry, _fit(moved, x, weight, grid), x, weight)
 
@@ -149,13 +149,13 @@ def _fit(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
     a = state.scale[None] * state.q
     aa, ax = _total(weight * a * a), _total(weight * a * x)
     if grid.mins == (0, 0):
-        return _rounded(state._replace(d=_half(ax / aa)), x, grid)
+        return _rounded(state._replace(d=rounded_to_f16(ax / aa)), x, grid)
     b = jnp.broadcast_to(-state.min[None], a.shape)
     ab, bb, bx = _total(weight * a * b), _total(weight * b * b), _total(weight * b * x)
     det = aa * bb - ab * ab
-    both = (_half((ax * bb - bx * ab) / det), _half((bx * aa - ax * ab) / det))
+    both = (rounded_to_f16((ax * bb - bx * ab) / det), rounded_to_f16((bx * aa - ax * ab) / det))
     sound = det > 1e-6 * aa * bb
-    d, dmin = (jnp.where(sound, new, old) for new, old in zip(both, (_half(ax / aa), state.dmin), strict=True))
+    d, dmin = (jnp.where(sound, new, old) for new, old in zip(both, (rounded_to_f16(ax / aa), state.dmin), strict=True))
     return _rounded(state._replace(d=d, dmin=dmin), x, grid)
 
 
@@ -188,10 +188,6 @@ def _error(state: State, x: jax.Array, weight: jax.Array) -> Float[Array, "1 N"]
 
 def _total(a: Float[Array, "E S N"]) -> Float[Array, "1 N"]:
     return jnp.sum(functools.reduce(jnp.add, list(a)), axis=0, keepdims=True)
-
-
-def _half(d: jax.Array) -> jax.Array:
-    return d.astype(jnp.float16).astype(jnp.float32)
 
 
 def _state(kind: type, parts: tuple[jax.Array, ...]) -> State:

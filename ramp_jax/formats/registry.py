@@ -9,8 +9,10 @@ import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ramp_jax.formats import codes, integers, kquants, legacy, packing, refine
+from ramp_jax.formats.rounding import rounded_to_f16
 
 Effort = Literal["reference", "best"]
 
@@ -92,12 +94,12 @@ def _ggml(name: str, level: int | None, encoder: Any, decode: Any, to_bytes: Any
     return Format(name, level, size, size_bytes, encoder, decode, to_bytes, from_bytes)
 
 
-def _float(name: str, dtype: Any) -> Format:
+def _float(name: str, dtype: Any, rounded: Callable[[jax.Array], jax.Array] = lambda w: w) -> Format:
     dtype = jnp.dtype(dtype)
     return _ggml(
         name,
         None,
-        lambda w, _importance: w.astype(dtype),
+        lambda w, _importance: rounded(w).astype(dtype),
         lambda stored: stored.astype(jnp.float32),
         lambda stored: np.ascontiguousarray(stored, dtype).view(np.uint8),
         lambda raw: np.ascontiguousarray(raw).view(dtype),
@@ -118,8 +120,8 @@ _FORMATS = {
     fmt.name: fmt
     for fmt in (
         _float("F32", jnp.float32),
-        _float("F16", jnp.float16),
-        _float("BF16", jnp.bfloat16),
+        _float("F16", jnp.float16, rounded_to_f16),
+        _float("BF16", jnp.bfloat16, lambda w: lax.reduce_precision(w, 8, 7)),
         _blocks("Q4_0", 4, legacy.encode_q4_0, packing.scaled_to_bytes, packing.scaled_from_bytes, bits=4),
         _blocks("Q4_1", 4, legacy.encode_q4_1, packing.affine_to_bytes, packing.affine_from_bytes, bits=4),
         _blocks("Q5_0", 5, legacy.encode_q5_0, packing.scaled_to_bytes, packing.scaled_from_bytes, bits=5),

@@ -1,7 +1,8 @@
 """Rounding as ggml does it, bit for bit, whatever the compiler fuses.
 
 ggml's reference encoders are scalar C: every product and every sum is rounded to f32. XLA is free to fuse them into
-multiply-adds and to turn divisions by constants into multiplications; the functions here leave it no such choice.
+multiply-adds, to turn divisions by constants into multiplications, and on accelerators to divide less than exactly; the
+functions here leave it no such choice.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,14 +30,72 @@ def truncate_sum(x: Float[Array, "*n"], z: float) -> Float[Array, "*n"]:
     return jnp.where(x >= (boundary - z) - (boundary - below) / 2, boundary, boundary - 1)
 
 
+def quotient(a: Float[Array, "*n"] | float, b: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """a / b, correctly rounded on accelerators too.
+
+    There XLA divides to within two units in the last place. ggml's searches try scales that put a block's peak exactly
+    between two codes, so the last bit decides which one it gets.
+    """
+    q = a / b
+    return q if jax.default_backend() == "cpu" else sharpened_quotient(q, jnp.asarray(a, jnp.float32), b)
+
+
+def square_root(a: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """√a, correctly rounded on accelerators too."""
+    root = jnp.sqrt(a)
+    return root if jax.default_backend() == "cpu" else sharpened_root(root, a)
+
+
+def sharpened_quotient(q: Float[Array, "*n"], a: Float[Array, "*n"], b: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The f32 nearest to a / b from q, which is a few units off."""
+    return _added(q, _remainder(a, q, b) / b)
+
+
+def sharpened_root(root: Float[Array, "*n"], a: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The f32 nearest to √a from `root`, which is a few units off."""
+    return _added(root, _remainder(a, root, root) / (2 * root))
+
+
+def _added(x: Float[Array, "*n"], change: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """x + change; x where it is zero or the sum is not finite."""
+    return jnp.where((x == 0) | ~jnp.isfinite(x + change), x, x + change)
+
+
+def _remainder(a: Float[Array, "*n"], x: Float[Array, "*n"], y: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """a − x · y without rounding, for products near a (Dekker 1971): halves of 12 bits have exact products."""
+    (x_high, x_low), (y_high, y_low) = _halves(x), _halves(y)
+    product = _opaque_ones(x) * (x * y)
+    lost = ((x_high * y_high - product) + x_high * y_low) + x_low * y_high + x_low * y_low
+    return (a - product) - lost
+
+
+def _halves(x: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000), jnp.float32)
+    return high, x - high
+
+
 def divide(x: Float[Array, "*n"], by: float) -> Float[Array, "*n"]:
     """x / by, correctly rounded: a divisor that depends on each element keeps the division."""
-    return x / jnp.where(jnp.isnan(x), x, jnp.float32(by))
+    return quotient(x, by * _opaque_ones(x))
 
 
 def reciprocal(d: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """1 / d, and 0 where d is 0: ggml's inverse block scale."""
-    return jnp.where(d == 0, 0.0, 1.0 / jnp.where(d == 0, 1.0, d))
+    return jnp.where(d == 0, 0.0, quotient(1.0, jnp.where(d == 0, 1.0, d)))
+
+
+def rounded_to_f16(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The f16 nearest to x, as f32.
+
+    Accelerators drop conversions to f16 and back (`xla_allow_excess_precision`); what is rounded here stays rounded.
+    """
+    tiny = round_half_even(x * 2.0**24) * 2.0**-24  # where f16 is subnormal
+    return jnp.where(jnp.abs(x) < 2.0**-14, tiny, lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10))
+
+
+def to_f16(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The f16 nearest to x, as f16."""
+    return rounded_to_f16(x).astype(jnp.float16)
 
 
 def blocks_of(w: Float[Array, "*rows I"], size: int) -> Float[Array, "*rows I/size size"]:
@@ -55,8 +114,11 @@ def opaque_one(w: Float[Array, "*n"]) -> Float[Array, ""]:
     A multiply-add of `one * p` and `c` is p + c rounded once, so the result is C's whatever the backend contracts.
     1 / (one * (a / b)) is not simplified to b / a.
     """
-    first = jnp.ravel(w)[0]
-    return jnp.where(jnp.isnan(first), first, jnp.float32(1.0))
+    return _opaque_ones(jnp.ravel(w)[0])
+
+
+def _opaque_ones(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    return jnp.where(jnp.isnan(x), x, jnp.float32(1.0))
 
 
 def round_half_even(x: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ramp_jax.formats.rounding import clip, divide, nearest_int, round_half_even, sum_rows
+from ramp_jax.formats.rounding import clip, divide, nearest_int, quotient, round_half_even, sum_rows
 
 LANES = 528
 """Blocks of one search chunk; not a power of two, or a block's elements would share few cache sets."""
@@ -68,23 +68,24 @@ def search_affine(
 
     def candidate(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         least, _, low, *_ = best
-        inverse = numerators[i] / (highest - low)
+        inverse = quotient(numerators[i], highest - low)
         q = levels(inverse, low)
         weighted = [w[j] * q[j] for j in range(x.shape[0])]
         sum_q = sum_rows(weighted, one)
         sum_qq = sum_rows([p * q[j] for j, p in enumerate(weighted)], one)
         sum_qx = sum_rows([p * x[j] for j, p in enumerate(weighted)], one)
         det = one * (sum_w * sum_qq) - one * (sum_q * sum_q)
-        scale = (one * (sum_w * sum_qx) - one * (sum_x * sum_q)) / det
-        new_low = (one * (sum_qq * sum_x) - one * (sum_q * sum_qx)) / det
-        scale = jnp.where(new_low > 0, sum_qx / sum_qq, scale) / one
+        scale = quotient(one * (sum_w * sum_qx) - one * (sum_x * sum_q), det)
+        new_low = quotient(one * (sum_qq * sum_x) - one * (sum_q * sum_qx), det)
+        scale = jnp.where(new_low > 0, quotient(sum_qx, sum_qq), scale) / one
         new_low = jnp.where(new_low > 0, 0.0, new_low) / one
         e = error(q, scale, new_low)
         better = (det > 0) & (e < least)
         return tuple(jnp.where(better, a, b) for a, b in zip((e, scale, new_low, inverse, low), best, strict=True))
 
-    inverse = one * (grid.top / (highest - lowest))
-    start = (error(levels(inverse, lowest), 1 / inverse, lowest), 1 / inverse, lowest, inverse, lowest)
+    inverse = one * quotient(grid.top, highest - lowest)
+    scale = quotient(1.0, inverse)
+    start = (error(levels(inverse, lowest), scale, lowest), scale, lowest, inverse, lowest)
     _, scale, low, inverse, used_low = lax.fori_loop(0, grid.count, candidate, start)
     flat = highest <= lowest
     q = jnp.where(flat[None], 0.0, levels(inverse, used_low))
@@ -104,15 +105,15 @@ def search_symmetric(
         return _products(x, w, q, one)
 
     def candidate(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        inverse = numerators[i] / peak
+        inverse = quotient(numerators[i], peak)
         xq, qq = sums(inverse)
         better = (qq > 0) & (xq * xq > best[0] * qq)
-        scale = xq / qq
+        scale = quotient(xq, qq)
         return tuple(jnp.where(better, a, b) for a, b in zip((scale * xq, scale, inverse), best, strict=True))
 
-    inverse = -half / peak
+    inverse = quotient(-half, peak)
     xq, qq = sums(inverse)
-    scale = jnp.where(qq == 0, 0.0, xq / qq)
+    scale = jnp.where(qq == 0, 0.0, quotient(xq, qq))
     _, scale, inverse = lax.fori_loop(0, len(steps), candidate, (scale * xq, scale, inverse))
     zero = jnp.abs(peak) < _TINY
     q = clip(round_half_even(inverse[None] * x), -half, half - 1)
@@ -131,13 +132,13 @@ def search_iq4(x: Float[Array, "E N"], w: Float[Array, "E N"], one: Float[Array,
         return xq, sum_rows([p * q[j] for j, p in enumerate(weighted)], one)
 
     def candidate(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        xq, qq = sums(numerators[i] / peak)
+        xq, qq = sums(quotient(numerators[i], peak))
         better = (qq > 0) & (xq * xq > best[0] * qq)
-        scale = xq / qq
+        scale = quotient(xq, qq)
         return jnp.where(better, scale * xq, best[0]), jnp.where(better, scale, best[1])
 
-    xq, qq = sums(1 / (one * divide(-peak, float(IQ4_VALUES[0]))))
-    scale = jnp.where(qq > 0, xq / qq, 0.0)
+    xq, qq = sums(quotient(1.0, one * divide(-peak, float(IQ4_VALUES[0]))))
+    scale = jnp.where(qq > 0, quotient(xq, qq), 0.0)
     _, scale = lax.fori_loop(0, len(numerators), candidate, (scale * xq, scale))
     return jnp.where(jnp.abs(peak) < _TINY, 0.0, scale)
 
@@ -156,7 +157,7 @@ def descend_symmetric(
 ) -> tuple[Float[Array, " N"], Float[Array, "E N"]]:
     """As `search_symmetric` with weights x², by five rounds of coordinate descent over the codes."""
     peak = first_largest(x)
-    q = clip(round_half_even((-half / peak)[None] * x), -half, half - 1)
+    q = clip(round_half_even(quotient(-half, peak)[None] * x), -half, half - 1)
     scale, q = _descend(x, x * x, q, (-half, half - 1), one)
     zero = jnp.abs(peak) < _TINY
     return jnp.where(zero, 0.0, scale), jnp.where(zero[None], -float(half), q)
@@ -171,13 +172,13 @@ def search_positive(
     numerators = jnp.asarray(np.float32(0.1) * steps + np.float32(top))
 
     def candidate(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        inverse = one * (numerators[i] / peak)
-        scale = 1 / inverse
+        inverse = one * quotient(numerators[i], peak)
+        scale = quotient(1.0, inverse)
         off = x - one * (scale[None] * jnp.minimum(round_half_even(inverse[None] * x), top))
         e = sum_rows([w[j] * off[j] * off[j] for j in range(x.shape[0])], one)
         return jnp.where(e < best[0], e, best[0]), jnp.where(e < best[0], inverse, best[1])
 
-    _, inverse = lax.fori_loop(0, len(steps), candidate, (jnp.full_like(peak, jnp.inf), top / peak))
+    _, inverse = lax.fori_loop(0, len(steps), candidate, (jnp.full_like(peak, jnp.inf), quotient(top, peak)))
     q = jnp.minimum(round_half_even(inverse[None] * x), top)
     scale, q = _descend(x, w, q, (None, top), one)
     zero = peak < _TINY
@@ -218,7 +219,7 @@ def _descend(
     xq, qq = _products(x, w, q, one)
     moves = functools.reduce(jnp.logical_or, list(_preferred(x, w, q, xq[None], qq[None], bounds, one)[0] != q))
     xq, qq, q = lax.cond(jnp.sum(moves) > few, rounds, rounds_of_few, x, w, xq, qq, q)
-    return jnp.where(qq > 0, xq / qq, 0.0), q
+    return jnp.where(qq > 0, quotient(xq, qq), 0.0), q
 
 
 def _visit_all(
@@ -242,7 +243,7 @@ def _preferred(
     """The code that an element takes where the others' stay, and the sums with it; the old ones where it helps not."""
     low, high = bounds
     rest_xq, rest_qq = xq - one * (w * x * q), qq - one * (w * q * q)
-    new = jnp.minimum(round_half_even(x * rest_qq / rest_xq), high)
+    new = jnp.minimum(round_half_even(quotient(x * rest_qq, rest_xq)), high)
     new = new if low is None else jnp.maximum(new, low)
     new_xq, new_qq = rest_xq + one * (w * x * new), rest_qq + one * (w * new * new)
     open_to_change = (rest_xq > 0) & ((rest_qq > 0) if low is None else (new_qq > 0))

@@ -29,7 +29,7 @@ _PACKAGED = {
 }
 
 # the project's own checkpoints: in the package, or made by the command and found in runs/ or $RAMP_REFS
-_REFERENCES = ("ref-llama", "ref-qwen3", "ref-gemma")
+_REFERENCES = ("ref-llama", "ref-qwen3", "ref-gemma", "ref-llama-44m")
 _SHIPPED = Path(__file__).parents[1] / "refs"
 
 
