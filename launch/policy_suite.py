@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 from jaxtyping import Int
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from measuring import Numbers, said, save_plots
 
@@ -174,13 +175,17 @@ def _over_mixes(rows: list[Numbers]) -> Numbers:
 
 
 def _plot(rows: list[Numbers]) -> Figure:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Loss over file size, a line per method; what is random as dots."""
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    names = dict.fromkeys("llama.cpp" if row["method"].startswith("llama.cpp") else row["method"] for row in rows)
-    for name in names:
-        chosen = [row for row in rows if row["method"] == name or (name == "llama.cpp" and name in row["method"])]
-        mine = sorted((row["bytes"] / 1e6, row["kld"]) for row in chosen)
-        axes.plot(*zip(*mine, strict=True), marker="o", label=name)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        name = next((kind for kind in ("llama.cpp", "random") if row["method"].startswith(kind)), row["method"])
+        lines.setdefault(name, []).append((row["bytes"] / 1e6, row["kld"]))
+    colors = colormaps["tab20"](np.arange(len(lines)) % 20)
+    for (name, points), color in zip(lines.items(), colors, strict=True):
+        style = "" if name == "random" else "-"
+        axes.plot(*zip(*sorted(points), strict=True), linestyle=style, marker="o", ms=4, color=color, label=name)
     axes.set(xlabel="file size (MB)", ylabel="mean KL divergence (nats per token)", yscale="log")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
