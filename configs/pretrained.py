@@ -19,8 +19,8 @@ def get_config() -> ConfigDict:
     config = RunConfig(
         models=("ref-llama", "ref-gemma", "ref-qwen3"),
         dtype="float32",
-        levels=(2, 3, 4, 5, 6, 8),
-        fold_level=4,
+        levels=(2, 3, 4, 4.5, 5, 6, 8),
+        fold_level=4.5,
         calibration=WindowsConfig(count=4),
         sensitivity=WindowsConfig(context=128, count=4),
         train=TrainConfig(iterations=80, narrowed=0.5, shift=0.5, sac=SacConfig(batch_size=256)),

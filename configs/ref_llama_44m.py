@@ -1,6 +1,7 @@
 """ref-llama-44m: 8 layers of width 768, 44 million parameters, for an accelerator (minutes on an H100, a day on a CPU).
 
-It wants more text than `stdlib`: the source of well-known packages after it, 45 MB in all (WORKSPACE_NOTES.md).
+It wants more text than `stdlib`: the source of well-known packages after it, 45 MB in all, as `text.txt` in the current
+folder or where --data says (WORKSPACE_NOTES.md has the command that makes it).
 
 python launch/pretrain.py --config=configs/ref_llama_44m.py --data=text.txt --output=runs/ref-llama-44m
 """
@@ -18,4 +19,4 @@ def get_config() -> ConfigDict:
     optimizer = OptimizerConfig(
         steps=3000, batch_size=32, learning_rate=1.5e-3, warmup=150, steps_per_call=50, calls_per_checkpoint=20
     )
-    return ConfigDict(as_dict(PretrainConfig(decoder, vocab_size=4096, optimizer=optimizer)))
+    return ConfigDict(as_dict(PretrainConfig(decoder, data="text.txt", vocab_size=4096, optimizer=optimizer)))

@@ -1,7 +1,7 @@
 """The suite `accelerator` of launch/benchmark.py: what 7B shapes take on one GPU or TPU, with random bf16 weights.
 
 --accelerator_rows chooses from `matmul` (an 8192³ product, the peak that others are compared with), `encode` (all
-weights to Q4_K, `reference`, one tensor after the other), `bytes` (how many blocks come out as on this machine's CPU),
+weights to Q4_K, `reference`, one tensor after the other), `bytes` (how many blocks come out as on the CPU),
 `forward` (perplexity of one window of 2,048 tokens), `compensate` (the seven matrices of one layer at level 3, fitted
 on 8 windows) and `sensitivity` (six levels of three layers in the first, middle and last third, on 8 windows, from
 which the table of all layers is extrapolated: costs are linear in the depth). Times are those of compiled functions.
@@ -20,7 +20,7 @@ from measuring import Numbers, medians, said, timed
 from ramp_jax.allocation import Allocation
 from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.evaluation.sensitivity import exact_sensitivity
-from ramp_jax.formats import LEVELS, encode, format_for, get_format
+from ramp_jax.formats import encode, format_for, get_format
 from ramp_jax.models import DecoderSpec, Model, allocatable, lookup
 from ramp_jax.models.decoder import cast_weights
 from ramp_jax.models.metadata import describe
@@ -52,6 +52,7 @@ SPEC = make_spec(
 _CONTEXT, _WINDOWS = 2048, 8
 _PRODUCT = 8192
 _FORMAT, _LEVEL = "Q4_K", 3
+_LEVELS = (2, 3, 4, 5, 6, 8)
 _SAME_BYTES = ("Q4_K", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL")
 
 
@@ -112,7 +113,7 @@ def _encode(model: Model, repeats: int) -> Numbers:
 
 
 def _bytes(model: Model, repeats: int) -> Numbers:
-    """Share of blocks whose bytes are those of this machine's CPU, on heavy-tailed weights, per format."""
+    """Share of blocks whose bytes are those that XLA makes of the same program on the CPU, on heavy-tailed weights."""
     del model, repeats
     w = (np.random.default_rng(0).standard_t(4, (256, SPEC.d_model)) * 0.02).astype(np.float32)
     numbers = {}
@@ -157,7 +158,7 @@ def _sensitivity(model: Model, repeats: int) -> Numbers:
 
     def measure(layers: tuple[int, ...]) -> float:
         names = [t.name for t in allocatable(model.spec) if t.layer in layers]
-        return exact_sensitivity(model, windows, LEVELS, "sliding", tensors=names).seconds
+        return exact_sensitivity(model, windows, _LEVELS, "sliding", tensors=names).seconds
 
     first = measure((depth - 1,))  # compiles what all layers share
     layers = (depth // 6, depth // 2, depth - 1 - depth // 6)

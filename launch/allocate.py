@@ -26,8 +26,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "Where the allocation goes (.json)
 _LEVELS = flags.DEFINE_list("levels", None, "Levels that must be the policy's; default: whatever it was trained for.")
 flags.register_validator(
     "levels",
-    lambda levels: not levels or all(level.isdigit() for level in levels),
-    "must be whole numbers, as in 4,5,8.",
+    lambda levels: not levels or all(level.replace(".", "", 1).isdigit() for level in levels),
+    "must be numbers, as in 4,4.5,8.",
 )
 _DATA = flags.DEFINE_string("data", "builtin", "Calibration text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
 _CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
@@ -43,7 +43,7 @@ flags.mark_flags_as_required(["model", "source_policy"])
 def main() -> None:
     policy = None if _POLICY.value == workflow.ESTIMATE else load_policy(_POLICY.value)
     if _LEVELS.value and policy:
-        check_levels(policy, tuple(map(int, _LEVELS.value)))
+        check_levels(policy, tuple(map(float, _LEVELS.value)))
     if not _DRY_RUN.value and not _OUTPUT.value:
         raise ValueError("--output is missing; name the file that receives the allocation.")
     model = cli.load(_MODEL.value, _DTYPE.value)

@@ -39,7 +39,7 @@ _CASES = flags.DEFINE_list("encoder_cases", ["2", "3", "4", "5", "Q3_K_M", "Q4_K
 _CALIBRATION = flags.DEFINE_integer("encoder_calibration", 32, "Calibration windows of 512 tokens.", lower_bound=1)
 _HELDOUT = flags.DEFINE_integer("encoder_heldout", 8, "Held-out windows of 512 tokens.", lower_bound=1)
 
-_CONTEXT, _FOLD_LEVEL = 512, 4  # the level that mixes are folded for
+_CONTEXT, _FOLD_LEVEL = 512, 4.5  # the level that mixes are folded for
 
 Row = dict[str, Any]
 Cost = dict[str, float]

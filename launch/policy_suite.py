@@ -67,7 +67,7 @@ class Bench:
 
     unfolded: Model
     model: Model
-    levels: tuple[int, ...]
+    levels: tuple[float, ...]
     sizes: Costs
     encoder: Encoder
 

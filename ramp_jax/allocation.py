@@ -148,7 +148,7 @@ class Costs(NamedTuple):
         return (min(budget_bytes, self.largest) - self.fixed) // ALIGNMENT
 
 
-def from_levels(model: Model, levels: Iterable[int]) -> Allocation:
+def from_levels(model: Model, levels: Iterable[float]) -> Allocation:
     """Allocation from one level per allocatable tensor; raises `ValueError` for a masked level."""
     formats = {}
     for tensor, level in zip(allocatable(model.spec), levels, strict=True):
@@ -159,7 +159,7 @@ def from_levels(model: Model, levels: Iterable[int]) -> Allocation:
     return Allocation(model.spec, model.metadata, formats, {tap: np.asarray(s) for tap, s in model.folding.items()})
 
 
-def costs(model: Model, levels: tuple[int, ...]) -> Costs:
+def costs(model: Model, levels: tuple[float, ...]) -> Costs:
     """Byte costs of every allocatable tensor at every level."""
     members = allocatable(model.spec)
     table = np.zeros((len(members), len(levels)), np.int64)

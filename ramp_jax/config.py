@@ -32,8 +32,8 @@ class RunConfig:
     models: tuple[str, ...] = ("smollm2-135m",)
     dtype: str = "auto"
     seed: int = 0
-    levels: tuple[int, ...] = (4, 5, 8)
-    fold_level: int = 4
+    levels: tuple[float, ...] = (4, 5, 8)
+    fold_level: float = 4.5
     encoder: Effort = "best"
     calibration: WindowsConfig = dataclasses.field(default_factory=WindowsConfig)
     sensitivity: WindowsConfig = dataclasses.field(default_factory=lambda: WindowsConfig(context=64, count=2))

@@ -164,7 +164,7 @@ def _check_calibration(allocation: str | Path | None, data: str, split: texts.Sp
         )
 
 
-def prepare(model: Model, calibration: WindowsConfig, fold_level: int) -> tuple[Model, Stats]:
+def prepare(model: Model, calibration: WindowsConfig, fold_level: float) -> tuple[Model, Stats]:
     """The model folded for `fold_level`, and the statistics that decided it."""
     windows = tokens(model, calibration, "calibration")
     stats = calibrate(model, windows)
@@ -185,7 +185,7 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     tasks = tuple(
         prepare_task(ref, model, config, workdir, say) for ref, model in zip(config.models, models, strict=True)
     )
-    say(f"Training on {' and '.join(config.models)} with levels {', '.join(map(str, config.levels))}")
+    say(f"Training on {' and '.join(config.models)} with levels {', '.join(f'{level:g}' for level in config.levels)}")
     with (workdir / METRICS).open("a", encoding="utf-8") as metrics:
 
         def log(row: dict[str, Any]) -> None:
@@ -285,7 +285,7 @@ def allocate(
 
 
 def _true_loss(
-    model: Model, folded: Model, stats: Stats, calibration: WindowsConfig, levels: tuple[int, ...]
+    model: Model, folded: Model, stats: Stats, calibration: WindowsConfig, levels: tuple[float, ...]
 ) -> Callable[[Actions], float]:
     """Mean KL divergence of level indices on the first calibration windows, rounded with importance."""
     few = dataclasses.replace(calibration, count=min(calibration.count, _REFINE_WINDOWS))

@@ -20,7 +20,8 @@ _KNOWN = ((0, 10, 2), (0, 12, 0))  # an XLA that does not know a flag refuses to
 def set_flags(version: tuple[int, ...] = jaxlib.version.__version_info__) -> None:
     """Add the flags for a jaxlib that knows them, but those that XLA_FLAGS says something about already."""
     flags = os.environ.get("XLA_FLAGS", "")
-    missing = [f"{name}={value}" for name, value in _FLAGS.items() if name not in flags]
+    named = {flag.partition("=")[0] for flag in flags.split()}
+    missing = [f"{name}={value}" for name, value in _FLAGS.items() if name not in named]
     if _KNOWN[0] <= version < _KNOWN[1] and missing:
         os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ramp_jax.formats import LEVELS, encode, format_for, get_format, round_trip
+from ramp_jax.formats import LEVELS, encode, format_for, format_up_to, get_format, round_trip
 from ramp_jax.formats.check import LARGEST, EncodeCache, check
 from ramp_jax.formats.integers import BITS, GROUPS
 
@@ -20,12 +20,18 @@ def _weights(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_levels() -> None:
-    by_256 = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
+    by_256 = {2: "Q2_K", 3: "Q3_K", 4: "IQ4_XS", 4.5: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
     assert {level: format_for(level, 512).name for level in LEVELS} == by_256
     by_32 = {4: "IQ4_NL", 5: "Q5_0", 6: "Q5_1", 8: "Q8_0"}
     assert {level: fmt.name for level in LEVELS if (fmt := format_for(level, 96))} == by_32
     assert format_for(8, 40) is None
     assert format_for(7, 512) is None
+
+
+def test_highest_level_that_rows_can_take() -> None:
+    assert [format_up_to(level, 512).name for level in (4, 4.5, 7)] == ["IQ4_XS", "Q4_K", "Q6_K"]
+    assert [format_up_to(level, 96).name for level in (4.5, 100)] == ["IQ4_NL", "Q8_0"]
+    assert format_up_to(3, 96) is None
 
 
 @pytest.mark.parametrize(

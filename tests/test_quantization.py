@@ -220,8 +220,15 @@ def test_folding_bf16_weights_keeps_dtypes(outliers, stats, windows):
 
 
 def test_folding_at_a_level_that_is_masked(outliers, stats):
-    with pytest.raises(ValueError, match="level 7 cannot hold rows of 64 weights; fold at another level"):
-        fold(outliers, stats, level=7)
+    with pytest.raises(ValueError, match="no level up to 3 can hold rows of 64 weights; fold at another level"):
+        fold(outliers, stats, level=3)
+
+
+def test_folding_takes_the_next_level_that_rows_can_hold(outliers, stats):
+    """Rows of 64 have no level 4.5."""
+    expected = fold(outliers, stats, level=4)
+    found = fold(outliers, stats, level=4.5)
+    jax.tree.map(np.testing.assert_array_equal, found.folding, expected.folding)
 
 
 def test_fake_quantized_weights_equal_those_of_ggml(model):

@@ -74,15 +74,28 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_bytes_where_divisions_are_not_exact(rng, name, monkeypatch):
-    """Blocks whose peaks lie between two codes for some candidates: with inexact divisions many would differ."""
+def test_bytes_where_divisions_and_roots_are_not_exact(rng, name, weighted, monkeypatch):
+    """Some candidates of the searches put peaks between two codes: with divisions off by an ulp many blocks differ."""
     w = jnp.asarray(rng.standard_t(4, (64, 1024)) * 0.02, jnp.float32)
+    importance = jnp.asarray(rng.chisquare(1, 1024) + 0.05, jnp.float32) if weighted else None
     fmt = get_format(name)
-    expected = fmt.to_bytes(fmt.encode(w))
+    expected = fmt.to_bytes(fmt.encode(w, importance))
     for module in (kquants, legacy, search, rounding):
         if hasattr(module, "quotient"):
             monkeypatch.setattr(module, "quotient", lambda a, b: sharpened_quotient(unsharp(a / b), jnp.float32(a), b))
         if hasattr(module, "square_root"):
             monkeypatch.setattr(module, "square_root", lambda a: sharpened_root(unsharp(jnp.sqrt(a)), a))
-    np.testing.assert_array_equal(fmt.to_bytes(fmt.encode(w)), expected)
+    np.testing.assert_array_equal(fmt.to_bytes(fmt.encode(w, importance)), expected)
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_floats_are_rounded_before_they_are_converted(rng, name):
+    w = jnp.asarray(rng.standard_t(2, 10_000) * 10.0 ** rng.integers(-9, 4, 10_000), jnp.float32)
+    stored = get_format(name).encode(w)
+    np.testing.assert_array_equal(stored, w.astype(stored.dtype))
+    rounded = [
+        eqn for eqn in jax.make_jaxpr(get_format(name).encode)(w).eqns if eqn.primitive.name == "reduce_precision"
+    ]
+    assert rounded

@@ -78,13 +78,15 @@ def test_exact_equals_the_plain_loop(model, windows):
 
 
 def test_batch_size_changes_nothing(untied, windows, exact, monkeypatch):
-    """Batches of 5 cells, so that the last of a layer's 21 is filled up."""
+    """Batches of 5 variants, so that the last of a layer's 21 cells is filled up; the first holds the nudge."""
     monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", 5 * windows.size)
-    np.testing.assert_allclose(exact_sensitivity(untied, windows, LEVELS).kld, exact.kld, rtol=1e-5)
+    found = exact_sensitivity(untied, windows, LEVELS)
+    np.testing.assert_allclose(found.kld, exact.kld, rtol=1e-5)
+    np.testing.assert_allclose(found.floor, exact.floor, rtol=0.5, atol=1e-12)
 
 
-def test_tensors_can_be_chosen(untied, windows, exact):
-    chosen = ("blk.1.ffn_up.weight", "output.weight")
+@pytest.mark.parametrize("chosen", [("blk.1.ffn_up.weight", "output.weight"), ("token_embd.weight", "output.weight")])
+def test_tensors_can_be_chosen(untied, windows, exact, chosen):
     some = exact_sensitivity(untied, windows, LEVELS, tensors=chosen)
     assert some.tensors == chosen
     np.testing.assert_allclose(some.kld, exact.kld[[exact.tensors.index(name) for name in chosen]], rtol=1e-5)
@@ -159,7 +161,7 @@ def stopped_after(monkeypatch, batches):
     monkeypatch.setattr(sensitivity, "_costs", costs)
 
 
-@pytest.mark.parametrize("batches", [1, 7])
+@pytest.mark.parametrize("batches", [1, 2, 7])
 def test_stopped_table_goes_on_to_the_same_bits(untied, windows, exact, tmp_path, monkeypatch, batches):
     path = tmp_path / "table.npz"
     monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", 11 * windows.size)

@@ -39,6 +39,7 @@ def test_gradients_of_a_norm_are_right_in_large_batches(rng):
         ((0, 11, 0), "--xla_other=1", f"--xla_other=1 {FLAG}=-reduce {OTHER}"),
         ((0, 10, 2), f"{FLAG}=", f"{FLAG}= {OTHER}"),  # who asks for another treatment gets it
         ((0, 10, 2), f"{FLAG}= {OTHER}", f"{FLAG}= {OTHER}"),
+        ((0, 11, 0), f"{FLAG}_other=1", f"{FLAG}_other=1 {FLAG}=-reduce {OTHER}"),
         ((0, 10, 1), "", ""),  # does not know the first flag's values
         ((0, 12, 0), "", ""),  # may not know a flag
     ],

@@ -74,7 +74,7 @@ def fit(
 def true_losses(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[int, ...],
+    levels: tuple[float, ...],
     actions: Actions,
     protocol: Protocol = "llama.cpp",
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:

@@ -43,7 +43,7 @@ _SILENT = {"attn": {"d_ff": 1}, "ffn": {"n_heads": 1, "n_kv_heads": 1, "head_siz
 def fisher_sensitivity(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[int, ...],
+    levels: tuple[float, ...],
     protocol: Protocol = "llama.cpp",
     *,
     path: str | Path | None = None,

@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
     """What two tensors at two levels lose together beyond their sum; 0 between levels of one tensor."""
 
 
-def estimate(model: Model, windows: Int[np.ndarray, "W T"], levels: tuple[int, ...], encoder: Encoder) -> Estimate:
+def estimate(model: Model, windows: Int[np.ndarray, "W T"], levels: tuple[float, ...], encoder: Encoder) -> Estimate:
     """Losses of single tensors and of pairs, for every allocatable tensor of `model`, scoring every token.
 
     Raises `ValueError` naming the tensor where a loss is not finite.

@@ -5,9 +5,10 @@ not change when that layer is quantized: they are advanced layer by layer, each 
 all tensors and levels of one layer run together as a batch that shares the reference's logits.
 
 Memory beside the weights, for W windows of T tokens and batches of K variants (K · W · T is at most `_TOKENS_AT_ONCE`,
-or 2 · W · T where that is more): (K + 3) · W · T · D f32 of hidden states, one layer's activations of K · W · T tokens
-(about 3 · F f32 each), K tensors and one chunk of logits. With 7B shapes and 8 × 2,048 tokens on an accelerator
-(K = 4): 1.9 GB, 8.7 GB and less than 1 GB. No axis grows with the number of layers.
+on accelerators `_TOKENS_ON_ACCELERATORS`, or 2 · W · T where that is more): (K + 3) · W · T · D f32 of hidden states,
+one layer's activations of K · W · T tokens (about 3 · F f32 each, or one block of attention scores), K tensors and one
+chunk of logits. With 7B shapes and 8 × 2,048 tokens on an accelerator (K = 4): 1.9 GB, 8.7 GB and less than 1 GB. No
+axis grows with the number of layers.
 """
 
 import functools
@@ -38,7 +39,7 @@ _NUDGE = 2.0**-20  # of every hidden state; Q8_0 moves a tensor's outputs by abo
 def exact_sensitivity(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[int, ...],
+    levels: tuple[float, ...],
     protocol: Protocol = "llama.cpp",
     *,
     path: str | Path | None = None,
@@ -86,7 +87,7 @@ class Cell(NamedTuple):
     format: Format
 
 
-def cells(members: list[Tensor], levels: tuple[int, ...]) -> list[Cell]:
+def cells(members: list[Tensor], levels: tuple[float, ...]) -> list[Cell]:
     """Every cell that is not masked, row by row."""
     return [
         Cell(row, column, tensor, fmt)
@@ -104,10 +105,10 @@ class Batch(NamedTuple):
     first_row: int  # of the layer; the nudge gives it its floor
 
 
-def _batches(members: list[Tensor], levels: tuple[int, ...], size: int) -> list[Batch]:
+def _batches(members: list[Tensor], levels: tuple[float, ...], size: int) -> list[Batch]:
     """All cells, in batches of one layer and up to `size` variants; those of a layer are equally long, so that all
     layers share one compiled function: the last cell fills up what is missing."""
-    layers = [list(group) for _, group in itertools.groupby(cells(members, levels), lambda cell: cell.tensor.layer)]
+    layers = [list(group) for _, group in itertools.groupby(cells(members, levels), lambda cell: _place(cell.tensor))]
     return [part for layer in layers for part in _split(layer, size)]
 
 
@@ -117,6 +118,11 @@ def _split(layer: list[Cell], size: int) -> list[Batch]:
     filled = layer + layer[-1:] * (-variants % equal)
     cuts = [0, *range(equal - 1, len(filled) + 1, equal)]
     return [Batch(filled[a:b], a == 0, layer[0].row) for a, b in itertools.pairwise(cuts)]
+
+
+def _place(tensor: Tensor) -> int | str:
+    """Tensors of one place run together: those of a layer, the embedding, the head."""
+    return tensor.key if tensor.layer is None else tensor.layer
 
 
 def _depth(spec: DecoderSpec, tensor: Tensor) -> int:

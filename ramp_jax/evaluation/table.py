@@ -30,7 +30,7 @@ class Sensitivity:
     """
 
     tensors: tuple[str, ...]
-    levels: tuple[int, ...]
+    levels: tuple[float, ...]
     kld: Float[np.ndarray, "T A"]
     floor: Float[np.ndarray, " T"]
     seconds: float = 0.0
@@ -87,7 +87,7 @@ class Sensitivity:
 
     @classmethod
     def begin(
-        cls, members: Sequence[Tensor], levels: tuple[int, ...], inputs: Mapping[str, str], path: str | Path | None
+        cls, members: Sequence[Tensor], levels: tuple[float, ...], inputs: Mapping[str, str], path: str | Path | None
     ) -> "Sensitivity":
         """The table to go on with: what `path` holds of it, else one where nothing is measured.
 
@@ -110,7 +110,7 @@ def fingerprint(
     model: Model,
     windows: Int[np.ndarray, "W T"],
     members: Sequence[Tensor],
-    levels: tuple[int, ...],
+    levels: tuple[float, ...],
     protocol: Protocol,
     method: str,
     encoder: Encoder,
@@ -121,7 +121,7 @@ def fingerprint(
         "code version": str(VERSION),
         "method": method,
         "protocol": protocol,
-        "levels": ", ".join(map(str, levels)),
+        "levels": ", ".join(f"{level:g}" for level in levels),
         "tensors": digest(np.asarray([tensor.name for tensor in members])),
         "formats": digest(np.asarray(formats)),
         "encoder": f"{encoder.effort} {digest(dict(encoder.importance))}",

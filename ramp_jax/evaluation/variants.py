@@ -44,7 +44,7 @@ def prepare(
     model: Model,
     reference: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[int, ...],
+    levels: tuple[float, ...],
     protocol: Protocol = "llama.cpp",
     encoder: Encoder = REFERENCE,
 ) -> Variants:

@@ -1,7 +1,7 @@
 """GGUF block formats as pure JAX functions."""
 
 from ramp_jax.formats.parts import decode, encode, round_trip
-from ramp_jax.formats.registry import LEVEL_FORMATS, LEVELS, Format, format_for, get_format
+from ramp_jax.formats.registry import LEVEL_FORMATS, LEVELS, Format, format_for, format_up_to, get_format
 
 __all__ = [
     "LEVELS",
@@ -10,6 +10,7 @@ __all__ = [
     "decode",
     "encode",
     "format_for",
+    "format_up_to",
     "get_format",
     "round_trip",
 ]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ramp_jax.formats.rounding import blocks_of, clip, flatten_blocks, round_half_even, rounded_to_f16, to_f16
+from ramp_jax.formats.rounding import blocks_of, clip, flatten_blocks, quotient, round_half_even, rounded_to_f16, to_f16
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -36,8 +36,8 @@ def encode(
     high = jnp.maximum(jnp.max(groups, axis=-1), 0.0)
     smallest = float(jnp.finfo(jnp.float16).smallest_subnormal)
     scale = jnp.maximum(rounded_to_f16(jnp.where(high > low, (high - low) / top, 1.0)), smallest)
-    zero = clip(round_half_even(-low / scale), 0, top)
-    q = round_half_even(groups / scale[..., None]) + zero[..., None]
+    zero = clip(round_half_even(quotient(-low, scale)), 0, top)
+    q = round_half_even(quotient(groups, scale[..., None])) + zero[..., None]
     return GroupCodes(to_f16(scale), to_f16(zero), clip(q, 0, top).astype(jnp.uint8))
 
 

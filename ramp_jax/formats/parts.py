@@ -1,5 +1,5 @@
 """Whole tensors from the host: rows go in parts, so memory is bounded, all cores work and one compilation serves all
-tensors with the same row length.
+tensors with the same row length (on accelerators `in_row_parts` compiles for each number of rows, too).
 
 Inside a compiled function the same calls simply become part of it.
 """
@@ -62,7 +62,7 @@ def _round_trip(w: jax.Array, importance: jax.Array | None, name: str, effort: E
 def in_row_parts(run: Callable[..., Any], w: Float[Array, "R I"], *rest: Any) -> list[Any]:
     """`run(rows, *rest)` of equal parts of the rows of w, on all cores; the last is filled up with rows of zeros.
 
-    Accelerators take all rows of a matrix at once.
+    Accelerators take up to `_ACCELERATOR_ROWS` weights at once, whole matrices as a rule.
     """
     on_cpu = jax.default_backend() == "cpu"
     size = max(1, (_CPU_PART if on_cpu else _ACCELERATOR_ROWS) // w.shape[1])

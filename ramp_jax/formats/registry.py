@@ -16,15 +16,18 @@ from ramp_jax.formats.rounding import rounded_to_f16
 
 Effort = Literal["reference", "best"]
 
-LEVEL_FORMATS: dict[int, tuple[str | None, str | None]] = {
+LEVEL_FORMATS: dict[float, tuple[str | None, str | None]] = {
     2: ("Q2_K", None),
     3: ("Q3_K", None),
-    4: ("Q4_K", "IQ4_NL"),
+    4: ("IQ4_XS", "IQ4_NL"),
+    4.5: ("Q4_K", None),
     5: ("Q5_K", "Q5_0"),
     6: ("Q6_K", "Q5_1"),
     8: ("Q8_0", "Q8_0"),
 }
-"""Level → the format where rows are a multiple of 256 weights, and where only of 32 (None: the level is masked)."""
+"""Level → the format where rows are a multiple of 256 weights, and where only of 32 (None: the level is masked).
+
+A level is about the bits of a code, and orders the formats by size."""
 
 LEVELS = tuple(LEVEL_FORMATS)
 """The largest action set."""
@@ -146,9 +149,15 @@ def get_format(name: str) -> Format:
     return _FORMATS[name]
 
 
-def format_for(level: int, n_in: int) -> Format | None:
+def format_for(level: float, n_in: int) -> Format | None:
     """The exportable format that `level` means for rows of `n_in` weights, or None where the level is masked."""
     for name in LEVEL_FORMATS.get(level, ()):
         if name is not None and n_in % get_format(name).block_size == 0:
             return get_format(name)
     return None
+
+
+def format_up_to(level: float, n_in: int) -> Format | None:
+    """The format of the highest level up to `level` that rows of `n_in` weights can take, or None."""
+    formats = (format_for(other, n_in) for other in sorted(LEVELS, reverse=True) if other <= level)
+    return next((fmt for fmt in formats if fmt is not None), None)

@@ -31,7 +31,7 @@ def truncate_sum(x: Float[Array, "*n"], z: float) -> Float[Array, "*n"]:
 
 
 def quotient(a: Float[Array, "*n"] | float, b: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """a / b, correctly rounded on accelerators too.
+    """a / b, correctly rounded on accelerators too (but for one in 10⁷, and where remainders are subnormal).
 
     There XLA divides to within two units in the last place. ggml's searches try scales that put a block's peak exactly
     between two codes, so the last bit decides which one it gets.
@@ -41,7 +41,7 @@ def quotient(a: Float[Array, "*n"] | float, b: Float[Array, "*n"]) -> Float[Arra
 
 
 def square_root(a: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """√a, correctly rounded on accelerators too."""
+    """√a, correctly rounded on accelerators too, as `quotient`."""
     root = jnp.sqrt(a)
     return root if jax.default_backend() == "cpu" else sharpened_root(root, a)
 
@@ -64,9 +64,10 @@ def _added(x: Float[Array, "*n"], change: Float[Array, "*n"]) -> Float[Array, "*
 def _remainder(a: Float[Array, "*n"], x: Float[Array, "*n"], y: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """a − x · y without rounding, for products near a (Dekker 1971): halves of 12 bits have exact products."""
     (x_high, x_low), (y_high, y_low) = _halves(x), _halves(y)
-    product = _opaque_ones(x) * (x * y)
+    one = _opaque_ones(x)  # or the products of x · y, or those that a may be made of, would not be rounded
+    product = one * (x * y)
     lost = ((x_high * y_high - product) + x_high * y_low) + x_low * y_high + x_low * y_low
-    return (a - product) - lost
+    return (one * a - product) - lost
 
 
 def _halves(x: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:

@@ -33,7 +33,7 @@ from ramp_jax.progress import track
 from ramp_jax.quantization import Encoder, Stats, importance_of
 from ramp_jax.quantization.calibrate import Moments
 
-VERSION = 3
+VERSION = 4
 """Raised whenever a number changes its meaning; a policy refuses embeddings of another version."""
 
 NAMES = (
@@ -63,7 +63,7 @@ _NO_INPUT = "token"  # tap of an embedding that is only looked up
 _TINY = 1e-12
 
 
-def estimated(model: Model, stats: Stats, levels: tuple[int, ...]) -> Estimate:
+def estimated(model: Model, stats: Stats, levels: tuple[float, ...]) -> Estimate:
     """What allocatable tensors lose at each level by the Fisher estimate, alone and in pairs.
 
     Weights are rounded by ggml's search, weighted by importance: the wider one takes three times as long, and its

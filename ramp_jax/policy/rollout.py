@@ -36,8 +36,8 @@ class Policy:
 
     actor: Any
     hidden: tuple[int, ...]
-    levels: tuple[int, ...]
-    fold_level: int
+    levels: tuple[float, ...]
+    fold_level: float
     trained_on: tuple[str, ...]
     embedding_version: int = embedding.VERSION
 
@@ -77,7 +77,7 @@ def load_policy(source: str | Path) -> Policy:
     return policy
 
 
-def problem(model: Model, stats: Stats, levels: tuple[int, ...], table: Costs | None = None) -> Problem:
+def problem(model: Model, stats: Stats, levels: tuple[float, ...], table: Costs | None = None) -> Problem:
     """The decision process of `model`, whose tensors are embedded as they are (fold first)."""
     table = costs(model, levels) if table is None else table
     measured = tuple(sorted({*levels, embedding.LOSS_LEVEL}))
@@ -176,7 +176,7 @@ def _pairs(known: Problem) -> Float[np.ndarray, "T A T A"] | None:
     return None if known.pairs is None else np.asarray(known.pairs, np.float64)
 
 
-def check_levels(policy: Policy, levels: tuple[int, ...]) -> None:
+def check_levels(policy: Policy, levels: tuple[float, ...]) -> None:
     """Raise `ValueError` where a policy chooses among other levels than those asked for."""
     if policy.levels != levels:
         raise ValueError(
@@ -185,5 +185,5 @@ def check_levels(policy: Policy, levels: tuple[int, ...]) -> None:
         )
 
 
-def _list(levels: tuple[int, ...]) -> str:
-    return ",".join(map(str, levels))
+def _list(levels: tuple[float, ...]) -> str:
+    return ",".join(f"{level:g}" for level in levels)

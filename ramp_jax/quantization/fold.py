@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ramp_jax.formats import format_for, get_format
+from ramp_jax.formats import format_up_to, get_format
 from ramp_jax.formats.parts import in_row_parts
 from ramp_jax.models import DecoderSpec, Model
 from ramp_jax.models.names import block_shapes
@@ -58,24 +58,26 @@ _LOG = logging.getLogger(__name__)
 def fold(
     model: Model,
     stats: Stats,
-    level: int,
+    level: float,
     *,
     alphas: tuple[float, ...] = ALPHAS,
     betas: tuple[float, ...] = BETAS,
     second: Iterable[Mapping[str, Float[Array, "C C"]]] | None = None,
 ) -> Model:
-    """The same function with scales chosen for quantization at `level`.
+    """The same function with scales chosen for quantization at `level`, or the next lower one that rows can take.
 
     Per layer and group, (α, β) minimizes the squared error of the outputs of the linears, quantized with the
     activations' importance: tr(E H Eᵀ) with the second moments H of `model`, layer by layer as `second_moments` gives
-    them, else with their diagonal from `stats`. Groups whose rows the level cannot hold stay as they are; scales beyond
-    64 are clipped and reported. Raises `ValueError` where the level can hold no group at all.
+    them, else with their diagonal from `stats`. Groups whose rows none can hold stay as they are; scales beyond 64 are
+    clipped and reported. Raises `ValueError` where that is every group.
     """
     shapes = block_shapes(model.spec)
-    formats = {tap: format_for(level, shapes[group.readers[0]][1]) for tap, group in GROUPS.items()}
+    formats = {tap: format_up_to(level, shapes[group.readers[0]][1]) for tap, group in GROUPS.items()}
     formats = {tap: fmt.name for tap, fmt in formats.items() if fmt is not None}
     if not formats:
-        raise ValueError(f"level {level} cannot hold rows of {model.spec.d_model} weights; fold at another level.")
+        raise ValueError(
+            f"no level up to {level} can hold rows of {model.spec.d_model} weights; fold at another level."
+        )
     moments = stats.under(model.folding).moments
     grid = jnp.asarray([(a, b) for a in alphas for b in betas])
     chosen: dict[str, list[jax.Array]] = {tap: [] for tap in formats}

@@ -30,7 +30,7 @@ from ramp_jax.quantization import fake_quantize
 
 RUN, TOKENIZER, CHECKPOINT, METRICS, RESULT = "run.json", "tokenizer", "state.msgpack", "metrics.jsonl", "result.json"
 END = "<|endoftext|>"
-LEVELS = (2, 3, 4, 5, 6, 8)
+LEVELS = (2, 3, 4, 4.5, 5, 6, 8)
 
 _HELDOUT_WINDOWS = 128
 _TOKENIZER_SHARE = 0.6  # of the text's characters, from the start: well inside of the calibration part
@@ -137,7 +137,7 @@ def heldout(model: Model, config: PretrainConfig) -> dict[str, float]:
 
 
 def level_table(
-    model: Model, windows: Int[np.ndarray, "W T"], levels: Sequence[int] = LEVELS
+    model: Model, windows: Int[np.ndarray, "W T"], levels: Sequence[float] = LEVELS
 ) -> list[dict[str, float]]:
     """What every uniform allocation costs, importance and folding left out: one row per level that all tensors take."""
     members = allocatable(model.spec)
