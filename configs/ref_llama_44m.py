@@ -1,4 +1,4 @@
-"""ref-llama-44m: 8 layers of width 768, 44.1 million parameters, for an accelerator (minutes on an H100, a day on a CPU).
+"""ref-llama-44m: 8 layers of width 768, 44.1 million parameters, for an accelerator (minutes on one, a day on a CPU).
 
 It wants more text than `stdlib`: the source of well-known packages after it, 45 MB in all, as `text.txt` in the current
 folder or where --data says (WORKSPACE_NOTES.md has the command that makes it).
