@@ -29,11 +29,7 @@ from ramp_jax.pretrain import init_params
 from ramp_jax.quantization import Encoder, calibrate, importance_of
 from ramp_jax.quantization.compensate import compensate
 
-_ROWS = flags.DEFINE_list(
-    "accelerator_rows",
-    ["matmul", "forward", "encode", "sensitivity", "compensate", "bytes"],
-    "What the suite `accelerator` measures.",
-)
+_ROWS = flags.DEFINE_list("accelerator_rows", None, "What the suite `accelerator` measures; default: everything.")
 
 SPEC = make_spec(
     "llama",
@@ -60,17 +56,18 @@ def accelerator(repeats: int) -> Numbers:
     """The rows asked for, printed as they come."""
     rows: dict[str, Callable[[Model, int], Numbers]] = {
         "matmul": _matmul,
-        "encode": _encode,
-        "bytes": _bytes,
         "forward": _forward,
-        "compensate": _compensate,
+        "encode": _encode,
         "sensitivity": _sensitivity,
+        "compensate": _compensate,
+        "bytes": _bytes,
     }
-    if unknown := set(_ROWS.value) - set(rows):
+    chosen = _ROWS.value or list(rows)
+    if unknown := set(chosen) - set(rows):
         raise ValueError(f"--accelerator_rows names {min(unknown)!r}; choose from {', '.join(rows)}.")
     model = random_model(SPEC)
     numbers = said({"device": jax.devices()[0].device_kind, "weights": sum(t.size for t in allocatable(SPEC))})
-    for name in _ROWS.value:
+    for name in chosen:
         with jax.default_matmul_precision("default"):
             numbers |= said(rows[name](model, repeats))
     return numbers
@@ -102,8 +99,7 @@ def _encode(model: Model, repeats: int) -> Numbers:
     seconds, _ = timed(all_weights)
     widest = max((t for t in members if t.layer == 0), key=lambda t: t.size)
     w = lookup(model.params, widest).astype(jnp.float32)
-    one = {effort: lambda e=effort: jax.block_until_ready(encode(w, _FORMAT, None, e)) for effort in ("best",)}
-    best = medians(one, repeats)["best"]
+    best = medians({"best": lambda: jax.block_until_ready(encode(w, _FORMAT, None, "best"))}, repeats)["best"]
     return {
         "encode_seconds": seconds,
         "encode_compile_seconds": first - seconds,
