@@ -124,7 +124,7 @@ def _bytes(model: Model, repeats: int) -> Numbers:
 
 def _forward(model: Model, repeats: int) -> Numbers:
     """Of the arithmetic that the weights and causal attention ask for."""
-    spec, windows = model.spec, _windows(1)
+    spec, windows = model.spec, _windows(model.spec, 1)
     seconds = medians({"all": lambda: evaluate(model, windows, protocol="sliding").nll}, repeats)["all"]
     read = sum(t.size for t in allocatable(spec) if t.key != "token_embd")
     attention = spec.n_layers * spec.n_heads * spec.head_size * 2 * windows.size**2  # two products, half of the keys
@@ -140,7 +140,7 @@ def _compensate(model: Model, repeats: int) -> Numbers:
         "output_norm": model.params["output_norm"],
         "blk": jax.tree.map(lambda a: a[:1], model.params["blk"]),
     }
-    one, windows = Model(spec, params, model.metadata, None), _windows(_WINDOWS, spec.vocab_size)
+    one, windows = Model(spec, params, model.metadata, None), _windows(spec, _WINDOWS)
     formats = {t.name: format_for(_LEVEL, t.shape[-1]).name for t in allocatable(spec) if t.layer is not None}
     allocation = Allocation(spec, model.metadata, formats | {"token_embd.weight": "F16"})
     plain = Encoder("best", importance_of(spec, calibrate(one, windows[:1])))
@@ -150,7 +150,7 @@ def _compensate(model: Model, repeats: int) -> Numbers:
 
 def _sensitivity(model: Model, repeats: int) -> Numbers:
     del repeats
-    depth, windows = model.spec.n_layers, _windows(_WINDOWS)
+    depth, windows = model.spec.n_layers, _windows(model.spec, _WINDOWS)
 
     def measure(layers: tuple[int, ...]) -> float:
         names = [t.name for t in allocatable(model.spec) if t.layer in layers]
@@ -166,5 +166,5 @@ def _sensitivity(model: Model, repeats: int) -> Numbers:
     }
 
 
-def _windows(count: int, vocab_size: int = SPEC.vocab_size) -> Int[np.ndarray, "W T"]:
-    return np.random.default_rng(0).integers(0, vocab_size, (count, _CONTEXT)).astype(np.int32)
+def _windows(spec: DecoderSpec, count: int) -> Int[np.ndarray, "W T"]:
+    return np.random.default_rng(0).integers(0, spec.vocab_size, (count, _CONTEXT)).astype(np.int32)

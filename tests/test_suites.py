@@ -25,6 +25,7 @@ from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import TrainConfig
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
+import accelerator_suite
 import forward_suite
 import measuring
 import parity_suite
@@ -210,3 +211,29 @@ def test_reward_suite_judges_every_variant_as_it_learns(monkeypatch):
     assert len({tuple(row["over_optimum"]) for row in rows if row["iteration"] == 0}) == 1
     assert all(min(row["over_optimum"]) > 1 - 1e-5 for row in rows)
     assert {line.get_label() for line in drawn["reward"].axes[0].get_lines()} == variants
+
+
+def test_accelerator_suite_measures_what_is_asked_for(monkeypatch):
+    """On the CPU, with small shapes: every number is there, and the CPU makes its own bytes."""
+    small = {
+        "n_layers": 3,
+        "d_model": 256,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "head_size": 64,
+        "d_ff": 256,
+        "vocab_size": 64,
+    }
+    monkeypatch.setattr(accelerator_suite, "SPEC", dataclasses.replace(accelerator_suite.SPEC, **small))
+    for name, value in {"_CONTEXT": 16, "_WINDOWS": 2, "_PRODUCT": 64, "_LEVELS": (8,), "_FORMAT": "Q8_0"}.items():
+        monkeypatch.setattr(accelerator_suite, name, value)
+    monkeypatch.setattr(accelerator_suite, "_SAME_BYTES", ("Q8_0",))
+    rows = ["matmul", "forward", "encode", "sensitivity", "bytes"]
+    monkeypatch.setattr(accelerator_suite, "_ROWS", SimpleNamespace(value=rows))
+    found = accelerator_suite.accelerator(1)
+    assert {name.split("_")[0] for name in found} == {"device", "weights", *rows}
+    assert found["bytes_equal_Q8_0"] == 1
+    assert found["sensitivity_seconds"] == pytest.approx(found["sensitivity_seconds_of_three_layers"])
+    monkeypatch.setattr(accelerator_suite, "_ROWS", SimpleNamespace(value=["speed"]))
+    with pytest.raises(ValueError, match="--accelerator_rows names 'speed'; choose from matmul, forward"):
+        accelerator_suite.accelerator(1)
