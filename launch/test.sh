@@ -8,4 +8,5 @@ python -m pip install --quiet --editable '.[test,verify]'
 install_model
 ruff check .
 ruff format --check .
-python -m pytest -q -n 2 --dist loadfile "$@"
+# Without a restart, since a restarted worker of `loadfile` can wait for ever (pytest-dev/pytest-xdist#784).
+python -m pytest -q -n 2 --dist loadfile --max-worker-restart=0 "$@"

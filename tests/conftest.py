@@ -1,4 +1,4 @@
-"""Strict JAX flags for every test, compiled programs kept for the next one, and the tiny models that tests share."""
+"""Strict JAX flags for every test, compiled programs kept on disk for the next run, tiny models that tests share."""
 
 from pathlib import Path
 
@@ -15,6 +15,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_compilation_cache_max_size", 1 << 30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled():
+    """Unload a module's programs after it: each holds memory maps, of which Linux lets a process have 65,530."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
