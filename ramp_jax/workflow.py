@@ -45,8 +45,8 @@ from ramp_jax.quantization import (
 )
 from ramp_jax.quantization.calibrate import second_moments
 
-ESTIMATE, ESTIMATE_FOLD_LEVEL = "fisher", 4
-"""What stands for a policy where the Fisher estimate allocates, and the level that the model is folded for then."""
+ESTIMATE = "fisher"
+"""What stands for a policy where the Fisher estimate allocates."""
 
 _REFINE_WINDOWS = 2  # of a true evaluation
 
@@ -265,7 +265,7 @@ def allocate(
     """
     check_writable(output)
     started = time.monotonic()
-    folded, stats = prepare(model, calibration, ESTIMATE_FOLD_LEVEL if policy is None else policy.fold_level)
+    folded, stats = prepare(model, calibration, RunConfig.fold_level if policy is None else policy.fold_level)
     levels = LEVELS if policy is None else policy.levels
     evaluate = _true_loss(model, folded, stats, calibration, levels) if refine_evals else None
     allocation = rollout.allocate(
