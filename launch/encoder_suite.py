@@ -118,7 +118,7 @@ def _rounded(
     return bench.scored(case, column, model, params, {name: cost[name] + before.get(name, 0.0) for name in cost})
 
 
-def _uniform(model: Model, level: int | None) -> Allocation:
+def _uniform(model: Model, level: float | None) -> Allocation:
     """Every block tensor at the level where it can hold the rows, all else F16."""
 
     def name(n_in: int) -> str:

@@ -16,6 +16,7 @@ from absl import app, flags
 
 from ramp_jax import encoders, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
+from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.policy import embedding
 from ramp_jax.policy.rollout import load_policy
 
@@ -214,6 +215,27 @@ def test_budgets_in_every_unit(whole, call, allocate, untied, tmp_path):
         assert allocation.file_bytes <= limit if limit else 4.5 <= allocation.linear_bpw <= 6.0
 
 
+def test_budget_that_memory_leaves(call, fails, allocate, untied, tmp_path):
+    """Room for a context goes first; more memory than the largest file needs gives that file."""
+    output, table = tmp_path / "alloc.json", costs(untied, (4, 5, 8))
+    beside = runtime_bytes(untied.spec, 100)
+    for memory, limit in ((table.smallest + beside, table.smallest), (1 << 34, table.largest)):
+        arguments = allocate(budget_bytes=None, fit_memory=f"{memory}B", fit_context=100, output=output)
+        code, printed, errors = call("allocate", *arguments)
+        assert code == 0, errors
+        assert f"{beside:,} bytes for 100 tokens" in printed
+        assert Allocation.load(output, untied).file_bytes == limit
+    output.unlink()
+    common = {"budget_bytes": None, "fit_context": 100, "output": output}
+    for wrong, said in (
+        ({"fit_memory": f"{table.smallest + beside - 1}B"}, "a larger --fit_memory or a smaller --fit_context"),
+        ({"fit_memory": "lots"}, "as in 8GiB"),
+        ({"fit_memory": "8GiB", "fit_context": 1000}, "choose another --fit_context"),
+    ):
+        assert said in fails("allocate", *allocate(**(common | wrong)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dry_run_prints_the_range_and_writes_nothing(call, allocate, untied, tmp_path):
     table = costs(untied, (4, 5, 8))
     code, printed, _ = call("allocate", *allocate(output=tmp_path / "alloc.json"), "--dry_run")
@@ -377,9 +399,9 @@ def test_budget_that_cannot_be_met(fails, allocate, untied, tmp_path, unit, budg
 
 def test_budget_that_is_not_given(fails, allocate):
     error = fails("allocate", *allocate(budget_bytes=None))
-    assert "Exactly one of (budget_bytes, budget_gb, budget_bits)" in error
+    assert "Exactly one of (budget_bytes, budget_gb, budget_bits, fit_memory)" in error
     error = fails("allocate", *allocate(budget_gb=1.0))
-    assert "Exactly one of (budget_bytes, budget_gb, budget_bits)" in error
+    assert "Exactly one of (budget_bytes, budget_gb, budget_bits, fit_memory)" in error
 
 
 def test_flags_that_are_wrong(fails, allocate, whole, tmp_path):

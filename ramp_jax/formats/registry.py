@@ -44,7 +44,7 @@ class Format:
     """
 
     name: str
-    level: int | None
+    level: float | None
     block_size: int
     block_bytes: int
     encoder: Callable[..., Any]
@@ -92,7 +92,7 @@ class Format:
         return n_in // self.block_size * self.block_bytes
 
 
-def _ggml(name: str, level: int | None, encoder: Any, decode: Any, to_bytes: Any, from_bytes: Any) -> Format:
+def _ggml(name: str, level: float | None, encoder: Any, decode: Any, to_bytes: Any, from_bytes: Any) -> Format:
     size, size_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     return Format(name, level, size, size_bytes, encoder, decode, to_bytes, from_bytes)
 
@@ -109,7 +109,7 @@ def _float(name: str, dtype: Any, rounded: Callable[[jax.Array], jax.Array] = la
     )
 
 
-def _blocks(name: str, level: int, encoder: Any, to_bytes: Any, from_bytes: Any, bits: int | None = None) -> Format:
+def _blocks(name: str, level: float, encoder: Any, to_bytes: Any, from_bytes: Any, bits: int | None = None) -> Format:
     if bits is not None:
         to_bytes, from_bytes = functools.partial(to_bytes, bits=bits), functools.partial(from_bytes, bits=bits)
     return _ggml(name, level, encoder, codes.decode, to_bytes, from_bytes)
