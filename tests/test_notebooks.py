@@ -1,0 +1,67 @@
+"""The notebooks of launch/colab, cell after cell with small parameters in place of theirs."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from matplotlib.figure import Figure
+
+from ramp_jax.allocation import costs
+from ramp_jax.halo.footprint import runtime_bytes
+
+COLAB = Path(__file__).parent.parent / "launch/colab"
+SHORT = {"context": 24, "count": 2}
+NOT_HERE = {"setup", "colab"}  # installs packages, downloads through the browser
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """(notebook, parameters in place of those of its cell) → its variables, and the values that its cells end with."""
+
+    def cells(name, **parameters):
+        monkeypatch.chdir(tmp_path)
+        notebook = json.loads((COLAB / name).read_text(encoding="utf-8"))
+        variables, shown = {}, []
+        for cell in notebook["cells"]:
+            tags = set(cell["metadata"].get("tags", ()))
+            if cell["cell_type"] != "code" or tags & NOT_HERE:
+                continue
+            assert cell["outputs"] == []
+            *lines, last = "".join(cell["source"]).splitlines()
+            with jax.numpy_dtype_promotion("standard"):
+                exec("\n".join(lines), variables)
+                try:
+                    shown.append(eval(last, variables))
+                except SyntaxError:  # of a statement
+                    exec(last, variables)
+            if "parameters" in tags:
+                assert parameters.keys() <= variables.keys()
+                variables |= parameters
+        return variables, shown
+
+    return cells
+
+
+def test_a_gguf_that_fits_memory(run, untied_directory, untied, tmp_path):
+    memory = (costs(untied, (4, 5, 8)).smallest * 5 // 4) + runtime_bytes(untied.spec, 100)
+    calibration = {"source": "builtin", **SHORT}
+    sizes = {"MEMORY": memory, "CONTEXT": 100, "CALIBRATION": calibration, "HELDOUT": SHORT}
+    variables, shown = run("allocate.ipynb", MODEL=str(untied_directory), **sizes)
+    size = (tmp_path / "model.gguf").stat().st_size
+    assert size == variables["size"] == variables["allocation"].file_bytes
+    assert 0 <= memory - runtime_bytes(untied.spec, 100) - size < 5000
+    assert any(isinstance(value, Figure) for value in shown)
+    assert 0 < shown[-1]["kld"] < 1
+
+
+def test_a_policy_is_trained_and_compared(run, untied_directory, tmp_path):
+    model = str(untied_directory)
+    sizes = {"WINDOWS": SHORT, "MEASURED": SHORT, "HELDOUT": SHORT, "LEVELS": (4, 5, 8), "ITERATIONS": 2, "SHARE": 0.8}
+    variables, shown = run("train_policy.ipynb", MODELS=(model,), TARGET=model, **sizes)
+    assert (tmp_path / "ramp-policy/policy.msgpack").is_file()
+    assert sum(isinstance(value, Figure) for value in shown) == 2
+    found = variables["found"]
+    assert found.keys() == {"policy", "uniform"}
+    assert max(row["bytes"] for row in found.values()) <= variables["budget"]
+    assert found["policy"]["kld"] < found["uniform"]["kld"]
