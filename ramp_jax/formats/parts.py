@@ -1,5 +1,5 @@
 """Whole tensors from the host: rows go in parts, so memory is bounded, all cores work and one compilation serves all
-tensors with the same row length (on accelerators `in_row_parts` compiles for each number of rows, too).
+tensors with the same row length (on accelerators, tensors of less than a part compile for their number of rows, too).
 
 Inside a compiled function the same calls simply become part of it.
 """
@@ -59,38 +59,32 @@ def _round_trip(w: jax.Array, importance: jax.Array | None, name: str, effort: E
     return fmt.decode(fmt.encode(w, importance, effort))
 
 
-def in_row_parts(run: Callable[..., Any], w: Float[Array, "R I"], *rest: Any) -> list[Any]:
-    """`run(rows, *rest)` of equal parts of the rows of w, on all cores; the last is filled up with rows of zeros.
+def in_row_parts(
+    run: Callable[..., Any], w: Float[Array, "R I"], *rest: Any, on_accelerator: int = _ACCELERATOR_ROWS
+) -> list[Any]:
+    """`run(rows, *rest)` of equal parts of w's rows in f32, on all cores; the last is filled up with rows of zeros.
 
-    Accelerators take up to `_ACCELERATOR_ROWS` weights at once, whole matrices as a rule.
+    Accelerators take up to `on_accelerator` weights at once, whole matrices as a rule.
     """
     on_cpu = jax.default_backend() == "cpu"
-    size = max(1, (_CPU_PART if on_cpu else _ACCELERATOR_ROWS) // w.shape[1])
+    size = max(1, (_CPU_PART if on_cpu else on_accelerator) // w.shape[1])
     size = min(size, 1 << (len(w) - 1).bit_length() if on_cpu else len(w))
 
     def one_part(start: int) -> Any:
-        part = w[start : start + size]
-        return jax.block_until_ready(run(jnp.pad(part, ((0, size - len(part)), (0, 0))), *rest))
+        part = jnp.asarray(w[start : start + size], jnp.float32)
+        short = size - len(part)
+        return jax.block_until_ready(run(jnp.pad(part, ((0, short), (0, 0))) if short else part, *rest))
 
     return list((_pool().map if on_cpu else map)(one_part, range(0, len(w), size)))
 
 
 def _in_parts(run: Callable[..., Any], w: jax.Array, importance: jax.Array | None) -> Any:
-    """`run(rows [R, I], importance)` over all rows of w, R the same for every tensor of that row length."""
+    """`run(rows [R, I], importance)` over all rows of w, put together again."""
     if isinstance(w, jax.core.Tracer):
         return run(w, importance)
     *lead, n_in = w.shape
     rows = w.reshape(-1, n_in)
-    on_cpu = jax.default_backend() == "cpu"
-    size = max(1, (_CPU_PART if on_cpu else _ACCELERATOR_PART) // n_in)
-    size = min(size, 1 << (len(rows) - 1).bit_length())
-
-    def one_part(start: int) -> Any:
-        part = jnp.asarray(rows[start : start + size], jnp.float32)
-        short = size - len(part)
-        return jax.block_until_ready(run(jnp.pad(part, ((0, short), (0, 0))) if short else part, importance))
-
-    parts = list((_pool().map if on_cpu else map)(one_part, range(0, len(rows), size)))
+    parts = in_row_parts(run, rows, importance, on_accelerator=_ACCELERATOR_PART)
 
     def join(*leaves: jax.Array) -> jax.Array:
         return jnp.concatenate(leaves)[: len(rows)].reshape(*lead, *leaves[0].shape[1:])
