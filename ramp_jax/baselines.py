@@ -171,10 +171,14 @@ def _saved_together(actions: Actions, pairs: Pairs | None) -> Float[np.ndarray, 
 
 
 def mutant(cost: Cost, budget: int, parent: Actions, rng: np.random.Generator) -> Actions:
-    """One to three tensors up a level, as many others down until it fits, then what is left used."""
+    """One or two tensors up, each with chance ½ by one more level, others down until it fits, then what is left used.
+
+    With steps of one level alone, levels that lie close (4 and 4.5) pay for no step down, and uniform parents stay.
+    """
     actions = parent.copy()
-    for t in rng.choice(len(cost), size=min(rng.integers(1, 4), len(cost)), replace=False):
-        actions[t] = _step(cost[t], actions[t], up=True)
+    for t in rng.choice(len(cost), size=min(rng.integers(1, 3), len(cost)), replace=False):
+        for _ in range(rng.geometric(0.5)):
+            actions[t] = _step(cost[t], actions[t], up=True)
     while _sum(cost, actions) > budget:
         t = rng.integers(len(cost))
         actions[t] = _step(cost[t], actions[t], up=False)

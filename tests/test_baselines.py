@@ -143,6 +143,20 @@ def test_evolution_asks_as_often_as_it_may_and_improves():
     assert total(loss, found) == min(asked) < 0.9 * asked[0]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_evolution_leaves_a_uniform_allocation_behind(seed):
+    """A large embedding that loses most wants steps that many others pay for; 4 and 4.5 bits hardly differ."""
+    rng = np.random.default_rng(seed)
+    size = rng.integers(1, 9, (40, 1))
+    scale = np.exp(rng.normal(0, 1.5, size.shape))
+    size[0], scale[0] = 40, 3 * scale[1:].sum()
+    cost = (8 * size * np.array([2.625, 3.4375, 4.25, 4.5, 5.5, 6.5625, 8.5])).astype(int)
+    loss = scale * 4.0 ** -np.array([2.2, 3.2, 4.2, 4.21, 5.2, 6.2, 8.2])
+    budget = int(1.01 * cost[:, 2].sum())
+    found = baselines.evolution(cost, loss, budget, evaluate=lambda a: total(loss, a), evaluations=1000)
+    assert total(loss, found) < 1.35 * total(loss, baselines.knapsack(cost, loss, budget))
+
+
 def random_pairs(rng, cost):
     """Symmetric, none between levels of one tensor."""
     n_tensors, n_levels = cost.shape
