@@ -57,7 +57,8 @@ setup(
             "ruff>=0.17",
             "torch==2.13.0",
         ],
-        "cuda": ["jax[cuda13]>=0.10.2"],
+        "cuda12": ["jax[cuda12]>=0.10.2"],
+        "cuda13": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
     },
 )

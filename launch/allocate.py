@@ -7,7 +7,8 @@ models; `pretrained` is the one of this package. Needs one calibration pass over
 few tokens, nothing else. `--source_policy=fisher` does without a policy: the optimum of what that backward pass says
 of every format, alone and in pairs. `--refine_evals=N` spends N evaluations of quantized models on calibration text,
 each of them proposed by a table that the ones before corrected; the weights then lie in memory once per level. The
-allocation records --encoder for whoever evaluates or exports it. `--dry_run` prints what sizes can be reached.
+allocation records --encoder for whoever evaluates or exports it. `--dry_run` prints what sizes can be reached and, with
+--fit_memory, what fits.
 """
 
 from pathlib import Path
@@ -35,7 +36,7 @@ _COUNT = flags.DEFINE_integer("count", 8, "Calibration windows.", lower_bound=1)
 _DTYPE = flags.DEFINE_string("dtype", "auto", "Data type of the matrices while calibrating.")
 _ENCODER = cli.define_encoder(recorded=False)
 _REFINE_EVALS = flags.DEFINE_integer("refine_evals", 0, "True evaluations that refine the allocation.", lower_bound=0)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the sizes that can be reached.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the sizes that can be reached, and what fits.")
 cli.define_budget()
 flags.mark_flags_as_required(["model", "source_policy"])
 
@@ -44,14 +45,17 @@ def main() -> None:
     policy = None if _POLICY.value == workflow.ESTIMATE else load_policy(_POLICY.value)
     if _LEVELS.value and policy:
         check_levels(policy, tuple(map(float, _LEVELS.value)))
+    cli.check_budget_flags(required=not _DRY_RUN.value)
     if not _DRY_RUN.value and not _OUTPUT.value:
         raise ValueError("--output is missing; name the file that receives the allocation.")
     model = cli.load(_MODEL.value, _DTYPE.value)
     table = costs(model, policy.levels if policy else LEVELS)
     print(f"Reachable files of {_MODEL.value}: {table.smallest:,} to {table.largest:,} bytes")
-    if _DRY_RUN.value:
-        return
     size = cli.budget(model, table)
+    if size is not None:
+        print(f"Budget: {size:,} bytes")
+    if size is None or _DRY_RUN.value:
+        return
     windows = WindowsConfig(_DATA.value, _CONTEXT.value, _COUNT.value)
     allocation = workflow.allocate(
         model, policy, size, windows, Path(_OUTPUT.value), _MODEL.value, _ENCODER.value, _REFINE_EVALS.value

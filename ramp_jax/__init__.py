@@ -5,7 +5,7 @@ model = ramp_jax.load_model("smollm2-135m")
 windows = ramp_jax.data.windows("builtin", model.tokenizer, context=512, count=8)
 stats = ramp_jax.calibrate(model, windows)
 policy = ramp_jax.load_policy("runs/smollm2-135m")
-model = ramp_jax.fold(model, stats, policy.fold_level)
+model = ramp_jax.fold(model, stats, policy.fold_level, second=ramp_jax.second_moments(model, windows))
 allocation = ramp_jax.allocate(policy, model, stats, budget_bytes=92_000_000)
 encoder = ramp_jax.encoders.make("best", model, windows, allocation)
 ramp_jax.export_gguf(model, allocation, "model.gguf", encoder)
@@ -20,6 +20,7 @@ from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, load_model, save_model
 from ramp_jax.policy.rollout import Policy, allocate, load_policy
 from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, refold
+from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.workflow import evaluate
 
 __version__ = "0.1.0"
@@ -42,4 +43,5 @@ __all__ = [
     "load_policy",
     "refold",
     "save_model",
+    "second_moments",
 ]

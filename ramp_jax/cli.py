@@ -13,16 +13,15 @@ from absl import app, flags, logging
 
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
 from ramp_jax.encoders import DEFAULT
-from ramp_jax.halo.footprint import runtime_bytes
+from ramp_jax.halo.footprint import bytes_that_fit, runtime_bytes
 from ramp_jax.models import Model, load_model
 from ramp_jax.quantization import EncoderName
 
 _MOST_COMPILED = 1 << 28  # bytes on disk; what was not used for longest goes first
 _WORTH_KEEPING = 0.05  # seconds of compiling; JAX keeps what took one, and most of a short job are many small programs
 
-BUDGET_FLAGS = ("budget_bytes", "budget_gb", "budget_bits", "fit_memory")
-_MEMORY = "must be a number with B, MB, GB, MiB or GiB, as in 8GiB."
-_UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
+_BUDGETS = ("budget_bytes", "budget_gb", "budget_bits", "fit_memory")
+_MEMORY = "must be a size, as in 8GiB (2^30 bytes) or 8GB (10^9)."
 
 
 def run(main: Callable[[], None]) -> None:
@@ -45,11 +44,15 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _keep_compiled() -> None:
-    """Compiled programs serve later runs on the same machine; `JAX_COMPILATION_CACHE_DIR` names another folder."""
+    """Compiled programs serve later runs on the same machine; `JAX_COMPILATION_CACHE_DIR` names another folder.
+
+    Only the own folder is kept small: another one may hold what is not ours.
+    """
     if jax.config.jax_compilation_cache_dir is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         jax.config.update("jax_compilation_cache_dir", str(caches / "ramp_jax" / platform.node()))
         jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
@@ -85,45 +88,61 @@ def define_encoder(*, recorded: bool = True) -> flags.FlagHolder[str | None]:
 
 
 def define_budget() -> None:
-    """`--budget_bytes`, `--budget_gb`, `--budget_bits` and `--fit_memory`; exactly one must be given."""
+    """`--budget_bytes`, `--budget_gb`, `--budget_bits` and `--fit_memory`, of which `budget` wants exactly one."""
     flags.DEFINE_integer("budget_bytes", None, "Largest size of the finished file in bytes.", lower_bound=1)
     flags.DEFINE_float("budget_gb", None, "Largest size of the finished file in units of 10^9 bytes.", lower_bound=0)
     flags.DEFINE_float("budget_bits", None, "Mean bits per allocated weight, scales included.", lower_bound=0)
     flags.DEFINE_string(
-        "fit_memory", None, "Memory, as in 8GiB, that weights, keys and values and llama.cpp's buffers must fit."
+        "fit_memory",
+        None,
+        "Memory, as in 8GiB, for weights, KV cache of --fit_context tokens and compute buffer, as llama.cpp's defaults "
+        "need them: f16 KV cache, flash attention, batches of 512.",
     )
-    flags.DEFINE_integer("fit_context", None, "Tokens that --fit_memory leaves room for; default: all the model takes.")
-    flags.register_validator("fit_memory", lambda text: text is None or _bytes(text) is not None, _MEMORY)
-    flags.mark_flags_as_mutual_exclusive(BUDGET_FLAGS, required=True)
+    flags.DEFINE_integer(
+        "fit_context", None, "Context length for --fit_memory; default: all that the model was made for.", lower_bound=1
+    )
+    flags.register_validator("fit_memory", lambda text: text is None or parse_bytes(text) is not None, _MEMORY)
 
 
-def budget(model: Model, table: Costs) -> int:
-    """The budget in bytes; raises `ValueError` with the reachable range where no file of that size exists."""
+def check_budget_flags(*, required: bool = True) -> None:
+    """Raise `ValueError` unless exactly one budget is given, or at most one where none is `required`."""
+    given = _given()
+    if len(given) > 1 or (required and not given):
+        raise ValueError(
+            f"{' and '.join(f'--{name}' for name in given) or 'no budget'} given; "
+            f"give one of {', '.join(f'--{name}' for name in _BUDGETS)}."
+        )
+    if flags.FLAGS.fit_context is not None and "fit_memory" not in given:
+        raise ValueError("--fit_context belongs to --fit_memory; give that, or leave it out.")
+
+
+def budget(model: Model, table: Costs) -> int | None:
+    """The budget in bytes, None where none was given.
+
+    Raises `ValueError` with the reachable range where no file of that size exists.
+    """
     values = flags.FLAGS
+    if not _given():
+        return None
+    if values.fit_memory is not None:
+        context = values.fit_context or model.spec.context_length
+        print(f"KV cache of {context:,} tokens and compute buffer: {runtime_bytes(model.spec, context):,} bytes")
+        return bytes_that_fit(model.spec, table, parse_bytes(values.fit_memory), context)
     if values.budget_bits is not None:
         size = bytes_for_bits(model.spec, table, values.budget_bits)
-    elif values.fit_memory is not None:
-        size = _bytes_that_fit(model, table, values.fit_memory, values.fit_context or model.spec.context_length)
     else:
         size = values.budget_bytes if values.budget_bytes is not None else int(values.budget_gb * 1e9)
     check_budget(table, size)
     return size
 
 
-def _bytes_that_fit(model: Model, table: Costs, memory: str, context: int) -> int:
-    """Of the largest file with room for the context; raises `ValueError` where not even the smallest has it."""
-    beside = runtime_bytes(model.spec, context)
-    print(f"Beside the weights, llama.cpp needs up to {beside:,} bytes for {context:,} tokens")
-    size = _bytes(memory) - beside
-    if size < table.smallest:
-        raise ValueError(
-            f"{memory} cannot hold the smallest file, {table.smallest:,} bytes, and {beside:,} more for {context:,} "
-            f"tokens; choose a larger --fit_memory or a smaller --fit_context."
-        )
-    return min(size, table.largest)
+def _given() -> list[str]:
+    return [name for name in _BUDGETS if flags.FLAGS[name].value is not None]
 
 
-def _bytes(text: str) -> int | None:
-    """Of a size with its unit, None where it is none."""
-    found = re.fullmatch(rf"(\d+\.?\d*) ?({'|'.join(_UNITS)})", text)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+def parse_bytes(text: str) -> int | None:
+    """Bytes of a size such as 8GiB, None where it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", text.strip().lower())
+    if not found or (found[3] and not found[2]):
+        return None
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from absl import app, flags
 
-from ramp_jax import encoders, workflow
+from ramp_jax import cli, encoders, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.policy import embedding
@@ -216,30 +216,50 @@ def test_budgets_in_every_unit(whole, call, allocate, untied, tmp_path):
 
 
 def test_budget_that_memory_leaves(call, fails, allocate, untied, tmp_path):
-    """Room for a context goes first; more memory than the largest file needs gives that file."""
+    """Room for the context goes first, by default all of it; more memory than the largest file needs gives that."""
     output, table = tmp_path / "alloc.json", costs(untied, (4, 5, 8))
-    beside = runtime_bytes(untied.spec, 100)
-    for memory, limit in ((table.smallest + beside, table.smallest), (1 << 34, table.largest)):
-        arguments = allocate(budget_bytes=None, fit_memory=f"{memory}B", fit_context=100, output=output)
+    short, long = runtime_bytes(untied.spec, 100), runtime_bytes(untied.spec, untied.spec.context_length)
+    for memory, context, beside, limit in (
+        (f"{table.smallest + short}B", 100, short, table.smallest),
+        ("2MiB", None, long, min(table.largest, (2 << 20) - long)),
+        ("8GiB", 100, short, table.largest),
+    ):
+        arguments = allocate(budget_bytes=None, fit_memory=memory, fit_context=context, output=output)
         code, printed, errors = call("allocate", *arguments)
         assert code == 0, errors
-        assert f"{beside:,} bytes for 100 tokens" in printed
-        assert Allocation.load(output, untied).file_bytes == limit
+        assert f"compute buffer: {beside:,} bytes\nBudget: {limit:,} bytes" in printed
+        assert limit - 5000 <= Allocation.load(output, untied).file_bytes <= limit
     output.unlink()
     common = {"budget_bytes": None, "fit_context": 100, "output": output}
     for wrong, said in (
-        ({"fit_memory": f"{table.smallest + beside - 1}B"}, "a larger --fit_memory or a smaller --fit_context"),
+        ({"fit_memory": f"{table.smallest + short - 1}B"}, "choose more memory or a shorter context"),
         ({"fit_memory": "lots"}, "as in 8GiB"),
-        ({"fit_memory": "8GiB", "fit_context": 1000}, "choose another --fit_context"),
+        ({"fit_memory": "8GiB", "fit_context": 1000}, "between 1 and the 256 that the model was made for"),
+        ({"fit_memory": "8GiB", "fit_context": 0}, "fit_context=0"),
+        ({"budget_gb": 0.001}, "--fit_context belongs to --fit_memory"),
     ):
         assert said in fails("allocate", *allocate(**(common | wrong)))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("1.5GB", 1_500_000_000), ("512MiB", 512 << 20), ("8 gib", 8 << 30), ("2G", 2 * 10**9)]
+    + [("10kb", 10_000), ("77B", 77), ("77", 77), ("1TiB", 1 << 40)]
+    + [(wrong, None) for wrong in ("", "GiB", "8iB", "-1GB", "8 G i B", "8GiBs", "1e9", "8,5GB")],
+)
+def test_sizes_with_units(text, size):
+    assert cli.parse_bytes(text) == size
 
 
 def test_dry_run_prints_the_range_and_writes_nothing(call, allocate, untied, tmp_path):
     table = costs(untied, (4, 5, 8))
     code, printed, _ = call("allocate", *allocate(output=tmp_path / "alloc.json"), "--dry_run")
     assert code == 0
+    assert f"{table.smallest:,} to {table.largest:,} bytes" in printed
+    arguments = allocate(budget_bytes=None, output=tmp_path / "alloc.json")
+    code, printed, errors = call("allocate", *arguments, "--dry_run")
+    assert code == 0, errors
     assert f"{table.smallest:,} to {table.largest:,} bytes" in printed
     assert list(tmp_path.iterdir()) == []
 
@@ -398,10 +418,9 @@ def test_budget_that_cannot_be_met(fails, allocate, untied, tmp_path, unit, budg
 
 
 def test_budget_that_is_not_given(fails, allocate):
-    error = fails("allocate", *allocate(budget_bytes=None))
-    assert "Exactly one of (budget_bytes, budget_gb, budget_bits, fit_memory)" in error
-    error = fails("allocate", *allocate(budget_gb=1.0))
-    assert "Exactly one of (budget_bytes, budget_gb, budget_bits, fit_memory)" in error
+    every = "give one of --budget_bytes, --budget_gb, --budget_bits, --fit_memory."
+    assert f"no budget given; {every}" in fails("allocate", *allocate(budget_bytes=None))
+    assert f"--budget_bytes and --budget_gb given; {every}" in fails("allocate", *allocate(budget_gb=1.0))
 
 
 def test_flags_that_are_wrong(fails, allocate, whole, tmp_path):

@@ -7,8 +7,13 @@ import jax
 import pytest
 from matplotlib.figure import Figure
 
+import ramp_jax
+from ramp_jax import workflow
 from ramp_jax.allocation import costs
+from ramp_jax.halo import report
 from ramp_jax.halo.footprint import runtime_bytes
+from ramp_jax.models import tensors
+from ramp_jax.models.spec import make_spec
 
 COLAB = Path(__file__).parent.parent / "launch/colab"
 SHORT = {"context": 24, "count": 2}
@@ -29,7 +34,7 @@ def run(tmp_path, monkeypatch):
                 continue
             assert cell["outputs"] == []
             *lines, last = "".join(cell["source"]).splitlines()
-            with jax.numpy_dtype_promotion("standard"):
+            with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
                 exec("\n".join(lines), variables)
                 try:
                     shown.append(eval(last, variables))
@@ -65,3 +70,18 @@ def test_a_policy_is_trained_and_compared(run, untied_directory, tmp_path):
     assert found.keys() == {"policy", "uniform"}
     assert max(row["bytes"] for row in found.values()) <= variables["budget"]
     assert found["policy"]["kld"] < found["uniform"]["kld"]
+    assert ramp_jax.load_policy(tmp_path / "ramp-policy").levels == (4, 5, 8)
+    assert report.read_metrics(tmp_path / "ramp-policy" / workflow.METRICS)[-1]["iteration"] == 2
+
+
+def test_the_memory_that_the_notebook_asks_for_leaves_five_bits():
+    """Sizes of the default model, Qwen3-0.6B; 4 to 7 bits a weight are neither damage nor waste."""
+    cells = json.loads((COLAB / "allocate.ipynb").read_text(encoding="utf-8"))["cells"]
+    chosen = {}
+    exec("".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", ()))), chosen)
+    assert chosen["MODEL"] == "Qwen/Qwen3-0.6B"
+    width = {"n_layers": 28, "d_model": 1024, "n_heads": 16, "n_kv_heads": 8, "head_size": 128, "d_ff": 3072}
+    rest = {"vocab_size": 151936, "context_length": 40960, "rope_theta": 1e6, "norm_eps": 1e-6, "tied": True}
+    spec = make_spec("qwen3", **width, **rest)
+    left = chosen["MEMORY"] - runtime_bytes(spec, chosen["CONTEXT"])
+    assert 4 < 8 * left / sum(tensor.size for tensor in tensors(spec)) < 7

@@ -83,10 +83,18 @@ def rounding_errors(model: Model, every: list[Cell], encoder: Encoder) -> Change
     def changes(tensor: Tensor) -> Float[Array, "A O I"]:
         w = lookup(model.params, tensor).astype(jnp.float32)
         formats = [cell.format.name for cell in cells_of(every, tensor)]
-        new = [decoded(model, tensor, fmt, encoder).astype(jnp.float32) - w for fmt in formats]
-        return jnp.stack(new) if new else jnp.zeros((0, *tensor.shape))
+        new = jnp.zeros((len(formats), *tensor.shape))
+        for i, fmt in enumerate(formats):
+            new = _with_change(new, i, decoded(model, tensor, fmt, encoder).astype(jnp.float32), w)
+        return new
 
     return changes
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_change(changes: Float[Array, "A O I"], at: int, new: Float[Array, "O I"], w: Float[Array, "O I"]) -> Array:
+    """In place, so that an embedding's changes do not lie in memory twice."""
+    return changes.at[at].set(new - w)
 
 
 def cells_of(every: list[Cell], tensor: Tensor) -> list[Cell]:

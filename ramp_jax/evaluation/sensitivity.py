@@ -61,7 +61,8 @@ def exact_sensitivity(
     scored = slice(first_scored(protocol, windows.shape[1]), -1)
     at_once = _TOKENS_AT_ONCE if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATORS
     batches = _batches(members, levels, size=max(2, at_once // windows.size))
-    with jax.default_matmul_precision("default"):
+    # TPUs round the factors of f32 products to bf16 by default, in whose noise the highest levels drown
+    with jax.default_matmul_precision("highest" if jax.default_backend() == "tpu" else "default"):
         state, depth = embed(model.spec, model.params["token_embd"], windows), 0
         reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
         for batch in track(batches, "measuring sensitivity", "batch"):
