@@ -5,8 +5,9 @@ Inside a compiled function the same calls simply become part of it.
 """
 
 import functools
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -60,22 +61,29 @@ def _round_trip(w: jax.Array, importance: jax.Array | None, name: str, effort: E
 
 
 def in_row_parts(
-    run: Callable[..., Any], w: Float[Array, "R I"], *rest: Any, on_accelerator: int = _ACCELERATOR_ROWS
+    run: Callable[..., Any],
+    w: Float[Array, "R I"],
+    *rest: Any,
+    each: Iterable[Any] | None = None,
+    on_accelerator: int = _ACCELERATOR_ROWS,
 ) -> list[Any]:
     """`run(rows, *rest)` of equal parts of w's rows in f32, on all cores; the last is filled up with rows of zeros.
 
-    Accelerators take up to `on_accelerator` weights at once, whole matrices as a rule.
+    With `each`, `run(rows, item, *rest)` for every item of it, all parts of the first item first. Accelerators take up
+    to `on_accelerator` weights at once, whole matrices as a rule.
     """
     on_cpu = jax.default_backend() == "cpu"
     size = max(1, (_CPU_PART if on_cpu else on_accelerator) // w.shape[1])
     size = min(size, 1 << (len(w) - 1).bit_length() if on_cpu else len(w))
+    items = [()] if each is None else [(item,) for item in each]
 
-    def one_part(start: int) -> Any:
+    def one_part(job: tuple[tuple[Any, ...], int]) -> Any:
+        item, start = job
         part = jnp.asarray(w[start : start + size], jnp.float32)
         short = size - len(part)
-        return jax.block_until_ready(run(jnp.pad(part, ((0, short), (0, 0))) if short else part, *rest))
+        return jax.block_until_ready(run(jnp.pad(part, ((0, short), (0, 0))) if short else part, *item, *rest))
 
-    return list((_pool().map if on_cpu else map)(one_part, range(0, len(w), size)))
+    return list((_pool().map if on_cpu else map)(one_part, itertools.product(items, range(0, len(w), size))))
 
 
 def _in_parts(run: Callable[..., Any], w: jax.Array, importance: jax.Array | None) -> Any:

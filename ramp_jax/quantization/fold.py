@@ -167,31 +167,30 @@ def _best(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array,
     """The candidate of the least error over evenly spaced rows, unless the first one's is smaller over all rows."""
     some = w[:: -(-len(w) // _SEARCH_ROWS)]
     found = int(np.argmin(_errors(some, scales, square, moment, fmt)))
+    if found == 0:
+        return 0
     first, best = _errors(w, scales[np.array([0, found])], square, moment, fmt)
     return found if best < first else 0
 
 
 def _errors(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array, fmt: str) -> Float[np.ndarray, " A"]:
-    """Of each candidate, over all rows; parts of rows keep all cores busy and bound the memory."""
-    run = functools.partial(_part_errors, fmt=fmt)
-    return np.sum(in_row_parts(run, w, scales, square, moment), axis=0, dtype=np.float64)
+    """Of each candidate, over all rows; candidates and parts of rows keep all cores busy."""
+    run = functools.partial(_part_error, fmt=fmt)
+    parts = in_row_parts(run, w, square, moment, each=np.asarray(scales))
+    return np.reshape(parts, (len(scales), -1)).sum(axis=1, dtype=np.float64)
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
-def _part_errors(
+def _part_error(
     w: Float[Array, "R C"],
-    scales: Float[Array, "A C"],
+    s: Float[Array, " C"],
     square: Float[Array, " C"],
     moment: Float[Array, " C"] | Float[Array, "C C"],
     fmt: str,
-) -> Float[Array, " A"]:
-    """Squared error of the outputs of rows whose columns were widened by each candidate before rounding."""
+) -> Float[Array, ""]:
+    """Squared error of the outputs of rows whose columns were widened by s before rounding."""
     known = get_format(fmt)
-
-    def one(s: Float[Array, " C"]) -> Float[Array, ""]:
-        importance = jnp.maximum(square, 1e-4 * jnp.mean(square)) / jnp.square(s)
-        off = known.decode(known.encode(w * s[None], importance)) / s[None] - w
-        across = off * moment[None] if moment.ndim == 1 else off @ moment
-        return jnp.sum(off * across)
-
-    return jax.lax.map(one, scales)  # one after the other: the rows of a part fill the lanes of the encoder alone
+    importance = jnp.maximum(square, 1e-4 * jnp.mean(square)) / jnp.square(s)
+    off = known.decode(known.encode(w * s[None], importance)) / s[None] - w
+    across = off * moment[None] if moment.ndim == 1 else off @ moment
+    return jnp.sum(off * across)
