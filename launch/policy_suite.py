@@ -9,6 +9,7 @@ which starts at the uniform allocation, and `refined`, which starts at the polic
 
 import dataclasses
 import functools
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ _TABLE = flags.DEFINE_string("suite_table", None, "Exact sensitivity table (.npz
 
 _CALIBRATION, _HELDOUT = {"context": 512, "count": 4}, {"context": 512, "count": 6}
 _RANDOM_SEEDS = 3
+_SEED = re.compile(r"[- ]?\d+(?=$|,)")  # at the end of a method's name
 
 Choose = Callable[[int], Int[np.ndarray, " T"]]
 
@@ -175,17 +177,22 @@ def _over_mixes(rows: list[Numbers]) -> Numbers:
 
 
 def _plot(rows: list[Numbers]) -> Figure:
-    """Loss over file size, a line per method; what is random as dots."""
+    """Loss over that of llama.cpp's mix of these bytes, a line per method; seeds of a method share one, their mean."""
     figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    lines: dict[str, list[tuple[float, float]]] = {}
+    mixes = {row["budget_of"]: row for row in rows if row["method"].startswith("llama.cpp")}
+    places = sorted(mixes, key=lambda mix: mixes[mix]["budget"])
+    lines: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        name = next((kind for kind in ("llama.cpp", "random") if row["method"].startswith(kind)), row["method"])
-        lines.setdefault(name, []).append((row["bytes"] / 1e6, row["kld"]))
+        if not row["method"].startswith("llama.cpp"):
+            line = lines.setdefault(_SEED.sub("", row["method"]), {mix: [] for mix in places})
+            line[row["budget_of"]].append(row["kld"] / mixes[row["budget_of"]]["kld"])
     colors = colormaps["tab20"](np.arange(len(lines)) % 20)
-    for (name, points), color in zip(lines.items(), colors, strict=True):
-        style = "" if name == "random" else "-"
-        axes.plot(*zip(*sorted(points), strict=True), linestyle=style, marker="o", ms=4, color=color, label=name)
-    axes.set(xlabel="file size (MB)", ylabel="mean KL divergence (nats per token)", yscale="log")
+    for (name, found), color in zip(lines.items(), colors, strict=True):
+        ratios = [np.mean(found[mix]) if found[mix] else np.nan for mix in places]
+        axes.plot(range(len(places)), ratios, marker="o", ms=4, color=color, label=name)
+    axes.axhline(1.0, color="black", lw=1, label="llama.cpp's mixes")
+    axes.set_xticks(range(len(places)), [f"{mix}\n{mixes[mix]['budget'] / 1e6:.4g} MB" for mix in places], fontsize=7)
+    axes.set(ylabel="KL divergence / that of the mix of these bytes", yscale="log")
     figure.legend(loc="outside right upper", frameon=False)
     return figure
