@@ -96,7 +96,7 @@ def _judged(actor: Any, config: TrainConfig, tasks: Tasks, judges: list[Judge]) 
 
 
 def _plot(rows: list[Numbers]) -> Figure:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
@@ -104,5 +104,5 @@ def _plot(rows: list[Numbers]) -> Figure:
         (line,) = axes.plot(iterations, np.exp(np.log(values).mean(axis=1)), marker=".", label=name)
         axes.fill_between(iterations, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.15)
     axes.set(xlabel="iteration", ylabel="loss over that of the exact optimum", yscale="log")
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
