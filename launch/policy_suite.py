@@ -168,31 +168,38 @@ def _said(mix: str, method: str, budget: int, size: int, kld: float, seconds: fl
 
 def _over_mixes(rows: list[Numbers]) -> Numbers:
     """Per method the KL divergence over that of the mix: mean over budgets, and largest."""
-    mixes = {row["budget_of"]: row["kld"] for row in rows if row["method"].startswith("llama.cpp")}
     ratios: dict[str, list[float]] = {}
-    for row in rows:
-        if not row["method"].startswith("llama.cpp"):
-            ratios.setdefault(row["method"], []).append(row["kld"] / mixes[row["budget_of"]])
+    for row, ratio in _ratios(rows):
+        ratios.setdefault(row["method"], []).append(ratio)
     return {name: f"{np.mean(values):.3f} of the mix, {max(values):.3f} at most" for name, values in ratios.items()}
+
+
+def _ratios(rows: list[Numbers]) -> Iterator[tuple[Numbers, float]]:
+    """The rows beside llama.cpp's, each with its KL divergence over that of the mix."""
+    mixes = {row["budget_of"]: row["kld"] for row in rows if _is_mix(row)}
+    return ((row, row["kld"] / mixes[row["budget_of"]]) for row in rows if not _is_mix(row))
+
+
+def _is_mix(row: Numbers) -> bool:
+    return row["method"].startswith("llama.cpp")
 
 
 def _plot(rows: list[Numbers]) -> Figure:
     """Loss over that of llama.cpp's mix of these bytes, a line per method; seeds of a method share one, their mean."""
     figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    mixes = {row["budget_of"]: row for row in rows if row["method"].startswith("llama.cpp")}
-    places = sorted(mixes, key=lambda mix: mixes[mix]["budget"])
+    budgets = {row["budget_of"]: row["budget"] for row in rows if _is_mix(row)}
+    places = sorted(budgets, key=budgets.__getitem__)
     lines: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if not row["method"].startswith("llama.cpp"):
-            line = lines.setdefault(_SEED.sub("", row["method"]), {mix: [] for mix in places})
-            line[row["budget_of"]].append(row["kld"] / mixes[row["budget_of"]]["kld"])
+    for row, ratio in _ratios(rows):
+        line = lines.setdefault(_SEED.sub("", row["method"]), {mix: [] for mix in places})
+        line[row["budget_of"]].append(ratio)
     colors = colormaps["tab20"](np.arange(len(lines)) % 20)
     for (name, found), color in zip(lines.items(), colors, strict=True):
         ratios = [np.mean(found[mix]) if found[mix] else np.nan for mix in places]
         axes.plot(range(len(places)), ratios, marker="o", ms=4, color=color, label=name)
     axes.axhline(1.0, color="black", lw=1, label="llama.cpp's mixes")
-    axes.set_xticks(range(len(places)), [f"{mix}\n{mixes[mix]['budget'] / 1e6:.4g} MB" for mix in places], fontsize=7)
+    axes.set_xticks(range(len(places)), [f"{mix}\n{budgets[mix] / 1e6:.4g} MB" for mix in places], fontsize=7)
     axes.set(ylabel="KL divergence / that of the mix of these bytes", yscale="log")
     figure.legend(loc="outside right upper", frameon=False)
     return figure

@@ -134,6 +134,11 @@ class Costs(NamedTuple):
         return self.per_level > 0
 
     @property
+    def in_units(self) -> Int[np.ndarray, "T A"]:
+        """What each level costs in units of the alignment, in which `units` counts budgets."""
+        return self.per_level // ALIGNMENT
+
+    @property
     def smallest(self) -> int:
         """Bytes of the smallest reachable file."""
         return self.fixed + int(np.where(self.valid, self.per_level, np.iinfo(np.int64).max).min(axis=1).sum())

@@ -171,9 +171,10 @@ def _saved_together(actions: Actions, pairs: Pairs | None) -> Float[np.ndarray, 
 
 
 def mutant(cost: Cost, budget: int, parent: Actions, rng: np.random.Generator) -> Actions:
-    """One or two tensors up, each with chance ½ by one more level, others down until it fits, then what is left used.
+    """One or two tensors up, others down until it fits, then what is left used.
 
-    With steps of one level alone, levels that lie close (4 and 4.5) pay for no step down, and uniform parents stay.
+    Up by one level, with chance ½ by another, and so on: with steps of one level alone, levels that lie close (4 and
+    4.5) pay for no step down, and uniform parents stay.
     """
     actions = parent.copy()
     for t in rng.choice(len(cost), size=min(rng.integers(1, 3), len(cost)), replace=False):

@@ -8,6 +8,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import uniform
 
 from ramp_jax.allocation import (
     Allocation,
@@ -26,10 +27,6 @@ LEVELS = (4, 5, 8)
 EMBEDDING = 320 * 64  # weights
 LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64
 NORMS = 7 * 64
-
-
-def uniform(model, name):
-    return Allocation(model.spec, model.metadata, {t.name: name for t in allocatable(model.spec)})
 
 
 def data_bytes(allocation):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import uniform
 
 from ramp_jax import data
-from ramp_jax.allocation import Allocation, from_levels
+from ramp_jax.allocation import from_levels
 from ramp_jax.evaluation.fisher import fisher_sensitivity
 from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.evaluation.sensitivity import exact_sensitivity
@@ -47,10 +48,6 @@ def windows(model):
 @pytest.fixture(scope="module")
 def stats(model, windows):
     return calibrate(model, windows)
-
-
-def uniform(model, name):
-    return Allocation(model.spec, model.metadata, dict.fromkeys((t.name for t in allocatable(model.spec)), name))
 
 
 def close_specs(a, b):

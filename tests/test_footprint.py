@@ -8,11 +8,10 @@ import llama_cpp
 import pytest
 import tiny
 
-from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.halo.handoff import captured_log
-from ramp_jax.models import allocatable, load_model
+from ramp_jax.models import load_model
 
 
 @pytest.fixture(scope="module", params=["untied", "qwen3", "gemma", "ref-llama", "smollm2-135m"])
@@ -25,8 +24,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def path(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    formats = {tensor.name: "Q8_0" for tensor in allocatable(model.spec)}
-    export_gguf(model, Allocation(model.spec, model.metadata, formats), path)
+    export_gguf(model, tiny.uniform(model, "Q8_0"), path)
     return path
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import uniform
 
 from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.evaluation.perplexity import evaluate
@@ -25,10 +26,6 @@ from ramp_jax.quantization import Encoder, calibrate, fake_quantize, fold, impor
 
 LEVELS = (4, 5, 8)
 FORMATS = ("Q4_0", "Q5_0", "Q8_0", "F16", "BF16", "F32")
-
-
-def uniform(model, name):
-    return Allocation(model.spec, model.metadata, dict.fromkeys((t.name for t in allocatable(model.spec)), name))
 
 
 def mixed(model, rng):

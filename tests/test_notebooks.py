@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch):
                 continue
             assert cell["outputs"] == []
             *lines, last = "".join(cell["source"]).splitlines()
-            with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
+            with jax.numpy_dtype_promotion("standard"):
                 exec("\n".join(lines), variables)
                 try:
                     shown.append(eval(last, variables))

@@ -1,4 +1,4 @@
-"""Tiny random models as Hugging Face directories and as GGUF files, made without the code under test."""
+"""Tiny random models as Hugging Face directories and as GGUF files, made without the code under test; allocations."""
 
 import functools
 
@@ -17,7 +17,9 @@ from transformers import (
 )
 
 from ramp_jax import data
+from ramp_jax.allocation import Allocation
 from ramp_jax.halo import libggml
+from ramp_jax.models import allocatable
 
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
 VOCABULARY = 320
@@ -56,6 +58,11 @@ def hf_model(tied):
         tie_word_embeddings=tied,
     )
     return drawn(LlamaForCausalLM(config), seed=int(tied))
+
+
+def uniform(model, name):
+    """One format for all that is allocated."""
+    return Allocation(model.spec, model.metadata, dict.fromkeys((t.name for t in allocatable(model.spec)), name))
 
 
 def drawn(model, seed, gain=1.0):

@@ -8,7 +8,8 @@ the change of its weights, δh = J δW, and costs ½ Σ_u (g_u · δh_u)², summ
 tokens less the products of different tokens, which are small on average and very noisy.
 
 Memory beside the weights: hidden states of all layers lie on the host, L · W · T · D f32; the device holds A changes
-of one layer's tensors, and (P + 3A) · W · T · F f32 of one layer's activations with A levels and P probes.
+of the embedding, the head and one layer's tensors, and (P + 3A) · W · T · F f32 of one layer's activations with A
+levels and P probes.
 """
 
 import dataclasses
@@ -92,7 +93,9 @@ def rounding_errors(model: Model, every: list[Cell], encoder: Encoder) -> Change
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _with_change(changes: Float[Array, "A O I"], at: int, new: Float[Array, "O I"], w: Float[Array, "O I"]) -> Array:
+def _with_change(
+    changes: Float[Array, "A O I"], at: int, new: Float[Array, "O I"], w: Float[Array, "O I"]
+) -> Float[Array, "A O I"]:
     """In place, so that an embedding's changes do not lie in memory twice."""
     return changes.at[at].set(new - w)
 

@@ -12,7 +12,7 @@ from flax import serialization
 from jaxtyping import Float, Int
 
 from ramp_jax import baselines
-from ramp_jax.allocation import ALIGNMENT, Allocation, Costs, check_budget, costs, from_levels
+from ramp_jax.allocation import Allocation, Costs, check_budget, costs, from_levels
 from ramp_jax.baselines import Actions
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import LEVELS
@@ -86,7 +86,7 @@ def problem(model: Model, stats: Stats, levels: tuple[float, ...], table: Costs 
     return Problem(
         jnp.asarray(embedding.embed(model, stats, loss[:, measured.index(embedding.LOSS_LEVEL)])),
         jnp.asarray([tensor.size for tensor in allocatable(model.spec)], jnp.float32),
-        jnp.asarray(table.per_level // ALIGNMENT, jnp.int32),
+        jnp.asarray(table.in_units, jnp.int32),
         jnp.asarray(levels, jnp.float32),
         jnp.asarray(loss[:, mine], jnp.float32),
         jnp.asarray(estimate.pairs[:, mine][..., mine]),
