@@ -18,8 +18,6 @@ from jaxtyping import Int
 from measuring import Numbers, medians, said, timed
 
 from ramp_jax.allocation import Allocation
-from ramp_jax.evaluation.perplexity import evaluate
-from ramp_jax.evaluation.sensitivity import exact_sensitivity
 from ramp_jax.formats import encode, format_for, get_format
 from ramp_jax.models import DecoderSpec, Model, allocatable, lookup
 from ramp_jax.models.decoder import cast_weights
@@ -28,6 +26,8 @@ from ramp_jax.models.spec import make_spec
 from ramp_jax.pretrain import init_params
 from ramp_jax.quantization import Encoder, calibrate, importance_of
 from ramp_jax.quantization.compensate import compensate
+from ramp_jax.scoring.perplexity import evaluate
+from ramp_jax.sensitivity.exact import exact_sensitivity
 
 _ROWS = flags.DEFINE_list("accelerator_rows", None, "What the suite `accelerator` measures; default: everything.")
 

@@ -24,8 +24,6 @@ from measuring import save_plots, timed
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation
-from ramp_jax.evaluation.perplexity import Reference, evaluate, reference_of
-from ramp_jax.evaluation.scores import numbers
 from ramp_jax.formats import format_for
 from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
@@ -33,6 +31,8 @@ from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.quantization import REFERENCE, Encoder, Stats, calibrate, fake_quantize, fold, importance_of
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.quantization.compensate import compensate
+from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
+from ramp_jax.scoring.scores import numbers
 
 _MODEL = flags.DEFINE_string("encoder_model", "smollm2-135m", "The model of the suite encoder.")
 _CASES = flags.DEFINE_list("encoder_cases", ["2", "3", "4", "5", "Q3_K_M", "Q4_K_M"], "Levels and mixes.")

@@ -26,8 +26,8 @@ from absl import flags
 
 from ramp_jax import cli, workflow
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.evaluation import scores
 from ramp_jax.halo.export import check_writable
+from ramp_jax.scoring import scores
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
 _ALLOCATION = flags.DEFINE_string("allocation", None, "Quantize the model like this before scoring it.")
@@ -88,7 +88,7 @@ def _tasks() -> tuple[dict[str, Any], str]:
         limit=_LIMIT.value,
         dtype=_DTYPE.value,
     )
-    from ramp_jax.evaluation.tasks import text_table
+    from ramp_jax.scoring.tasks import text_table
 
     return found, text_table(found)
 

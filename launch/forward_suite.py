@@ -13,10 +13,10 @@ from measuring import Numbers, medians, said
 
 from ramp_jax import data
 from ramp_jax.allocation import from_levels
-from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.halo.torch_model import torch_model
 from ramp_jax.models import allocatable, load_model
 from ramp_jax.quantization import fake_quantize
+from ramp_jax.scoring.perplexity import evaluate
 
 _WINDOWS = {"context": 512, "count": 4, "split": "heldout"}
 _LEVEL = 4

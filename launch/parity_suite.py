@@ -17,12 +17,12 @@ from measuring import Numbers, said, save_plots
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation
-from ramp_jax.evaluation.likelihood import Pair, log_likelihoods
-from ramp_jax.evaluation.perplexity import evaluate, first_scored
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.torch_model import token_losses, torch_model
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, allocatable, load_model
+from ramp_jax.scoring.likelihood import Pair, log_likelihoods
+from ramp_jax.scoring.perplexity import evaluate, first_scored
 
 _PROTOCOLS = {"llama.cpp": {"context": 512, "count": 8}, "sliding": {"context": 2048, "count": 2}}
 _PAIRS, _LONGEST_CONTEXT, _LONGEST_CONTINUATION, _SEED = 32, 200, 24, 0

@@ -24,9 +24,6 @@ from measuring import Numbers, said, save_plots
 
 from ramp_jax import baselines, data
 from ramp_jax.allocation import Allocation, Costs, costs, from_levels
-from ramp_jax.evaluation import variants
-from ramp_jax.evaluation.perplexity import Reference, evaluate, reference_of
-from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
@@ -36,6 +33,9 @@ from ramp_jax.policy.env import Problem
 from ramp_jax.policy.rollout import Policy, check_levels, load_policy
 from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, importance_of
 from ramp_jax.quantization.calibrate import second_moments
+from ramp_jax.scoring import variants
+from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
+from ramp_jax.sensitivity.table import Sensitivity
 
 _TARGET = flags.DEFINE_string("suite_target", "smollm2-135m", "Model that the suite `policy` allocates for.")
 _POLICIES = flags.DEFINE_list("suite_policies", ["pretrained"], "Policies that the suite `policy` compares.")

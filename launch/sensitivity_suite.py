@@ -12,18 +12,18 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measuring import Numbers, said, save_plots, timed
+from ramp_jax.models.names import LINEARS
 from scipy.stats import spearmanr
 
 from ramp_jax import data
-from ramp_jax.evaluation import additive
-from ramp_jax.evaluation.fisher import fisher_sensitivity
-from ramp_jax.evaluation.perplexity import mean_divergences
-from ramp_jax.evaluation.sensitivity import Cell, cells, exact_sensitivity
-from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.models.decoder import head_weights, hidden_states
-from ramp_jax.models.names import LINEARS
 from ramp_jax.quantization import decoded
+from ramp_jax.scoring.perplexity import mean_divergences
+from ramp_jax.sensitivity import additive
+from ramp_jax.sensitivity.exact import Cell, cells, exact_sensitivity
+from ramp_jax.sensitivity.fisher import fisher_sensitivity
+from ramp_jax.sensitivity.table import Sensitivity
 
 _LEVELS = (4, 5, 8)
 _WINDOWS = {"context": 48, "count": 2}

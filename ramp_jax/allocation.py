@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import format_for, get_format
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, tensors
+from ramp_jax.models.layout import foldable
 from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -46,7 +47,7 @@ class Allocation:
     spec: DecoderSpec
     metadata: Metadata
     formats: Mapping[str, str]
-    folding: Mapping[str, Float[np.ndarray, "L C"]] = dataclasses.field(default_factory=dict, compare=False)
+    folding: Mapping[str, Float[np.ndarray, " C"]] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         expected = {tensor.name for tensor in allocatable(self.spec)}
@@ -96,8 +97,8 @@ class Allocation:
 
     def save(self, path: str | Path, **notes: Any) -> None:
         """Write JSON: `notes`, the summary, and the folding as base64 of little-endian f32."""
-        folding = {tap: np.asarray(scales, "<f4") for tap, scales in self.folding.items()}
-        encoded = {tap: base64.b64encode(scales.tobytes()).decode() for tap, scales in folding.items()}
+        folding = {name: np.asarray(scales, "<f4") for name, scales in self.folding.items()}
+        encoded = {name: base64.b64encode(scales.tobytes()).decode() for name, scales in folding.items()}
         content = {**notes, **self.summary(), "folding": encoded}
         write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -106,9 +107,11 @@ class Allocation:
         """Read what `save` wrote; raises `ValueError` where it is not an allocation of `model`."""
         content = read_saved(path)
         try:
-            flat = {tap: np.frombuffer(base64.b64decode(text), "<f4") for tap, text in content["folding"].items()}
-            folding = {tap: scales.reshape(model.spec.n_layers, -1) for tap, scales in flat.items()}
-        except (ValueError, TypeError, AttributeError) as error:
+            members = foldable(model.spec)
+            folding = {name: np.frombuffer(base64.b64decode(text), "<f4") for name, text in content["folding"].items()}
+            if wrong := [name for name, scales in folding.items() if scales.shape != (members[name].width,)]:
+                raise ValueError(f"{wrong[0]} has another width")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"the folding in {path} is not one of this model; make the allocation again.") from error
         return cls(model.spec, model.metadata, content["formats"], folding)
 
@@ -161,7 +164,7 @@ def from_levels(model: Model, levels: Iterable[float]) -> Allocation:
         if fmt is None:
             raise ValueError(f"{tensor.name} has rows of {tensor.shape[-1]} weights, which level {level} cannot hold.")
         formats[tensor.name] = fmt.name
-    return Allocation(model.spec, model.metadata, formats, {tap: np.asarray(s) for tap, s in model.folding.items()})
+    return Allocation(model.spec, model.metadata, formats, {name: np.asarray(s) for name, s in model.folding.items()})
 
 
 def costs(model: Model, levels: tuple[float, ...]) -> Costs:

@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from ramp_jax import checkpoint
 from ramp_jax.models import DecoderSpec
-from ramp_jax.models.decoder import Params, cast_weights, head_weights, hidden_states, matmul
-from ramp_jax.models.names import block_shapes, tensors
+from ramp_jax.models.decoder import Params, cast_weights, head_weights, scanned_hidden_states
+from ramp_jax.models.layers import matmul
+from ramp_jax.models.layout import Tensor, Weight, nest, tensors
 from ramp_jax.progress import track
 
 _LOGIT_ROWS = 1024  # tokens whose logits exist at one time
 _HEAD_STD = 0.02
-_WRITERS = ("attn_output", "ffn_down")  # they write to the residual stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,27 +58,28 @@ class State(NamedTuple):
 
 def init_params(key: Key[Array, ""], spec: DecoderSpec, embedding_std: float = 0.02) -> Params:
     """Normal weights, f32: matrices with variance 1 / in, those that write to the stream 1 / (2 L in); gains are 1."""
-    outside = {"token_embd": embedding_std, "output": _HEAD_STD}
-    shapes: dict[str, Any] = {t.key: t.shape for t in tensors(spec) if t.layer is None}
-    shapes |= {f"blk/{name}": (spec.n_layers, *shape) for name, shape in block_shapes(spec).items()}
+    members = sorted(tensors(spec), key=lambda tensor: tensor.layer is not None)  # those outside the blocks first
+    alike: dict[Weight, list[Tensor]] = {}
+    for tensor in members:
+        alike.setdefault(tensor.weight, []).append(tensor)
+    outside = {"token_embd.weight": embedding_std, "output.weight": _HEAD_STD}
 
-    def draw(i: int, name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        if name.endswith("norm"):
-            return jnp.ones(shape, jnp.float32)
-        std = outside.get(name, shape[-1] ** -0.5)
-        if name.endswith(_WRITERS):
-            std *= (2 * spec.n_layers) ** -0.5
-        return std * jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+    def draw(i: int, weight: Weight, count: int) -> Float[Array, "..."]:
+        if weight.kind in ("gain", "bias"):
+            return jnp.full((count, *weight.shape), float(weight.kind == "gain"), jnp.float32)
+        std = outside.get(weight.name, weight.shape[-1] ** -0.5)
+        if weight.writes:
+            std *= (2 * len(spec.blocks)) ** -0.5
+        return std * jax.random.normal(jax.random.fold_in(key, i), (count, *weight.shape), jnp.float32)
 
-    flat = {name: draw(i, name, shape) for i, (name, shape) in enumerate(shapes.items())}
-    blocks = {name.removeprefix("blk/"): value for name, value in flat.items() if name.startswith("blk/")}
-    return {name: value for name, value in flat.items() if not name.startswith("blk/")} | {"blk": blocks}
+    values = [(group, draw(i, weight, len(group))) for i, (weight, group) in enumerate(alike.items())]
+    return nest((tensor, value[i]) for group, value in values for i, tensor in enumerate(group))
 
 
 def loss(spec: DecoderSpec, params: Params, ids: Int[Array, "B T+1"]) -> Float[Array, ""]:
     """Mean negative log-likelihood in nats of every token but the first, products in bf16."""
-    low = cast_weights(params, jnp.bfloat16)
-    hidden = hidden_states(spec, low, ids[:, :-1]).reshape(-1, spec.d_model)
+    low = cast_weights(spec, params, jnp.bfloat16)
+    hidden = scanned_hidden_states(spec, low, ids[:, :-1]).reshape(-1, spec.d_model)
     targets = ids[:, 1:].reshape(-1)
     rows = min(_LOGIT_ROWS, len(targets))
     padding = -len(targets) % rows
@@ -94,14 +95,15 @@ def loss(spec: DecoderSpec, params: Params, ids: Int[Array, "B T+1"]) -> Float[A
     return jnp.sum(jax.lax.map(chunk, (hidden, padded))) / len(targets)
 
 
-def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW behind a clipped gradient norm; gains do not decay."""
+def optimizer(spec: DecoderSpec, config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW behind a clipped gradient norm; gains and biases do not decay."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup, max(config.steps, config.warmup + 1), config.learning_rate / 10
     )
 
     def decays(params: Params) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
+        del params
+        return nest((tensor, tensor.allocatable) for tensor in tensors(spec))
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -113,7 +115,7 @@ def begin(key: Key[Array, ""], spec: DecoderSpec, config: OptimizerConfig) -> St
     """The state before the first step."""
     key_params, key_data = jax.random.split(key)
     params = init_params(key_params, spec, config.embedding_std)
-    return State(params, optimizer(config).init(params), key_data, jnp.int32(0))
+    return State(params, optimizer(spec, config).init(params), key_data, jnp.int32(0))
 
 
 def batch(key: Key[Array, ""], step: Int[Array, ""], windows: Int[Array, "W T+1"], size: int) -> Int[Array, "size T+1"]:
@@ -132,7 +134,7 @@ def train_steps(
     def one(state: State, _: None) -> tuple[State, Float[Array, ""]]:
         ids = batch(state.key, state.step, windows, config.batch_size)
         value, gradient = jax.value_and_grad(loss, argnums=1)(spec, state.params, ids)
-        updates, opt_state = optimizer(config).update(gradient, state.optimizer, state.params)
+        updates, opt_state = optimizer(spec, config).update(gradient, state.optimizer, state.params)
         return State(optax.apply_updates(state.params, updates), opt_state, state.key, state.step + 1), value
 
     return jax.lax.scan(one, state, length=count)

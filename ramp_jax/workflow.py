@@ -19,12 +19,6 @@ from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.baselines import Actions
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
-from ramp_jax.evaluation import perplexity, variants
-from ramp_jax.evaluation.fisher import fisher_sensitivity
-from ramp_jax.evaluation.perplexity import Protocol
-from ramp_jax.evaluation.scores import numbers
-from ramp_jax.evaluation.sensitivity import exact_sensitivity
-from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.formats import LEVELS
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
@@ -44,6 +38,12 @@ from ramp_jax.quantization import (
     refold,
 )
 from ramp_jax.quantization.calibrate import second_moments
+from ramp_jax.scoring import perplexity, variants
+from ramp_jax.scoring.perplexity import Protocol
+from ramp_jax.scoring.scores import numbers
+from ramp_jax.sensitivity.exact import exact_sensitivity
+from ramp_jax.sensitivity.fisher import fisher_sensitivity
+from ramp_jax.sensitivity.table import Sensitivity
 
 ESTIMATE = "fisher"
 """What stands for a policy where the Fisher estimate allocates."""
@@ -130,7 +130,7 @@ def evaluate_tasks(
     Raises `RuntimeError` where lm-eval is not installed, else as `tasks.accuracies`.
     """
     try:
-        from ramp_jax.evaluation import tasks
+        from ramp_jax.scoring import tasks
     except ImportError as error:
         raise RuntimeError(f"lm-eval is not installed ({error}); run `pip install 'ramp-jax[tasks]'`.") from error
     quantized = _quantized(_loaded(model, dtype), allocation, encoder)

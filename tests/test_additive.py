@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from ramp_jax.models.names import LINEARS
 
 from ramp_jax.allocation import from_levels
-from ramp_jax.evaluation import additive
-from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.models import Tensor, allocatable
-from ramp_jax.models.names import LINEARS
 from ramp_jax.quantization import fake_quantize
+from ramp_jax.scoring.perplexity import evaluate
+from ramp_jax.sensitivity import additive
 
 LEVELS = (4, 5, 8)
 MEMBERS = [Tensor(key, layer, (4, 4), "tap") for layer in range(2) for key in LINEARS]

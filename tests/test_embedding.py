@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ramp_jax.models.names import LINEARS
 from scipy.stats import spearmanr
 
 from ramp_jax.formats import round_trip
 from ramp_jax.models import allocatable, lookup
-from ramp_jax.models.names import LINEARS
 from ramp_jax.policy import embedding
 from ramp_jax.quantization import calibrate, refold
 from ramp_jax.quantization.calibrate import Moments

@@ -14,9 +14,6 @@ from tiny import uniform
 
 from ramp_jax import data
 from ramp_jax.allocation import from_levels
-from ramp_jax.evaluation.fisher import fisher_sensitivity
-from ramp_jax.evaluation.perplexity import evaluate
-from ramp_jax.evaluation.sensitivity import exact_sensitivity
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import allocatable, load_model, names, tensors
@@ -24,6 +21,9 @@ from ramp_jax.models.metadata import plain
 from ramp_jax.models.spec import spec_from_hf
 from ramp_jax.policy.embedding import embed
 from ramp_jax.quantization import calibrate, fake_quantize, fold
+from ramp_jax.scoring.perplexity import evaluate
+from ramp_jax.sensitivity.exact import exact_sensitivity
+from ramp_jax.sensitivity.fisher import fisher_sensitivity
 
 FAMILIES = ("qwen3", "gemma")
 ARCHITECTURES = {"qwen3": gguf.MODEL_ARCH.QWEN3, "gemma": gguf.MODEL_ARCH.GEMMA}

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from tiny import uniform
 
 from ramp_jax.allocation import Allocation, from_levels
-from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.halo import export, handoff, report
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import allocatable, load_model
 from ramp_jax.models.metadata import plain
 from ramp_jax.quantization import Encoder, calibrate, fake_quantize, fold, importance_of, refold
+from ramp_jax.scoring.perplexity import evaluate
 
 LEVELS = (4, 5, 8)
 FORMATS = ("Q4_0", "Q5_0", "Q8_0", "F16", "BF16", "F32")
@@ -168,7 +168,7 @@ def test_llama_cpp_agrees_on_a_folded_mixture(folded, windows, tmp_path, rng):
 
 def test_divergence_in_llama_cpp(untied, windows, reference):
     """The same numbers from llama.cpp's logits as from ours; nearly none for the model itself."""
-    from ramp_jax.evaluation.perplexity import reference_of
+    from ramp_jax.scoring.perplexity import reference_of
 
     other = evaluate_gguf(reference, windows, reference=reference_of(untied, windows))
     assert other.kld.shape == (3 * 11,)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ramp_jax.models.names import stack
 
 from ramp_jax import checkpoint, pretrain
 from ramp_jax.models import tensors
 from ramp_jax.models.decoder import logits
-from ramp_jax.models.names import stack
 from ramp_jax.models.spec import FAMILIES, make_spec
 from ramp_jax.pretrain import OptimizerConfig
 

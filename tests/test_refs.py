@@ -11,7 +11,6 @@ import pytest
 from ramp_jax import data, pretrain
 from ramp_jax.allocation import from_levels
 from ramp_jax.config import as_dict, from_dict
-from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.models import allocatable, load, load_model, tensors
 from ramp_jax.models.metadata import plain
 from ramp_jax.models.spec import make_spec
@@ -19,6 +18,7 @@ from ramp_jax.pretrain import OptimizerConfig
 from ramp_jax.quantization import fake_quantize
 from ramp_jax.refs import make
 from ramp_jax.refs.make import DecoderConfig, PretrainConfig, make_checkpoint
+from ramp_jax.scoring.perplexity import evaluate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("ref_*.py"))
 TINY = PretrainConfig(

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from ramp_jax import baselines, data
 from ramp_jax.allocation import ALIGNMENT, costs, from_levels
-from ramp_jax.evaluation.perplexity import evaluate
-from ramp_jax.evaluation.sensitivity import exact_sensitivity
 from ramp_jax.formats import LEVELS as FORMAT_LEVELS
 from ramp_jax.models import allocatable
 from ramp_jax.policy import embedding, networks, rollout, train
@@ -23,6 +21,8 @@ from ramp_jax.policy.rollout import POLICY_FILE, Policy, allocate, check_levels,
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import Task, TrainConfig
 from ramp_jax.quantization import calibrate, fake_quantize, fold
+from ramp_jax.scoring.perplexity import evaluate
+from ramp_jax.sensitivity.exact import exact_sensitivity
 
 LEVELS, HIDDEN = (4, 5, 8), (16,)
 

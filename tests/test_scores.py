@@ -16,13 +16,13 @@ from scipy.special import log_softmax, softmax
 import ramp_jax
 from ramp_jax import data
 from ramp_jax.allocation import Allocation, from_levels
-from ramp_jax.evaluation.perplexity import evaluate, evaluate_reference, head_scores, reference_of
-from ramp_jax.evaluation.scores import Evaluation, numbers, text_table
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import load_model
 from ramp_jax.models.load import read_tokenizer
 from ramp_jax.quantization import fake_quantize
+from ramp_jax.scoring.perplexity import evaluate, evaluate_reference, head_scores, reference_of
+from ramp_jax.scoring.scores import Evaluation, numbers, text_table
 
 PROTOCOLS = ("sliding", "llama.cpp")
 SHORT = {"context": 24, "count": 2}

@@ -13,15 +13,16 @@ from scipy.stats import spearmanr
 
 from ramp_jax import workflow
 from ramp_jax.config import RunConfig, WindowsConfig
-from ramp_jax.evaluation import fisher, sensitivity
-from ramp_jax.evaluation.fisher import fisher_sensitivity
-from ramp_jax.evaluation.perplexity import divergence, mean_divergences
-from ramp_jax.evaluation.sensitivity import exact_sensitivity
-from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.formats import format_for
 from ramp_jax.halo import libggml
 from ramp_jax.models import allocatable, lookup
 from ramp_jax.models.decoder import block_forward
+from ramp_jax.scoring.perplexity import divergence, mean_divergences
+from ramp_jax.sensitivity import exact as exact_room
+from ramp_jax.sensitivity import fisher
+from ramp_jax.sensitivity.exact import exact_sensitivity
+from ramp_jax.sensitivity.fisher import fisher_sensitivity
+from ramp_jax.sensitivity.table import Sensitivity
 
 LEVELS = (4, 5, 8)
 MEASURES = {"exact": exact_sensitivity, "fisher": fisher_sensitivity}
@@ -151,7 +152,7 @@ def test_masked_levels_have_no_cost(measure, untied, windows):
 
 def stopped_after(monkeypatch, batches):
     """From now on, measuring stops like a killed process before one more batch than `batches`."""
-    original, count = sensitivity._costs, itertools.count()
+    original, count = exact_room._costs, itertools.count()
 
     def costs(*arguments):
         if next(count) == batches:
@@ -232,7 +233,7 @@ def test_changed_input_is_named(untied, windows, saved, field):
 def test_other_method_and_other_version_are_named(untied, windows, saved, monkeypatch):
     with pytest.raises(ValueError, match=r"\(changed: method\)"):
         exact_sensitivity(untied, windows, LEVELS, path=saved)
-    monkeypatch.setattr("ramp_jax.evaluation.table.VERSION", 10**6)
+    monkeypatch.setattr("ramp_jax.sensitivity.table.VERSION", 10**6)
     with pytest.raises(ValueError, match=r"\(changed: code version\)"):
         fisher_sensitivity(untied, windows, LEVELS, path=saved)
 
@@ -269,7 +270,7 @@ def test_cost_that_is_not_finite_names_the_cell(measure, untied, windows):
 
 def test_halves_make_the_layer(model, rng):
     """Attention, then feed-forward, is the layer, so that gradients may go through the halves."""
-    layer = sensitivity.layer_params(model.params, 1)
+    layer = exact_room.layer_params(model.params, 1)
     x = jnp.asarray(rng.normal(size=(2, 9, 64)), jnp.float32)
     middle = fisher._half(model.spec, layer, "attn", x)
     np.testing.assert_allclose(
@@ -284,7 +285,7 @@ def test_probes_have_the_fisher_matrix_as_covariance(model, windows):
     change = jnp.asarray(np.random.default_rng(2).normal(size=(1, 320, 64)), jnp.float32)
     _, moves = fisher._from_head(model.spec, model.params, state, change, jax.random.key(0), 4096, 2)
     ones = {**model.params, "output": jnp.eye(64)}
-    hidden = np.asarray(sensitivity._run_from(model.spec, ones, state[None], 3)[0, 0, 2:-1], np.float64)
+    hidden = np.asarray(exact_room._run_from(model.spec, ones, state[None], 3)[0, 0, 2:-1], np.float64)
     logits = hidden @ np.asarray(model.params.get("output", model.params["token_embd"]), np.float64).T
     p, dz = np.exp(log_softmax(logits, axis=-1)), hidden @ np.asarray(change[0], np.float64).T
     expected = (p * dz**2).sum(axis=-1) - (p * dz).sum(axis=-1) ** 2

@@ -15,7 +15,6 @@ import torch
 
 from ramp_jax import workflow
 from ramp_jax.config import RunConfig, as_dict
-from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.halo.torch_model import token_losses, torch_model
 from ramp_jax.models import load_model
 from ramp_jax.policy import embedding, networks
@@ -23,6 +22,7 @@ from ramp_jax.policy.env import CONTEXT
 from ramp_jax.policy.rollout import Policy
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import TrainConfig
+from ramp_jax.scoring.perplexity import evaluate
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 import accelerator_suite

@@ -15,10 +15,10 @@ from scipy.special import log_softmax
 
 from ramp_jax import data, workflow
 from ramp_jax.allocation import from_levels
-from ramp_jax.evaluation import likelihood, questions
-from ramp_jax.evaluation.likelihood import bucket, log_likelihoods
-from ramp_jax.evaluation.tasks import JaxLM, accuracies, compared, text_table
 from ramp_jax.models.decoder import hidden_states
+from ramp_jax.scoring import likelihood, questions
+from ramp_jax.scoring.likelihood import bucket, log_likelihoods
+from ramp_jax.scoring.tasks import JaxLM, accuracies, compared, text_table
 
 LIMIT = 256
 
@@ -204,7 +204,7 @@ def test_task_that_nobody_knows(untied, monkeypatch):
     def few(include_path, include_defaults=True):
         return TaskManager(include_path=include_path, include_defaults=False)
 
-    monkeypatch.setattr("ramp_jax.evaluation.tasks.TaskManager", few)
+    monkeypatch.setattr("ramp_jax.scoring.tasks.TaskManager", few)
     with pytest.raises(FileNotFoundError, match="task 'piqua' is neither one of lm-eval's nor in a YAML file of"):
         accuracies(untied, ["piqua"])
 
@@ -212,8 +212,8 @@ def test_task_that_nobody_knows(untied, monkeypatch):
 def test_without_tokenizer_or_lm_eval(untied, monkeypatch):
     with pytest.raises(ValueError, match="has no tokenizer, so no task can be read"):
         accuracies(type(untied)(untied.spec, untied.params, untied.metadata), ["passages"])
-    monkeypatch.delitem(sys.modules, "ramp_jax.evaluation.tasks")
-    monkeypatch.delattr("ramp_jax.evaluation.tasks")
+    monkeypatch.delitem(sys.modules, "ramp_jax.scoring.tasks")
+    monkeypatch.delattr("ramp_jax.scoring.tasks")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RuntimeError, match=r"lm-eval is not installed .*; run `pip install 'ramp-jax\[tasks\]'`"):
         workflow.evaluate_tasks(untied, ["passages"])

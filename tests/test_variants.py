@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from ramp_jax.allocation import from_levels
-from ramp_jax.evaluation import variants
-from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.formats import format_for
 from ramp_jax.models import allocatable
 from ramp_jax.quantization import fake_quantize
+from ramp_jax.scoring import variants
+from ramp_jax.scoring.perplexity import evaluate
 
 LEVELS = (3, 4, 5, 8)
 

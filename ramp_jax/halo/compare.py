@@ -14,14 +14,14 @@ from jaxtyping import Int
 from ramp_jax import baselines, encoders
 from ramp_jax.allocation import Allocation, costs, from_levels, read_saved
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.evaluation.perplexity import Reference, evaluate, evaluate_reference, reference_of
-from ramp_jax.evaluation.scores import Evaluation
-from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model, tensors
 from ramp_jax.quantization import Encoder, EncoderName, fake_quantize, refold
+from ramp_jax.scoring.perplexity import Reference, evaluate, evaluate_reference, reference_of
+from ramp_jax.scoring.scores import Evaluation
+from ramp_jax.sensitivity.table import Sensitivity
 
 COMPARISON = "comparison.json"
 UNIFORM = "IQ4_NL"

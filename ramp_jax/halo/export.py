@@ -9,7 +9,7 @@ import numpy as np
 from ramp_jax.allocation import Allocation, export_metadata
 from ramp_jax.formats import get_format
 from ramp_jax.models import Model, Tensor, tensors
-from ramp_jax.models.names import permute_rope, rope_heads
+from ramp_jax.models.layout import permute_rope
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, refold
 
@@ -73,5 +73,5 @@ def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder) -
 def _encoded(model: Model, tensor: Tensor, fmt: str, encoder: Encoder) -> np.ndarray:
     """The tensor's bytes `[*rows, row bytes]`, rows in the file's order."""
     raw = get_format(fmt).to_bytes(encoder.encode(model, tensor, fmt))
-    heads = rope_heads(model.spec, tensor.key)
+    heads = model.spec.family.permuted_heads(tensor)
     return permute_rope(raw, heads) if heads else raw

@@ -25,8 +25,10 @@ def runtime_bytes(spec: DecoderSpec, context: int) -> int:
             f"for; choose another."
         )
     batch, context = min(context, _BATCH), -(-context // _CONTEXT_STEP) * _CONTEXT_STEP
-    per_token = 2 * spec.n_layers * spec.n_kv_heads * spec.head_size * _F16
-    alive = max(spec.vocab_size, 3 * spec.d_ff) + 5 * max(spec.d_model, spec.n_heads * spec.head_size)
+    parts = [sub for block in spec.blocks for sub in block.sub_blocks]
+    per_token = sum(sub.cache_channels for sub in parts) * _F16
+    mixers, mlps = ([sub.inner for sub in parts if sub.mixes == mixes] for mixes in (True, False))
+    alive = max(spec.vocab_size, 3 * max(mlps, default=0)) + 5 * max(spec.d_model, *mixers)
     return context * per_token + batch * (alive * _F32 + context * _F16) + spec.vocab_size * _F32
 
 

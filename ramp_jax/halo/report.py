@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import get_format
-from ramp_jax.models.names import LINEARS
 
 ALLOCATION_PNG, TRAINING_PNG, REPORT = "allocation.png", "training.png", "report.html"
 
@@ -62,15 +61,20 @@ def plot_allocation(allocation: Mapping[str, Any]) -> Figure:
     `allocation` is `Allocation.summary()`, or what `read_saved` reads.
     """
     formats = allocation["formats"]
-    layers = 1 + max(int(name.split(".")[1]) for name in formats if name.startswith("blk."))
-    bits = np.array([[_bits(formats[f"blk.{layer}.{key}.weight"]) for key in LINEARS] for layer in range(layers)])
+    inside = {tuple(name.split(".", 2)[1:]): fmt for name, fmt in formats.items() if name.startswith("blk.")}
+    modules = list(dict.fromkeys(name for _, name in inside))
+    layers = list(dict.fromkeys(layer for layer, _ in inside))
+    bits = np.full((len(layers), len(modules)), np.nan)  # where layers differ in kind, some lack some
+    for (layer, name), fmt in inside.items():
+        bits[layers.index(layer), modules.index(name)] = _bits(fmt)
     outside = {name: fmt for name, fmt in formats.items() if not name.startswith("blk.")}
-    levels = sorted({*bits.ravel().tolist(), *(_bits(fmt) for fmt in outside.values())})
+    levels = sorted({_bits(fmt) for fmt in formats.values()})
     colors = matplotlib.colormaps["viridis"].resampled(max(len(levels), 2))
     figure = Figure(figsize=(max(6.0, 0.24 * len(bits) + 2), 3.4), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(np.searchsorted(levels, bits).T, aspect="auto", cmap=colors, vmin=-0.5, vmax=colors.N - 0.5)
-    axes.set_yticks(range(len(LINEARS)), LINEARS)
+    places = np.where(np.isnan(bits), np.nan, np.searchsorted(levels, bits))
+    image = axes.imshow(places.T, aspect="auto", cmap=colors, vmin=-0.5, vmax=colors.N - 0.5)
+    axes.set_yticks(range(len(modules)), [name.removesuffix(".weight") for name in modules])
     axes.set_xlabel("layer")
     bar = figure.colorbar(image, ax=axes, ticks=range(len(levels)), label="bits")
     bar.ax.set_yticklabels([f"{level:g}" for level in levels])

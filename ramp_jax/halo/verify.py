@@ -14,7 +14,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.evaluation.perplexity import (
+from ramp_jax.halo.handoff import captured_log, last_line, require
+from ramp_jax.models import Model
+from ramp_jax.models.decoder import head_logits
+from ramp_jax.progress import track
+from ramp_jax.scoring.perplexity import (
     Protocol,
     Reference,
     TokenScores,
@@ -23,11 +27,7 @@ from ramp_jax.evaluation.perplexity import (
     predictions,
     token_scores,
 )
-from ramp_jax.evaluation.scores import Evaluation
-from ramp_jax.halo.handoff import captured_log, last_line, require
-from ramp_jax.models import Model
-from ramp_jax.models.decoder import head_logits
-from ramp_jax.progress import track
+from ramp_jax.scoring.scores import Evaluation
 
 _CHUNK = 128  # tokens scored at one time
 

@@ -1,8 +1,19 @@
 """Decoders: what they look like, their tensors, their forward pass, and how they are loaded."""
 
+from ramp_jax.models.layout import Tensor, allocatable, lookup, tensors
 from ramp_jax.models.load import Model, load_model
-from ramp_jax.models.names import Tensor, allocatable, lookup, tensors
+from ramp_jax.models.module import DecoderModule
 from ramp_jax.models.save import save_model
 from ramp_jax.models.spec import DecoderSpec
 
-__all__ = ["DecoderSpec", "Model", "Tensor", "allocatable", "load_model", "lookup", "save_model", "tensors"]
+__all__ = [
+    "DecoderModule",
+    "DecoderSpec",
+    "Model",
+    "Tensor",
+    "allocatable",
+    "load_model",
+    "lookup",
+    "save_model",
+    "tensors",
+]

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ramp_jax.models import decoder, names
+from ramp_jax.models import decoder
+from ramp_jax.models.layout import nest, tensors, unpermute_rope
 from ramp_jax.models.metadata import Metadata, describe, plain, read_metadata, typed
 from ramp_jax.models.spec import DecoderSpec, spec_from_gguf, spec_from_hf
 from ramp_jax.models.tokenizer import gguf_from_tokenizer, tokenizer_from_gguf
@@ -37,9 +38,9 @@ _SHIPPED = Path(__file__).parents[1] / "refs"
 class Model:
     """A decoder with its weights.
 
-    `params` is the tree of `names.py`, matrices `[L, O, I]` in one dtype, norms f32. `metadata` are the GGUF pairs
-    that an exported file carries on. `tokenizer` is None where the source has none. `folding` maps a tap to the
-    scales `[L, D]` by which Scale Folding has divided that activation; empty before folding.
+    `params` is the tree of `layout.py`, matrices `[O, I]` in one dtype, gains and biases f32. `metadata` are the GGUF
+    pairs that an exported file carries on. `tokenizer` is None where the source has none. `folding` maps an activation
+    to the scales `[C]` by which Scale Folding has divided it; empty before folding.
     """
 
     spec: DecoderSpec
@@ -54,7 +55,7 @@ class Model:
 
     def astype(self, dtype: Any) -> "Model":
         """The same model with matrices (and so all matrix products) in `dtype`."""
-        return dataclasses.replace(self, params=decoder.cast_weights(self.params, dtype))
+        return dataclasses.replace(self, params=decoder.cast_weights(self.spec, self.params, dtype))
 
 
 def load_model(ref: str, dtype: str = "float32") -> Model:
@@ -74,7 +75,8 @@ def load_model(ref: str, dtype: str = "float32") -> Model:
     except SafetensorError as error:
         raise ValueError(f"{path} holds a damaged safetensors file ({error}); download or save it again.") from error
     _check(spec, values, path)
-    params = decoder.cast_weights(names.stack(spec, values), fast_dtype() if dtype == "auto" else dtype)
+    tree = nest((tensor, values.pop(tensor.name)) for tensor in tensors(spec))
+    params = decoder.cast_weights(spec, tree, fast_dtype() if dtype == "auto" else dtype)
     return Model(spec, params, metadata, tokenizer)
 
 
@@ -153,12 +155,12 @@ def _read_gguf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     spec = spec_from_gguf(fields, tied="output.weight" not in by_name)
     values = {}
-    for tensor in names.tensors(spec):
+    for tensor in tensors(spec):
         if tensor.name in by_name:
             stored = by_name.pop(tensor.name)
             value = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32)
-            heads = names.rope_heads(spec, tensor.key)
-            values[tensor.name] = names.unpermute_rope(value, heads) if heads else value
+            heads = spec.family.permuted_heads(tensor)
+            values[tensor.name] = unpermute_rope(value, heads) if heads else value
     if by_name:
         raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(by_name)}.")
     return spec, values, metadata, tokenizer_from_gguf(fields, path)
@@ -177,16 +179,16 @@ def _read_hf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, 
         with safe_open(shard, framework="flax") as opened:
             shard_of |= {key: shard for key in opened.keys()}  # noqa: SIM118
     values = {}
-    for tensor in names.tensors(spec):
-        if (key := names.hf_name(tensor)) in shard_of:
+    for tensor in tensors(spec):
+        if (key := spec.family.hf_name(tensor)) in shard_of:
             with safe_open(shard_of.pop(key), framework="flax") as opened:
                 value = np.asarray(opened.get_tensor(key).astype(np.float32))
-                values[tensor.name] = value + np.float32(names.hf_offset(spec, tensor))
+                values[tensor.name] = value + np.float32(spec.family.hf_offset(tensor))
     left = [key for key in shard_of if not (key == "lm_head.weight" and spec.tied) and "rotary_emb" not in key]
     if left:
         raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(left)}.")
     tokenizer = AutoTokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
-    parameters = sum(t.size for t in names.tensors(spec))
+    parameters = sum(t.size for t in tensors(spec))
     metadata = describe(spec, path.resolve().name, parameters)
     if tokenizer is not None:
         if len(tokenizer) > spec.vocab_size:
@@ -199,7 +201,7 @@ def _read_hf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, 
 
 
 def _check(spec: DecoderSpec, values: dict[str, np.ndarray], path: Path) -> None:
-    for tensor in names.tensors(spec):
+    for tensor in tensors(spec):
         if tensor.name not in values:
             raise ValueError(f"{path} lacks tensor {tensor.name}; the file is incomplete or of another architecture.")
         if values[tensor.name].shape != tensor.shape:

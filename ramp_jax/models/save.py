@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from safetensors.flax import save_file
 
-from ramp_jax.models import names
+from ramp_jax.models.layout import Tensor, lookup, tensors
 from ramp_jax.models.load import Model
 from ramp_jax.models.spec import hf_config
 
@@ -31,7 +31,7 @@ def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
-        values = {names.hf_name(t): _stored(model, t, dtype) for t in names.tensors(model.spec)}
+        values = {model.spec.family.hf_name(t): _stored(model, t, dtype) for t in tensors(model.spec)}
         save_file(values, partial / "model.safetensors", metadata={"format": "pt"})
         partial.rename(path)
     finally:
@@ -39,6 +39,6 @@ def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
     return path
 
 
-def _stored(model: Model, tensor: names.Tensor, dtype: str) -> jax.Array:
-    value = names.lookup(model.params, tensor).astype(jnp.float32) - names.hf_offset(model.spec, tensor)
+def _stored(model: Model, tensor: Tensor, dtype: str) -> jax.Array:
+    value = lookup(model.params, tensor).astype(jnp.float32) - model.spec.family.hf_offset(tensor)
     return value.astype(dtype)

@@ -1,53 +1,19 @@
 """What a decoder looks like, read from a Hugging Face config or from GGUF metadata, and written as the former."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-Activation = Literal["silu", "gelu_tanh"]
-
-
-class Family(NamedTuple):
-    """What sets a family apart from others: what its decoder computes, and how its files store it.
-
-    `norm_offset` is what Hugging Face checkpoints leave out of every gain (γ is stored, 1 + γ multiplies); GGUFs and
-    the parameter tree hold whole gains. `permuted_rope`: GGUF stores the rows of q and k with neighbours that rotate
-    together. `head_size` and `tied` are what a config means that does not name them (None: d_model / n_heads).
-    """
-
-    hf: str
-    qk_norm: bool = False
-    activation: Activation = "silu"
-    scaled_embedding: bool = False
-    norm_offset: float = 0.0
-    permuted_rope: bool = False
-    head_size: int | None = None
-    tied: bool = False
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", permuted_rope=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_size=128),
-    "gemma": Family(
-        "GemmaForCausalLM",
-        activation="gelu_tanh",
-        scaled_embedding=True,
-        norm_offset=1.0,
-        head_size=256,
-        tied=True,
-    ),
-}
-"""By GGUF architecture."""
+from ramp_jax.models.families import FAMILIES, Family
+from ramp_jax.models.layout import Block
 
 _HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """A dense decoder: pre-norm blocks of grouped-query attention with rotary positions and a gated MLP.
-
-    `qk_norm` norms every query and key head before rotation; `embedding_scale` multiplies what enters the first layer.
-    """
+    """The numbers that describe a decoder of one family; `blocks` is what they mean."""
 
     architecture: str
     n_layers: int
@@ -61,19 +27,21 @@ class DecoderSpec:
     rope_theta: float
     norm_eps: float
     tied: bool
-    qk_norm: bool = False
-    activation: Activation = "silu"
-    embedding_scale: float = 1.0
-
-    @property
-    def queries_per_kv(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.n_heads // self.n_kv_heads
 
     @property
     def family(self) -> Family:
-        """How its files store it."""
+        """What its decoder computes and how its files store it."""
         return FAMILIES[self.architecture]
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Its layers, in forward order."""
+        return self.family.blocks(self)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What multiplies that which enters the first block."""
+        return float(self.d_model) ** 0.5 if self.family.scaled_embedding else 1.0
 
 
 def make_spec(architecture: str, **sizes: Any) -> DecoderSpec:
@@ -83,13 +51,7 @@ def make_spec(architecture: str, **sizes: Any) -> DecoderSpec:
     family = FAMILIES[architecture]
     if family.tied and not sizes["tied"]:
         raise ValueError(f"llama.cpp runs {architecture} with its embedding as the head only; use a tied checkpoint.")
-    return DecoderSpec(
-        architecture=architecture,
-        **sizes,
-        qk_norm=family.qk_norm,
-        activation=family.activation,
-        embedding_scale=float(sizes["d_model"]) ** 0.5 if family.scaled_embedding else 1.0,
-    )
+    return DecoderSpec(architecture=architecture, **sizes)
 
 
 def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
@@ -135,7 +97,7 @@ def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
 
 def hf_config(spec: DecoderSpec) -> dict[str, Any]:
     """The contents of a `config.json` that `spec_from_hf` and transformers read as `spec`."""
-    activation = _HF_ACTIVATIONS[spec.activation]
+    activation = _HF_ACTIVATIONS[spec.family.activation]
     return {
         "architectures": [spec.family.hf],
         "model_type": spec.architecture,
@@ -153,7 +115,7 @@ def hf_config(spec: DecoderSpec) -> dict[str, Any]:
         "tie_word_embeddings": spec.tied,
         "hidden_act": activation,
         "attention_bias": False,
-    } | ({"hidden_activation": activation} if spec.activation == "gelu_tanh" else {})
+    } | ({"hidden_activation": activation} if spec.family.activation == "gelu_tanh" else {})
 
 
 def spec_from_gguf(fields: Mapping[str, Any], tied: bool) -> DecoderSpec:

@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ramp_jax.evaluation.interactions import Estimate, estimate
 from ramp_jax.formats.rounding import blocks_of, flatten_blocks, reciprocal, round_half_away
 from ramp_jax.models import Model, Tensor, allocatable, lookup
-from ramp_jax.models.names import LINEARS
+from ramp_jax.models.layout import LOOKED_UP, STREAM, full_name
 from ramp_jax.progress import track
 from ramp_jax.quantization import Encoder, Stats, importance_of
 from ramp_jax.quantization.calibrate import Moments
+from ramp_jax.sensitivity.pairs import Estimate, estimate
 
 VERSION = 4
 """Raised whenever a number changes its meaning; a policy refuses embeddings of another version."""
@@ -54,12 +54,9 @@ NAMES = (
 _CENTER = np.array([1.2, 0.3, -1.5, 1.0, 0.7, -1.4, 0.0, 0.5, -2.5, 0.0, 0.5], np.float32)
 _WIDTH = np.array([0.5, 0.2, 0.7, 0.3, 0.7, 0.3, 0.5, 0.35, 0.7, 0.5, 0.35], np.float32)
 
-_WRITTEN_BY = {"attn_in": "attn_out", "attn_mid": "attn_out", "ffn_in": "ffn_out", "ffn_mid": "ffn_out"}
-_ROLES = {key: i / len(LINEARS) for i, key in enumerate(LINEARS)} | {"token_embd": 1.0, "output": 1.0}
 LOSS_LEVEL = 4
 """The one level that rows of every length have."""
 
-_NO_INPUT = "token"  # tap of an embedding that is only looked up
 _TINY = 1e-12
 
 
@@ -78,8 +75,8 @@ def estimated(model: Model, stats: Stats, levels: tuple[float, ...]) -> Estimate
 def embed(model: Model, stats: Stats, loss: Float[np.ndarray, " T"] | None = None) -> Float[np.ndarray, "T 11"]:
     """Embeddings of the allocatable tensors in forward order, of the model as it is (folded or not).
 
-    `loss` is that of `estimated` at `LOSS_LEVEL` where it is known. Raises `KeyError` where `stats` lacks the
-    taps of the model, `ValueError` where they lack a sample of the text.
+    `loss` is that of `estimated` at `LOSS_LEVEL` where it is known. Raises `KeyError` where `stats` lacks activations
+    of the model, `ValueError` where they lack a sample of the text.
     """
     members = allocatable(model.spec)
     loss = estimated(model, stats, (LOSS_LEVEL,)).loss[:, 0] if loss is None else loss
@@ -94,16 +91,15 @@ def embed(model: Model, stats: Stats, loss: Float[np.ndarray, " T"] | None = Non
 
 
 def _activation(stats: Stats, tensor: Tensor) -> list[float]:
-    if tensor.tap == _NO_INPUT:
+    if tensor.reads == LOOKED_UP:
         return _CENTER[:3].tolist()
-    x = _moments(stats, tensor.tap, tensor.layer)
+    x = _moments(stats, tensor.reads)
     mean_square = float(x.square.mean())
     rms = np.sqrt(np.maximum(x.square, _TINY * mean_square + _TINY))
-    written = _WRITTEN_BY.get(tensor.tap)
     share = 1.0
-    if written is not None:
-        residual = _moments(stats, "residual", tensor.layer).square.mean()
-        share = float(_moments(stats, written, tensor.layer).square.mean() / (residual + _TINY))
+    if tensor.written is not None:
+        residual = _moments(stats, full_name(tensor.layer, STREAM)).square.mean()
+        share = float(_moments(stats, tensor.written).square.mean() / (residual + _TINY))
     return [
         float(np.log10(x.abs_max.max() / (np.sqrt(mean_square) + _TINY) + _TINY)),
         float(np.log10(rms).std()),
@@ -113,24 +109,21 @@ def _activation(stats: Stats, tensor: Tensor) -> list[float]:
 
 def _weight(model: Model, stats: Stats, tensor: Tensor) -> list[float]:
     w = lookup(model.params, tensor).astype(jnp.float32)
-    if tensor.tap == _NO_INPUT:
-        square = np.ones(tensor.shape[-1], np.float32)
-    else:
-        square = _moments(stats, tensor.tap, tensor.layer).square
+    looked_up = tensor.reads == LOOKED_UP
+    square = np.ones(tensor.shape[-1], np.float32) if looked_up else _moments(stats, tensor.reads).square
     outlier, kurtosis, error = (float(x) for x in _weight_numbers(w, square))
     return [float(np.log10(outlier + _TINY)), _log_kurtosis(kurtosis), float(np.log10(error + _TINY))]
 
 
 def _structure(model: Model, tensor: Tensor, total: float) -> list[float]:
-    last = max(model.spec.n_layers - 1, 1)
-    depth = tensor.layer / last if tensor.layer is not None else float(tensor.key == "output")
+    last = max(len(model.spec.blocks) - 1, 1)
+    depth = tensor.layer / last if tensor.layer is not None else float(tensor != allocatable(model.spec)[0])
     n_out, n_in = tensor.shape
-    return [depth, float(np.log10(tensor.size / total)), float(np.log10(n_out / n_in)), _ROLES[tensor.key]]
+    return [depth, float(np.log10(tensor.size / total)), float(np.log10(n_out / n_in)), tensor.weight.place]
 
 
-def _moments(stats: Stats, tap: str, layer: int | None) -> Moments:
-    moments = stats.moments[tap]
-    return Moments(*(np.asarray(leaf if layer is None else leaf[layer]) for leaf in moments))
+def _moments(stats: Stats, activation: str) -> Moments:
+    return Moments(*map(np.asarray, stats.moments[activation]))
 
 
 def _log_kurtosis(kurtosis: float) -> float:

@@ -17,18 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ramp_jax import sweep
 from ramp_jax.allocation import Allocation
+from ramp_jax.checkpoint import digest
 from ramp_jax.formats import decode, get_format
 from ramp_jax.formats.parts import in_row_parts
 from ramp_jax.formats.refine import GRIDS, codes_of, state_of
 from ramp_jax.formats.rounding import reciprocal
 from ramp_jax.models import Model, allocatable, lookup
-from ramp_jax.models.decoder import Params, block_forward, embed, layer_params
-from ramp_jax.progress import track
-from ramp_jax.quantization.calibrate import INPUTS, layer_second_moments
-from ramp_jax.quantization.encoder import Encoder
+from ramp_jax.models.decoder import Params, embed
+from ramp_jax.models.layout import Block, replace_in_block
+from ramp_jax.quantization.calibrate import block_second_moments
+from ramp_jax.quantization.encoder import Encoder, Fitted
 from ramp_jax.quantization.fake_quant import decoded
-from ramp_jax.quantization.fold import GROUPS
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean."""
@@ -39,49 +40,51 @@ _LOG = logging.getLogger(__name__)
 def compensate(model: Model, allocation: Allocation, windows: Int[np.ndarray, "W T"], plain: Encoder) -> Encoder:
     """`plain` with compensated codes for every linear of the blocks, fitted on calibration windows.
 
-    `model` is folded as it is to be quantized. Layers go in order, and so do the linears of a layer: inputs are those
+    `model` is folded as it is to be quantized. Blocks go in order, and so do the linears of a block: inputs are those
     that already quantized tensors make. A quarter of the windows is not fitted on but decides, row by row, whether the
     outputs lose less than as `plain` rounds them. Tensors before which nothing was seen, or whose second moments are
-    singular, are rounded by `plain`. Second moments of one tap exist at a time.
+    singular, are rounded by `plain`. Second moments of one activation exist at a time.
     """
-    members = {(tensor.key, tensor.layer): tensor for tensor in allocatable(model.spec)}
-    embedding = decoded(model, members["token_embd", None], allocation.formats["token_embd.weight"], plain)
-    x, codes, failed = embed(model.spec, embedding, windows), {}, []
-    for index in track(range(model.spec.n_layers), "compensating", "layer"):
-        layer = layer_params(model.params, index)
-        for tap in INPUTS:
-            readers = [members[key, index] for key in GROUPS[tap].readers]
+    members = {tensor.name: tensor for tensor in allocatable(model.spec)}
+    first = allocatable(model.spec)[0]
+    embedding = decoded(model, first, allocation.formats[first.name], plain)
+    x, fitted, failed = embed(model.spec, embedding, windows), {}, []
+    for at in sweep.forward(model.spec, model.params, "compensating"):
+        w = at.weights
+        for activation in at.block.activations:
+            readers = [members[at.full(weight.name)] for weight in at.block.readers(activation.name)]
             gridded = [tensor for tensor in readers if allocation.formats[tensor.name] in GRIDS]
-            second, check = _seconds(model, layer, x, tap) if gridded else (None, None)
+            second, check = _seconds(at.block, w, x, activation.name) if gridded else (None, None)
             upper = factor(second) if gridded else None
             usable = gridded and bool(jnp.isfinite(upper).all())
             failed += [] if usable else [tensor.name for tensor in gridded]
             for tensor in readers:
                 fmt = allocation.formats[tensor.name]
                 found = plain.encode(model, tensor, fmt)
+                value = lookup(model.params, tensor)
+                exact = value.astype(jnp.float32)
                 if usable and tensor in gridded:
-                    w = lookup(model.params, tensor).astype(jnp.float32)
-                    found = _better(w, check, fmt, in_parts(w, upper, fmt), found)
-                codes[tensor.name, fmt] = jax.tree.map(np.asarray, found)
-                layer[tensor.key] = decode(found, fmt).astype(layer[tensor.key].dtype)
-        x = block_forward(model.spec, layer, x)
+                    found = _better(exact, check, fmt, in_parts(exact, upper, fmt), found)
+                fitted[tensor.name, fmt] = Fitted(jax.tree.map(np.asarray, found), digest(exact))
+                w = replace_in_block(w, {tensor.weight.name: decode(found, fmt).astype(value.dtype)})
+        x = sweep.advance(at._replace(weights=w), x)
     if failed:
         _LOG.warning(
             "the inputs of %d tensors have no usable second moment, first %s; they are rounded without compensation.",
             len(failed),
             failed[0],
         )
-    return dataclasses.replace(plain, codes=codes)
+    return dataclasses.replace(plain, fitted=fitted)
 
 
 def _seconds(
-    model: Model, layer: Params, x: Float[Array, "W T D"], tap: str
+    block: Block, w: Params, x: Float[Array, "W T D"], name: str
 ) -> tuple[Float[Array, "C C"], Float[Array, "C C"]]:
     """Second moments to fit on and to decide by: of three quarters of the windows and of the rest, if there is one."""
     border = len(x) // 4
-    _, fit = layer_second_moments(model.spec, layer, x[border:], (tap,))
-    _, check = layer_second_moments(model.spec, layer, x[:border], (tap,)) if border else (x, fit)
-    return fit[tap], check[tap]
+    _, fit = block_second_moments(block, w, x[border:], (name,))
+    _, check = block_second_moments(block, w, x[:border], (name,)) if border else (x, fit)
+    return fit[name], check[name]
 
 
 def in_parts(w: Float[Array, "O I"], upper: Float[Array, "I I"], fmt: str) -> Any:

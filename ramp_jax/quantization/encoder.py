@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
+from ramp_jax.checkpoint import digest
 from ramp_jax.formats.check import EncodeCache, checked_encode
 from ramp_jax.formats.registry import Effort
 from ramp_jax.models import Model, Tensor, lookup
@@ -18,29 +19,45 @@ EncoderName = Literal["reference", "best", "compensated"]
 _LOG = logging.getLogger(__name__)
 
 
+class Fitted(NamedTuple):
+    """Codes that were found beforehand, and a fingerprint of the weights that they stand for."""
+
+    codes: Any
+    weights: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """Codes for a model's tensors: `effort` of the search, weighted by `importance` where a tensor has an entry.
 
     Importance is that of the unfolded model; what a folding changes in it is applied here. With a `cache`, the same
-    weights are encoded once. `codes` by tensor and format were found before, for one folding.
+    weights are encoded once. `fitted` codes by tensor and format were found before, for the weights of one folding.
     """
 
     effort: Effort = "reference"
     importance: Importance = dataclasses.field(default_factory=dict)
     cache: EncodeCache | None = None
-    codes: Mapping[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
+    fitted: Mapping[tuple[str, str], Fitted] = dataclasses.field(default_factory=dict)
 
     def encode(self, model: Model, tensor: Tensor, fmt: str) -> Any:
-        """Codes of one tensor of `model`, folded as it is; raises `ValueError` where it cannot be encoded."""
-        if (tensor.name, fmt) in self.codes:
-            return self.codes[tensor.name, fmt]
+        """Codes of one tensor of `model`, folded as it is.
+
+        Raises `ValueError` where it cannot be encoded, or where codes were fitted to other weights of that name.
+        """
+        w = lookup(model.params, tensor).astype(jnp.float32)
+        if (known := self.fitted.get((tensor.name, fmt))) is not None:
+            if known.weights != digest(w):
+                raise ValueError(
+                    f"the codes of {tensor.name} were fitted to other weights; make the encoder again for this model "
+                    f"and its folding."
+                )
+            return known.codes
         weights = folded(self.importance, tensor, model.folding)
         if weights is not None and not weights.any():
             _say_unweighted(tensor.name)
             weights = None
         encode = checked_encode if self.cache is None else self.cache.encode
-        return encode(tensor.name, lookup(model.params, tensor).astype(jnp.float32), fmt, weights, self.effort)
+        return encode(tensor.name, w, fmt, weights, self.effort)
 
 
 @functools.cache

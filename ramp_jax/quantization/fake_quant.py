@@ -6,7 +6,7 @@ from ramp_jax.allocation import Allocation
 from ramp_jax.formats import decode
 from ramp_jax.models import Model, Tensor, allocatable, lookup
 from ramp_jax.models.decoder import Params
-from ramp_jax.models.names import replaced
+from ramp_jax.models.layout import replaced
 from ramp_jax.quantization.encoder import REFERENCE, Encoder
 
 
@@ -16,7 +16,7 @@ def fake_quantize(model: Model, allocation: Allocation, encoder: Encoder = REFER
     Raises `ValueError` where a tensor cannot be encoded.
     """
     members = allocatable(model.spec)
-    return replaced(model.params, members, lambda t: decoded(model, t, allocation.formats[t.name], encoder))
+    return replaced(model.params, ((t, decoded(model, t, allocation.formats[t.name], encoder)) for t in members))
 
 
 def decoded(model: Model, tensor: Tensor, fmt: str, encoder: Encoder = REFERENCE) -> jax.Array:

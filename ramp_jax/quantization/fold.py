@@ -15,35 +15,19 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ramp_jax import sweep
 from ramp_jax.formats import format_up_to, get_format
 from ramp_jax.formats.parts import in_row_parts
-from ramp_jax.models import DecoderSpec, Model
-from ramp_jax.models.names import block_shapes
-from ramp_jax.progress import track
+from ramp_jax.models import Model
+from ramp_jax.models.layout import Activation, Block, Params, foldable, of_block, replace_in_block
 from ramp_jax.quantization.calibrate import Stats
-
-
-class Group(NamedTuple):
-    """What divides an activation by its scales, a norm or a linear, and the linears that read it."""
-
-    producer: str
-    readers: tuple[str, ...]
-
-
-GROUPS = {
-    "attn_in": Group("attn_norm", ("attn_q", "attn_k", "attn_v")),
-    "attn_mid": Group("attn_v", ("attn_output",)),
-    "ffn_in": Group("ffn_norm", ("ffn_gate", "ffn_up")),
-    "ffn_mid": Group("ffn_up", ("ffn_down",)),
-}
-"""By tap, the activation that is divided."""
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(8))
 BETAS = (0.0, 0.3)
@@ -66,34 +50,36 @@ def fold(
 ) -> Model:
     """The same function with scales chosen for quantization at `level`, or the next lower one that rows can take.
 
-    Per layer and group, (α, β) minimizes the squared error of the outputs of the linears, quantized with the
-    activations' importance: tr(E H Eᵀ) with the second moments H of `model`, layer by layer as `second_moments` gives
-    them, else with their diagonal from `stats`. Groups whose rows none can hold stay as they are; scales beyond 64 are
-    clipped and reported. Raises `ValueError` where that is every group.
+    Per activation, (α, β) minimizes the squared error of the outputs of the matrices that read it, quantized with the
+    activations' importance: tr(E H Eᵀ) with the second moments H of `model`, block by block as `second_moments` gives
+    them, else with their diagonal from `stats`. Activations whose readers' rows no level can hold stay as they are;
+    scales beyond 64 are clipped and reported. Raises `ValueError` where that is all of them.
     """
-    shapes = block_shapes(model.spec)
-    formats = {tap: format_up_to(level, shapes[group.readers[0]][1]) for tap, group in GROUPS.items()}
-    formats = {tap: fmt.name for tap, fmt in formats.items() if fmt is not None}
+    members = foldable(model.spec)
+    formats = {a.width: fmt.name for a in members.values() if (fmt := format_up_to(level, a.width)) is not None}
     if not formats:
         raise ValueError(
             f"no level up to {level} can hold rows of {model.spec.d_model} weights; fold at another level."
         )
     moments = stats.under(model.folding).moments
     grid = jnp.asarray([(a, b) for a in alphas for b in betas])
-    chosen: dict[str, list[jax.Array]] = {tap: [] for tap in formats}
+    chosen: dict[str, jax.Array] = {}
     clipped = 0
-    layers = itertools.repeat({}, model.spec.n_layers) if second is None else second
-    for layer, matrices in enumerate(track(layers, "folding", "layer")):
-        for tap, fmt in formats.items():
-            rows = [model.params["blk"][name][layer].astype(jnp.float32) for name in GROUPS[tap].readers]
-            w, square = jnp.concatenate(rows), moments[tap].square[layer]
-            scales, beyond = _scales(model.spec, tap, w, square, grid)
-            best = _best(w, scales, square, jnp.asarray(matrices.get(tap, square)), fmt)
-            clipped += int(beyond[best].sum())
-            chosen[tap].append(scales[best])
+    matrices = itertools.repeat({}) if second is None else iter(second)
+    for at in sweep.forward(model.spec, model.params, "folding"):
+        seconds = next(matrices)
+        for activation in at.block.activations:
+            name, fmt = at.full(activation.name), formats.get(activation.width)
+            if name in members and fmt is not None:
+                rows = [of_block(at.weights, r.name).astype(jnp.float32) for r in at.block.readers(activation.name)]
+                w, square = jnp.concatenate(rows), moments[name].square
+                scales, beyond = _scales(activation, w, square, grid)
+                best = _best(w, scales, square, jnp.asarray(seconds.get(activation.name, square)), fmt)
+                clipped += int(beyond[best].sum())
+                chosen[name] = scales[best]
     if clipped:
         _LOG.warning("%d scales of folding went beyond %g and were clipped.", clipped, _LARGEST_SCALE)
-    return _scaled(model, {tap: jnp.stack(per_layer) for tap, per_layer in chosen.items()})
+    return _scaled(model, chosen)
 
 
 def refold(model: Model, folding: Mapping[str, Any]) -> Model:
@@ -101,57 +87,56 @@ def refold(model: Model, folding: Mapping[str, Any]) -> Model:
 
     Raises `ValueError` where a scale has another shape than the model's activation.
     """
-    if unknown := folding.keys() - GROUPS.keys():
-        raise ValueError(f"the folding names {min(unknown)}, which no model has; make the allocation again.")
-    shapes, scales = block_shapes(model.spec), {}
-    for tap in folding.keys() | model.folding.keys():
-        shape = (model.spec.n_layers, shapes[GROUPS[tap].readers[0]][1])
-        target = jnp.asarray(folding.get(tap, np.ones(shape)), jnp.float32)
-        if target.shape != shape:
-            raise ValueError(f"the folding of {tap} has shape {target.shape}, this model needs {shape}.")
-        scales[tap] = target / model.folding.get(tap, 1.0)
-    return _scaled(model, {tap: scales[tap] for tap in GROUPS if tap in scales})
+    members = foldable(model.spec)
+    if unknown := folding.keys() - members.keys():
+        raise ValueError(f"the folding names {min(unknown)}, which the model has not; make the allocation again.")
+    scales = {}
+    for name, activation in members.items():
+        if name in folding or name in model.folding:
+            target = jnp.asarray(folding.get(name, np.ones(activation.width)), jnp.float32)
+            if target.shape != (activation.width,):
+                shape = f"{target.shape}, this model needs ({activation.width},)"
+                raise ValueError(f"the folding of {name} has shape {shape}; make the allocation again.")
+            scales[name] = target / model.folding.get(name, 1.0)
+    return _scaled(model, scales)
 
 
-def _scaled(model: Model, scales: dict[str, Float[Array, "L C"]]) -> Model:
-    """Divide the activation of each tap by its scales, and multiply the linears that read it."""
+def _scaled(model: Model, scales: Mapping[str, Float[Array, " C"]]) -> Model:
+    """Divide each activation by its scales, and multiply the matrices that read it."""
     folding, blk = dict(model.folding), dict(model.params["blk"])
-    for tap, s in scales.items():
-        producer, readers = GROUPS[tap]
-        divisor = s if tap != "attn_mid" else _of_heads(model.spec, s)
-        for key in (producer, f"{producer}_bias"):
-            if key in blk:
-                rows = divisor if blk[key].ndim == 2 else divisor[..., None]
-                blk[key] = (blk[key].astype(jnp.float32) / rows).astype(blk[key].dtype)
-        widened = {name: blk[name].astype(jnp.float32) * s[:, None, :] for name in readers}
-        blk |= {name: w.astype(blk[name].dtype) for name, w in widened.items()}
-        folding[tap] = folding.get(tap, 1.0) * s
+    for at in sweep.forward(model.spec, model.params):
+        for activation in at.block.activations:
+            s = scales.get(name := at.full(activation.name))
+            if s is not None:
+                blk[at.index] = fold_block(at.block, blk[at.index], activation, s)
+                folding[name] = folding.get(name, 1.0) * s
     return dataclasses.replace(model, params={**model.params, "blk": blk}, folding=folding)
 
 
-def _of_heads(spec: DecoderSpec, s: Float[Array, "L NH"]) -> Float[Array, "L KH"]:
-    """Scales of the values' rows from those of attention's outputs: the first query head of each key/value head."""
-    layers = s.shape[0]
-    return s.reshape(layers, spec.n_kv_heads, spec.queries_per_kv, -1)[:, :, 0].reshape(layers, -1)
+def fold_block(block: Block, w: Params, activation: Activation, s: Float[Array, " C"]) -> Params:
+    """A block's tensors with one activation divided by `s`: the rows (or gains, and biases) of what makes it, too."""
+    divisor = activation.maker_rows(s)
+    changed = {}
+    for weight in block.weights:
+        if weight.name.rpartition(".")[0] == activation.maker:
+            value = of_block(w, weight.name)
+            rows = divisor.reshape(-1, *[1] * (value.ndim - 1))
+            changed[weight.name] = (value.astype(jnp.float32) / rows).astype(value.dtype)
+    for weight in block.readers(activation.name):
+        value = of_block(w, weight.name)
+        changed[weight.name] = (value.astype(jnp.float32) * s[None]).astype(value.dtype)
+    return replace_in_block(w, changed)
 
 
-def _shared(spec: DecoderSpec, magnitude: Float[Array, " NH"]) -> Float[Array, " NH"]:
-    """Root mean squares over the query heads that share a key/value head, at each of them."""
-    heads = magnitude.reshape(spec.n_kv_heads, spec.queries_per_kv, -1)
-    mean = jnp.sqrt(jnp.mean(jnp.square(heads), axis=1, keepdims=True))
-    return jnp.broadcast_to(mean, heads.shape).reshape(-1)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "tap"))
+@functools.partial(jax.jit, static_argnames="activation")
 def _scales(
-    spec: DecoderSpec, tap: str, w: Float[Array, "O C"], square: Float[Array, " C"], grid: Float[Array, "A 2"]
+    activation: Activation, w: Float[Array, "O C"], square: Float[Array, " C"], grid: Float[Array, "A 2"]
 ) -> tuple[Float[Array, "A C"], Bool[Array, "A C"]]:
     """Candidates, and which of their entries were clipped."""
-    share = functools.partial(_shared, spec) if tap == "attn_mid" else lambda a: a
-    activation, weight = share(jnp.sqrt(square)), share(jnp.sqrt(jnp.mean(jnp.square(w), axis=0)))
+    seen, weight = (activation.share(a) for a in (jnp.sqrt(square), jnp.sqrt(jnp.mean(jnp.square(w), axis=0))))
 
     def one(pair: Float[Array, " 2"]) -> tuple[jax.Array, jax.Array]:
-        log_s = pair[0] * _log(activation) - pair[1] * _log(weight)
+        log_s = pair[0] * _log(seen) - pair[1] * _log(weight)
         s = jnp.exp(log_s - jnp.mean(log_s))
         clipped = jnp.clip(s, 1 / _LARGEST_SCALE, _LARGEST_SCALE)
         return clipped, clipped != s

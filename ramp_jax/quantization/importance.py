@@ -27,10 +27,7 @@ _DEAD = 1e-4  # of the mean: channels that calibration hardly saw still count a 
 def importance_of(spec: DecoderSpec, stats: Stats) -> dict[str, Float[np.ndarray, " I"]]:
     """Importance of every linear of the blocks; as in llama.cpp, embeddings have no entry."""
     moments = stats.under({}).moments
-    return {
-        tensor.name: np.ascontiguousarray(moments[tensor.tap].square[tensor.layer], np.float32)
-        for tensor in _linears(spec)
-    }
+    return {tensor.name: np.ascontiguousarray(moments[tensor.reads].square, np.float32) for tensor in _linears(spec)}
 
 
 def folded(importance: Importance, tensor: Tensor, folding: Mapping[str, jax.Array]) -> Float[np.ndarray, " I"] | None:
@@ -38,11 +35,11 @@ def folded(importance: Importance, tensor: Tensor, folding: Mapping[str, jax.Arr
 
     Channels that calibration hardly saw get a ten-thousandth of the mean, so that their weights are not given up.
     """
-    values, scales = importance.get(tensor.name), folding.get(tensor.tap)
+    values, scales = importance.get(tensor.name), folding.get(tensor.reads)
     if values is None:
         return None
     values = np.maximum(values, _DEAD * values.mean(dtype=np.float64)).astype(np.float32)
-    return values if scales is None else values / np.square(np.asarray(scales[tensor.layer], np.float32))
+    return values if scales is None else values / np.square(np.asarray(scales, np.float32))
 
 
 def write_imatrix(path: str | Path, importance: Importance, dataset: str, chunks: int, chunk_size: int) -> None:

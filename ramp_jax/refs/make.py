@@ -18,15 +18,14 @@ from ramp_jax import pretrain
 from ramp_jax.allocation import from_levels
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import as_dict
-from ramp_jax.evaluation.perplexity import evaluate, reference_of
 from ramp_jax.formats import format_for
 from ramp_jax.halo.export import check_writable
 from ramp_jax.models import Model, allocatable, load_model, save_model, tensors
-from ramp_jax.models.decoder import cast_weights
 from ramp_jax.models.metadata import describe
 from ramp_jax.models.spec import make_spec
 from ramp_jax.pretrain import OptimizerConfig
 from ramp_jax.quantization import fake_quantize
+from ramp_jax.scoring.perplexity import evaluate, reference_of
 
 RUN, TOKENIZER, CHECKPOINT, METRICS, RESULT = "run.json", "tokenizer", "state.msgpack", "metrics.jsonl", "result.json"
 END = "<|endoftext|>"
@@ -93,7 +92,7 @@ def make_checkpoint(
 
         key, path = jax.random.key(config.seed), workdir / CHECKPOINT
         params = pretrain.run(key, spec, config.optimizer, windows, log=log, checkpoint_path=path)
-    trained = Model(spec, cast_weights(params, "float32"), describe(spec, output.name, parameters), tokenizer)
+    trained = Model(spec, params, describe(spec, output.name, parameters), tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_model(trained, output)
     found = heldout(load_model(str(output)), config)

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ramp_jax.evaluation.diagnose import check_windows, explain
-from ramp_jax.evaluation.scores import Evaluation
+from ramp_jax import sweep
 from ramp_jax.models import DecoderSpec, Model
-from ramp_jax.models.decoder import Params, head_logits, head_weights, hidden_states
+from ramp_jax.models.decoder import Params, embed, final_norm, head_logits, head_weights
 from ramp_jax.progress import track
+from ramp_jax.scoring.diagnose import check_windows, explain
+from ramp_jax.scoring.scores import Evaluation
 
 Protocol = Literal["llama.cpp", "sliding"]
 
 _HEAD_CHUNK = 128  # tokens whose logits exist at one time
-_TOKENS_AT_ONCE = 2048  # of windows that run together
+_NUMBERS_AT_ONCE = 1 << 25  # of hidden states that travel over the blocks together
 
 
 def first_scored(protocol: Protocol, context: int) -> int:
@@ -213,10 +214,10 @@ def _chunked(a: jax.Array, size: int = _HEAD_CHUNK) -> jax.Array:
 def _window_hidden(
     spec: DecoderSpec, params: Params, windows: Int[np.ndarray, "W T"], start: int
 ) -> Iterator[Float[Array, "S D"]]:
-    """Normed hidden states of each window from `start` on but the last; windows run in batches of one shape."""
-    count = min(-(-windows.size // _TOKENS_AT_ONCE), len(windows))
-    size = -(-len(windows) // count)
-    filled = np.pad(windows, ((0, -len(windows) % size), (0, 0)))
-    batches = (filled[first : first + size] for first in range(0, len(filled), size))
-    every = (row for ids in batches for row in hidden_states(spec, params, ids)[:, start:-1])
-    return itertools.islice(every, len(windows))
+    """Normed hidden states of each window from `start` on but the last token; windows sweep in groups."""
+    size = max(1, _NUMBERS_AT_ONCE // (windows.shape[1] * spec.d_model))
+    for first in range(0, len(windows), size):
+        x = embed(spec, params["token_embd"]["weight"], windows[first : first + size])
+        for at in sweep.forward(spec, params):
+            x = sweep.advance(at, x)
+        yield from final_norm(spec, params, x[:, start:-1])

@@ -7,18 +7,19 @@ s_gate and s_up alone, with effects on the logits of correlation ρ, add 2 ρ �
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import lsq_linear
 
-from ramp_jax.evaluation.perplexity import Protocol, evaluate, reference_of
-from ramp_jax.evaluation.sensitivity import cells
 from ramp_jax.models import Model, Tensor, allocatable
-from ramp_jax.models.names import LINEARS, replaced
+from ramp_jax.models.layout import replaced
 from ramp_jax.progress import track
 from ramp_jax.quantization import decoded
+from ramp_jax.scoring.perplexity import Protocol, evaluate, reference_of
+from ramp_jax.sensitivity.exact import cells
 
 Actions = Int[np.ndarray, "N T"]
 Pair = tuple[str, str]
@@ -50,11 +51,17 @@ def predict(kld: Float[np.ndarray, "T A"], actions: Actions) -> Float[np.ndarray
     return _chosen(kld, actions).sum(axis=1)
 
 
-def pair_terms(kld: Float[np.ndarray, "T A"], members: list[Tensor], actions: Actions) -> dict[Pair, np.ndarray]:
+def pair_terms(kld: Float[np.ndarray, "T A"], members: Sequence[Tensor], actions: Actions) -> dict[Pair, np.ndarray]:
     """Σ_layers √(s_i s_j) of each pair of kinds of one layer, `[N]`."""
     root = np.sqrt(_chosen(kld, actions))
-    of = {key: root[:, [i for i, tensor in enumerate(members) if tensor.key == key]] for key in LINEARS}
-    return {(a, b): (of[a] * of[b]).sum(axis=1) for a, b in itertools.combinations(LINEARS, 2)}
+    of: dict[str, dict[int, np.ndarray]] = {}
+    for i, tensor in enumerate(members):
+        if tensor.layer is not None:
+            of.setdefault(tensor.weight.name, {})[tensor.layer] = root[:, i]
+    return {
+        (a, b): sum((of[a][layer] * of[b][layer] for layer in of[a].keys() & of[b].keys()), np.zeros(len(root)))
+        for a, b in itertools.combinations(of, 2)
+    }
 
 
 def fit(
@@ -90,8 +97,8 @@ def true_losses(
     before = evaluate(model, windows, protocol=protocol).mean_nll
     runs = []
     for row in track(actions, "measuring allocations", "allocation"):
-        chosen = {tensor: choices[i][a] for i, (tensor, a) in enumerate(zip(members, row, strict=True))}
-        params = replaced(model.params, members, chosen.__getitem__)
+        chosen = [(tensor, jnp.asarray(choices[i][a])) for i, (tensor, a) in enumerate(zip(members, row, strict=True))]
+        params = replaced(model.params, chosen)
         runs.append(evaluate(model, windows, params=params, reference=reference, protocol=protocol))
     return np.array([run.mean_kld for run in runs]), np.array([run.mean_nll - before for run in runs])
 

@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from ramp_jax import sweep
 from ramp_jax.models import DecoderSpec
-from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, hidden_states, layer_params
+from ramp_jax.models.decoder import Params, embed, final_norm, head_weights
+from ramp_jax.models.layout import of_block
 
 
 def check_windows(windows: Int[np.ndarray, "W T"], vocab_size: int) -> None:
@@ -23,22 +25,22 @@ def explain(spec: DecoderSpec, params: Params, window: Int[np.ndarray, " T"]) ->
 
     A damaged tensor is named itself; where weights are finite, the layer whose output is not.
     """
-    ids = window[None]
-    if not _finite(x := embed(spec, params["token_embd"], ids)):
-        return _damaged("token_embd")
-    for i in range(spec.n_layers):
-        layer = layer_params(params, i)
-        if not _finite(x := block_forward(spec, layer, x)):
-            weights = [key for key, value in layer.items() if not _finite(value)]
-            return _damaged(f"blk.{i}.{weights[0]}") if weights else _overflow(f"layer blk.{i}")
-    if not _finite(hidden_states(spec, params, ids)):
-        return _damaged("output_norm") if not _finite(params["output_norm"]) else _overflow("output_norm")
+    x = embed(spec, params["token_embd"]["weight"], window[None])
+    if not _finite(x):
+        return _damaged("token_embd.weight")
+    for at in sweep.forward(spec, params):
+        if not _finite(x := sweep.advance(at, x)):
+            broken = [weight.name for weight in at.block.weights if not _finite(of_block(at.weights, weight.name))]
+            return _damaged(f"blk.{at.index}.{broken[0]}") if broken else _overflow(f"layer blk.{at.index}")
+    if not _finite(final_norm(spec, params, x)):
+        gain = params["output_norm"]["weight"]
+        return _damaged("output_norm.weight") if not _finite(gain) else _overflow("output_norm")
     head = "token_embd" if spec.tied else "output"
-    return _damaged(head) if not _finite(head_weights(params)) else _overflow(f"the head, {head}")
+    return _damaged(f"{head}.weight") if not _finite(head_weights(params)) else _overflow(f"the head, {head}")
 
 
 def _damaged(tensor: str) -> str:
-    return f"first in the weights of {tensor}.weight, which are damaged; download or export the model again"
+    return f"first in the weights of {tensor}, which are damaged; download or export the model again"
 
 
 def _overflow(place: str) -> str:

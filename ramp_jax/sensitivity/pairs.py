@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from ramp_jax.evaluation.fisher import cells_of, fisher_moves, half_squares, rounding_errors
-from ramp_jax.evaluation.sensitivity import cells
 from ramp_jax.models import Model, allocatable
 from ramp_jax.quantization import Encoder
+from ramp_jax.sensitivity.exact import cells
+from ramp_jax.sensitivity.fisher import cells_of, fisher_moves, half_squares, rounding_errors
 
 _PROBES = 8
 _DOUBT = 8.0  # k; with 1 to 4, allocations of SmolLM2 got worse, with 16 those of smaller models gained less

@@ -11,10 +11,9 @@ chunk of logits. With 7B shapes and 8 × 2,048 tokens on an accelerator (K = 4):
 axis grows with the number of layers.
 """
 
-import functools
 import itertools
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.evaluation.perplexity import Protocol, first_scored, mean_divergences
-from ramp_jax.evaluation.table import Sensitivity, fingerprint
+from ramp_jax import sweep
 from ramp_jax.formats import Format, format_for
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable
-from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, layer_params, rms_norm
+from ramp_jax.models.decoder import Params, block_forward, embed, final_norm, head_weights
+from ramp_jax.models.layout import replace_in_block
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
+from ramp_jax.scoring.perplexity import Protocol, first_scored, mean_divergences
+from ramp_jax.sensitivity.table import Sensitivity, fingerprint
 
 _TOKENS_AT_ONCE = 1 << 13  # of all variants that run together
 _TOKENS_ON_ACCELERATORS = 1 << 16
@@ -63,12 +64,13 @@ def exact_sensitivity(
     batches = _batches(members, levels, size=max(2, at_once // windows.size))
     # TPUs round the factors of f32 products to bf16 by default, in whose noise the highest levels drown
     with jax.default_matmul_precision("highest" if jax.default_backend() == "tpu" else "default"):
-        state, depth = embed(model.spec, model.params["token_embd"], windows), 0
+        state, depth = embed(model.spec, model.params["token_embd"]["weight"], windows), 0
+        blocks = sweep.forward(model.spec, model.params)
         reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
         for batch in track(batches, "measuring sensitivity", "batch"):
             started = time.monotonic()
             while depth < _depth(model.spec, batch.cells[0].tensor):
-                state, depth = block_forward(model.spec, layer_params(model.params, depth), state), depth + 1
+                state, depth = sweep.advance(next(blocks), state), depth + 1
             rows, columns = zip(*((cell.row, cell.column) for cell in batch.cells), strict=True)
             if np.isnan(table.kld[rows, columns]).any():
                 kld = _costs(model, batch, state, windows, reference, scored, encoder)
@@ -88,7 +90,7 @@ class Cell(NamedTuple):
     format: Format
 
 
-def cells(members: list[Tensor], levels: tuple[float, ...]) -> list[Cell]:
+def cells(members: Sequence[Tensor], levels: tuple[float, ...]) -> list[Cell]:
     """Every cell that is not masked, row by row."""
     return [
         Cell(row, column, tensor, fmt)
@@ -106,7 +108,7 @@ class Batch(NamedTuple):
     first_row: int  # of the layer; the nudge gives it its floor
 
 
-def _batches(members: list[Tensor], levels: tuple[float, ...], size: int) -> list[Batch]:
+def _batches(members: Sequence[Tensor], levels: tuple[float, ...], size: int) -> list[Batch]:
     """All cells, in batches of one layer and up to `size` variants; those of a layer are equally long, so that all
     layers share one compiled function: the last cell fills up what is missing."""
     layers = [list(group) for _, group in itertools.groupby(cells(members, levels), lambda cell: _place(cell.tensor))]
@@ -123,14 +125,19 @@ def _split(layer: list[Cell], size: int) -> list[Batch]:
 
 def _place(tensor: Tensor) -> int | str:
     """Tensors of one place run together: those of a layer, the embedding, the head."""
-    return tensor.key if tensor.layer is None else tensor.layer
+    return tensor.name if tensor.layer is None else tensor.layer
+
+
+def _is_head(tensor: Tensor) -> bool:
+    """Whether it is a head of its own, not an embedding (which may be the head as well)."""
+    return tensor.path[0] == "output"
 
 
 def _depth(spec: DecoderSpec, tensor: Tensor) -> int:
-    """How many layers of the unchanged model run before the tensor is read."""
+    """How many blocks of the unchanged model run before the tensor is read."""
     if tensor.layer is not None:
         return tensor.layer
-    return spec.n_layers if tensor.key == "output" else 0
+    return len(spec.blocks) if _is_head(tensor) else 0
 
 
 def _costs(
@@ -147,17 +154,18 @@ def _costs(
     new = [decoded(model, cell.tensor, cell.format.name, encoder) for cell in batch.cells]
     nudged = [_nudged(state)] if batch.nudged else []
     if first.layer is not None:
-        layer = layer_params(params, first.layer)
-        changed = [layer | {cell.tensor.key: w} for cell, w in zip(batch.cells, new, strict=True)]
-        starts = [block_forward(spec, layer, x) for x in nudged] + [block_forward(spec, w, state) for w in changed]
+        at = next(sweep.forward(spec, params, first=first.layer))
+        pairs = zip(batch.cells, new, strict=True)
+        changed = [at._replace(weights=replace_in_block(at.weights, {c.tensor.weight.name: w})) for c, w in pairs]
+        starts = [sweep.advance(at, x) for x in nudged] + [sweep.advance(place, state) for place in changed]
         depth = first.layer + 1
-    elif first.key == "output":
-        starts, depth = nudged + [state] * len(new), spec.n_layers
+    elif _is_head(first):
+        starts, depth = nudged + [state] * len(new), len(spec.blocks)
     else:
         starts, depth = nudged + [embed(spec, w, windows) for w in new], 0
     hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
     head, reference = head_weights(params), _tokens(reference)
-    if first.layer is not None or (first.key == "token_embd" and not spec.tied):
+    if first.layer is not None or not (spec.tied or _is_head(first)):
         return np.asarray(mean_divergences(hidden, head, reference, head))
     pairs = zip(hidden, [head] * batch.nudged + new, strict=True)
     return np.concatenate([mean_divergences(x[None], changed, reference, head) for x, changed in pairs])
@@ -173,14 +181,9 @@ def _tokens(hidden: Float[Array, "... W S D"]) -> Float[Array, "... W*S D"]:
     return hidden.reshape(*hidden.shape[:-3], -1, hidden.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _run_from(
-    spec: DecoderSpec, params: Params, x: Float[Array, "K W T D"], layer: Int[Array, ""]
-) -> Float[Array, "K W T D"]:
-    """Normed hidden states after the last layer, from those before `layer`; one compilation for all layers."""
-
-    def one_layer(i: jax.Array, y: jax.Array) -> jax.Array:
-        return block_forward(spec, layer_params(params, i), y)
-
-    y = jax.lax.fori_loop(layer, spec.n_layers, one_layer, x.reshape(-1, *x.shape[2:]))
-    return rms_norm(y, params["output_norm"], spec.norm_eps).reshape(x.shape)
+def _run_from(spec: DecoderSpec, params: Params, x: Float[Array, "K W T D"], depth: int) -> Float[Array, "K W T D"]:
+    """Normed hidden states after the last block, from those before the block at `depth`."""
+    y = x.reshape(-1, *x.shape[2:])
+    for at in sweep.forward(spec, params, first=depth):
+        y = block_forward(at.block, at.weights, y)
+    return final_norm(spec, params, y).reshape(x.shape)

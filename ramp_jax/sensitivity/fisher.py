@@ -3,7 +3,7 @@
 Near the model, KL(p ‖ p') = ½ δzᵀ F δz with the change δz of a token's logits and F = diag(p) − p pᵀ; there is no
 first-order part, since a model is the minimum of its own divergence (Schraudolph 2002). Probes r with E[r rᵀ] = F make
 it a squared inner product, E[(r · δz)²] = δzᵀ F δz (Hutchinson 1990), and one backward pass from r gives the gradient
-g of Σ_t r_t · z_t at every layer. What a quantized tensor changes in the stream after its half of a layer is linear in
+g of Σ_t r_t · z_t at every layer. What a quantized tensor changes in the stream after its sub-block is linear in
 the change of its weights, δh = J δW, and costs ½ Σ_u (g_u · δh_u)², summed token by token: the square of the sum over
 tokens less the products of different tokens, which are small on average and very noisy.
 
@@ -12,7 +12,6 @@ of the embedding, the head and one layer's tensors, and (P + 3A) · W · T · F 
 levels and P probes.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -23,22 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ramp_jax.evaluation.perplexity import Protocol, first_scored
-from ramp_jax.evaluation.sensitivity import Cell, cells
-from ramp_jax.evaluation.table import Sensitivity, fingerprint
+from ramp_jax import sweep
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
-from ramp_jax.models.decoder import Params, block_forward, embed, head_weights, layer_params, matmul, rms_norm
-from ramp_jax.models.names import LINEARS, block_shapes
-from ramp_jax.progress import track
+from ramp_jax.models.decoder import Params, embed, final_norm, head_weights
+from ramp_jax.models.layers import matmul
+from ramp_jax.models.layout import Block, SubBlock, of_block, replace_in_block
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
+from ramp_jax.scoring.perplexity import Protocol, first_scored
+from ramp_jax.sensitivity.exact import Cell, cells
+from ramp_jax.sensitivity.table import Sensitivity, fingerprint
 
 PROBES = 4
 
-Place = tuple[str, int | None]  # key and layer of a tensor
-
 _ROWS_AT_ONCE = 64  # scored tokens whose logits exist at one time
-# half of a layer: sizes of a layer without the other half
-_SILENT = {"attn": {"d_ff": 1}, "ffn": {"n_heads": 1, "n_kv_heads": 1, "head_size": 2}}
 
 
 def fisher_sensitivity(
@@ -122,33 +118,37 @@ def fisher_moves(
     """How far each of `changes(tensor)` moves every sample (a probe at a token), by tensor name.
 
     Several changes together move a sample by the sum of their moves; half the sum of the squares is what they cost,
-    in nats per scored token. Forward to the last layer, then back, layer by layer; `changes` is asked for one layer's
+    in nats per scored token. Forward to the last block, then back, block by block; `changes` is asked for one block's
     tensors at a time.
     """
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
-    at = {(tensor.key, tensor.layer): tensor for tensor in allocatable(spec)}
-    moves: dict[Place, Float[Array, "A P W T"]] = {}
+    members = {tensor.name: tensor for tensor in allocatable(spec)}
+    outside = {tensor.weight.name: tensor for tensor in members.values() if tensor.layer is None}
+    head = outside.get("output.weight", outside["token_embd.weight"])
+    moves: dict[str, Float[Array, "A P W T"]] = {}
     with jax.default_matmul_precision("default"):
-        state, states = embed(spec, params["token_embd"], windows), []
-        for layer in range(spec.n_layers):
+        state, states = embed(spec, params["token_embd"]["weight"], windows), []
+        for at in sweep.forward(spec, params):
             states.append(np.asarray(state))
-            state = block_forward(spec, layer_params(params, layer), state)
-        embedding = changes(at["token_embd", None])
-        head = embedding if spec.tied else changes(at["output", None])
-        g, moves["output", None] = _from_head(spec, params, state, head, jax.random.key(seed), probes, start)
-        for layer in track(range(spec.n_layers - 1, -1, -1), "estimating sensitivity", "layer"):
-            new = {key: changes(at[key, layer]) for key in LINEARS}
-            g, moved = _through_layer(spec, layer_params(params, layer), states[layer], g, new)
-            moves |= {(key, layer): value for key, value in moved.items()}
+            state = sweep.advance(at, state)
+        embedding = changes(outside["token_embd.weight"])
+        of_head = embedding if spec.tied else changes(head)
+        ends = {name: params[name] for name in params if name != "blk"}
+        g, moves[head.name] = _from_head(spec, ends, state, of_head, jax.random.key(seed), probes, start)
+        for at in sweep.backward(spec, params, "estimating sensitivity"):
+            matrices = [weight.name for weight in at.block.weights if weight.kind == "matrix"]
+            new = {name: changes(members[at.full(name)]) for name in matrices}
+            g, moved = _through_block(at.block, at.weights, states.pop(), g, new)
+            moves |= {at.full(name): value for name, value in moved.items()}
         looked_up = embedding[:, windows] * spec.embedding_scale
-        moves["token_embd", None] = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
-    if spec.tied:
-        moves["token_embd", None] += moves.pop(("output", None))
+        of_embedding = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
+    first = outside["token_embd.weight"].name
+    moves[first] = moves[first] + of_embedding if spec.tied else of_embedding
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
     scale = np.float32(1 / np.sqrt(probes * scored))
     samples = probes * windows.size
-    return {at[place].name: np.asarray(values).reshape(-1, samples) * scale for place, values in moves.items()}
+    return {name: np.asarray(values).reshape(-1, samples) * scale for name, values in moves.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "probes", "start"))
@@ -166,7 +166,7 @@ def _from_head(
     r = e − p Σ e with e = √p ∘ ε and random signs ε has E[r rᵀ] = diag(p) − p pᵀ.
     """
     head = head_weights(params)
-    normed, pull = jax.vjp(lambda x: rms_norm(x, params["output_norm"], spec.norm_eps), state)
+    normed, pull = jax.vjp(functools.partial(final_norm, spec, params), state)
 
     def one_token(inputs: tuple[jax.Array, jax.Array]) -> tuple[Float[Array, "P D"], Float[Array, "A P"]]:
         x, key = inputs
@@ -186,37 +186,44 @@ def _from_head(
     return g, jnp.pad(moves, ((0, 0), *outside))
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _through_layer(
-    spec: DecoderSpec,
-    layer: Params,
+@functools.partial(jax.jit, static_argnames="block")
+def _through_block(
+    block: Block,
+    w: Params,
     x: Float[Array, "W T D"],
     g: Float[Array, "P W T D"],
     changes: dict[str, Float[Array, "A O I"]],
 ) -> tuple[Float[Array, "P W T D"], dict[str, Float[Array, "A P W T"]]]:
-    """The gradients before a layer from those after it, and g · δh of every change; one compilation for all layers."""
-    middle, pull_attn = jax.vjp(lambda x: _half(spec, layer, "attn", x), x)
-    _, pull_ffn = jax.vjp(lambda x: _half(spec, layer, "ffn", x), middle)
-    (g_middle,) = jax.vmap(pull_ffn)(g)
-    (g_before,) = jax.vmap(pull_attn)(g_middle)
-    ends = {"attn": (x, g_middle), "ffn": (middle, g)}
+    """The gradients before a block from those after it, and g · δh of every change, of the stream after its sub-block.
 
-    def moves(key: str) -> Float[Array, "A P W T"]:
-        half = key.split("_")[0]
-        before, gradient = ends[half]
-
-        _, push = jax.linearize(lambda w: _half(spec, layer | {key: w}, half, before), layer[key])
-
-        def one(change: Float[Array, "O I"]) -> Float[Array, "P W T"]:
-            return jnp.einsum("PWTD,WTD->PWT", gradient, push(change.astype(layer[key].dtype)))
-
-        return jax.lax.map(one, changes[key])
-
-    return g_before, {key: moves(key) for key in changes}
+    One compilation per kind of block.
+    """
+    starts, pulls = [], []
+    for sub in block.sub_blocks:
+        starts.append(x)
+        x, pull = jax.vjp(functools.partial(sub, w), x)
+        pulls.append(pull)
+    moves = {}
+    for sub, before, pull in reversed(list(zip(block.sub_blocks, starts, pulls, strict=True))):
+        for weight in sub.weights:
+            if weight.name in changes:
+                moves[weight.name] = _moves(sub, w, weight.name, before, g, changes[weight.name])
+        (g,) = jax.vmap(pull)(g)
+    return g, moves
 
 
-def _half(spec: DecoderSpec, layer: Params, half: str, x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
-    """The stream after one half of a layer: a layer whose other half is as small as can be and writes nothing."""
-    only = dataclasses.replace(spec, **_SILENT[half])
-    silent = {key: jnp.zeros(new, x.dtype) for key, new in block_shapes(only).items() if new != layer[key].shape}
-    return block_forward(only, layer | silent, x)
+def _moves(
+    sub: SubBlock,
+    w: Params,
+    name: str,
+    x: Float[Array, "W T D"],
+    g: Float[Array, "P W T D"],
+    changes: Float[Array, "A O I"],
+) -> Float[Array, "A P W T"]:
+    """g · δh of changes of one matrix, of the stream after its sub-block."""
+    _, push = jax.linearize(lambda matrix: sub(replace_in_block(w, {name: matrix}), x), of_block(w, name))
+
+    def one(change: Float[Array, "O I"]) -> Float[Array, "P W T"]:
+        return jnp.einsum("PWTD,WTD->PWT", g, push(change.astype(of_block(w, name).dtype)))
+
+    return jax.lax.map(one, changes)

@@ -4,15 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-
-from ramp_jax.evaluation import interactions
-from ramp_jax.evaluation.fisher import fisher_moves, fisher_sensitivity, rounding_errors
-from ramp_jax.evaluation.interactions import estimate, shrunk_products
-from ramp_jax.evaluation.perplexity import evaluate
-from ramp_jax.evaluation.sensitivity import cells
-from ramp_jax.models import allocatable
 from ramp_jax.models.names import lookup, replaced
+
+from ramp_jax.models import allocatable
 from ramp_jax.quantization import REFERENCE
+from ramp_jax.scoring.perplexity import evaluate
+from ramp_jax.sensitivity import pairs
+from ramp_jax.sensitivity.exact import cells
+from ramp_jax.sensitivity.fisher import fisher_moves, fisher_sensitivity, rounding_errors
+from ramp_jax.sensitivity.pairs import estimate, shrunk_products
 
 LEVELS = (4, 5, 8)
 
@@ -30,7 +30,7 @@ def test_noise_is_shrunk_to_nothing_and_what_is_real_is_kept(rng):
 
 def test_losses_are_those_of_the_fisher_table(model, windows):
     found = estimate(model, windows, LEVELS, REFERENCE)
-    expected = fisher_sensitivity(model, windows, LEVELS, "sliding", probes=interactions._PROBES).kld
+    expected = fisher_sensitivity(model, windows, LEVELS, "sliding", probes=pairs._PROBES).kld
     np.testing.assert_allclose(found.loss, expected, rtol=1e-4, atol=1e-12)
     np.testing.assert_allclose(found.pairs, found.pairs.transpose(2, 3, 0, 1), rtol=1e-3, atol=1e-9)
     assert found.pairs.any()
@@ -47,10 +47,10 @@ def test_a_loss_that_is_no_number_is_named(untied, windows):
 
 def test_pairs_stand_at_their_tensors_and_levels(untied, windows, monkeypatch):
     """Unshrunk, an entry is the product of the moves of its two tensors at its two levels."""
-    monkeypatch.setattr(interactions, "_DOUBT", 0.0)
+    monkeypatch.setattr(pairs, "_DOUBT", 0.0)
     found, members = estimate(untied, windows, LEVELS, REFERENCE), allocatable(untied.spec)
     changes = rounding_errors(untied, cells(members, LEVELS), REFERENCE)
-    moves = fisher_moves(untied, windows, changes, "sliding", probes=interactions._PROBES)
+    moves = fisher_moves(untied, windows, changes, "sliding", probes=pairs._PROBES)
     for i, j, a, b in [(0, 3, 1, 2), (5, 2, 0, 1)]:
         expected = moves[members[i].name][a] @ moves[members[j].name][b]
         assert found.pairs[i, a, j, b] == pytest.approx(expected, rel=1e-3)

@@ -9,10 +9,10 @@ from scipy.special import log_softmax
 
 from ramp_jax import data
 from ramp_jax.allocation import from_levels
-from ramp_jax.evaluation import perplexity
-from ramp_jax.evaluation.perplexity import evaluate, head_scores
-from ramp_jax.evaluation.scores import Evaluation
 from ramp_jax.quantization import fake_quantize
+from ramp_jax.scoring import perplexity
+from ramp_jax.scoring.perplexity import evaluate, head_scores
+from ramp_jax.scoring.scores import Evaluation
 
 FIRST = {"sliding": 0, "llama.cpp": 12}
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ramp_jax.evaluation.diagnose import check_windows, explain
 from ramp_jax.models import Model
-from ramp_jax.models.decoder import head_weights, hidden_states, matmul
+from ramp_jax.models.decoder import head_weights, hidden_states
+from ramp_jax.models.layers import matmul
 from ramp_jax.progress import track
+from ramp_jax.scoring.diagnose import check_windows, explain
 
 _BATCH_TOKENS = 2048  # of one forward pass, padding included
 _ROWS = 128  # positions whose logits exist at one time

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ramp_jax.checkpoint import digest, write_bytes
-from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.formats import format_for
 from ramp_jax.models import Model, Tensor
+from ramp_jax.models.decoder import weights_dtype
 from ramp_jax.quantization import Encoder
+from ramp_jax.scoring.perplexity import Protocol
 
 VERSION = 1
 """Raised whenever the bytes of a format or the measure change; tables of another version are refused."""
@@ -125,7 +126,7 @@ def fingerprint(
         "tensors": digest(np.asarray([tensor.name for tensor in members])),
         "formats": digest(np.asarray(formats)),
         "encoder": f"{encoder.effort} {digest(dict(encoder.importance))}",
-        "dtype": str(model.params["token_embd"].dtype),
+        "dtype": str(weights_dtype(model.params)),
         "windows": digest(windows),
         "folding": digest(model.folding),
         "folded weights": digest(model.params),

@@ -15,9 +15,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ramp_jax.evaluation import questions
-from ramp_jax.evaluation.likelihood import log_likelihoods
 from ramp_jax.models import Model
+from ramp_jax.scoring import questions
+from ramp_jax.scoring.likelihood import log_likelihoods
 
 
 class JaxLM(TemplateLM):

@@ -1,0 +1,63 @@
+"""The one way over a decoder's blocks: hidden states travel, weights do not.
+
+A stage of the work is a visit: what it does with a block while that block is there, and the hidden states that it
+passes on. `forward` and `backward` say which block is there.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ramp_jax.models import DecoderSpec
+from ramp_jax.models.decoder import Params, block_forward
+from ramp_jax.models.layout import Block, full_name
+from ramp_jax.progress import track
+
+_TOKENS_AT_ONCE = 2048  # of windows that go through a block together
+
+
+class Place(NamedTuple):
+    """Where a sweep is: a block, its index, and its part of the parameter tree."""
+
+    index: int
+    block: Block
+    weights: Params
+
+    def full(self, name: str) -> str:
+        """An activation of this block by its name in the whole decoder."""
+        return full_name(self.index, name)
+
+
+def forward(spec: DecoderSpec, params: Params, doing: str | None = None, *, first: int = 0) -> Iterator[Place]:
+    """Every block from `first` on, in order; `doing` is what a progress bar says."""
+    return _visited(spec, params, range(first, len(spec.blocks)), doing)
+
+
+def backward(spec: DecoderSpec, params: Params, doing: str | None = None) -> Iterator[Place]:
+    """Every block, the last one first."""
+    return _visited(spec, params, range(len(spec.blocks) - 1, -1, -1), doing)
+
+
+def _visited(spec: DecoderSpec, params: Params, order: range, doing: str | None) -> Iterator[Place]:
+    for index in track(order, doing, "block") if doing else order:
+        yield Place(index, spec.blocks[index], params["blk"][index])
+
+
+def advance(at: Place, x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
+    """Hidden states after the block."""
+    return in_batches(lambda part: block_forward(at.block, at.weights, part), x)
+
+
+def in_batches(run: Callable[[Float[Array, "B T D"]], Any], x: Float[Array, "W T D"]) -> Any:
+    """`run` over equal batches of windows of up to `_TOKENS_AT_ONCE` tokens, put together again."""
+    windows, time = x.shape[:2]
+    count = min(-(-windows * time // _TOKENS_AT_ONCE), windows)
+    size = -(-windows // count)
+    if size == windows:
+        return run(x)
+    padded = jnp.pad(x, ((0, -windows % size), (0, 0), (0, 0)))
+    parts = [run(padded[start : start + size]) for start in range(0, len(padded), size)]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:windows], *parts)
