@@ -25,7 +25,7 @@ from measuring import save_plots, timed
 from ramp_jax import data
 from ramp_jax.allocation import Allocation
 from ramp_jax.formats import format_for
-from ramp_jax.halo import handoff
+from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.quantization import REFERENCE, Encoder, Stats, calibrate, fake_quantize, fold, importance_of
@@ -89,7 +89,7 @@ def _case(bench: Bench, case: str, source: Path, folder: Path) -> list[Row]:
     importance = importance_of(model.spec, bench.stats)
     uniform = _uniform(model, int(case)) if case.isdigit() else None
     base, types = ("Q4_0", uniform.formats) if uniform else (case, {"token_embd.weight": "F16"})
-    cost, _ = _cost(lambda: handoff.quantize(source, path, base, importance, types))
+    cost, _ = _cost(lambda: llama_quantize.quantize(source, path, base, importance, types))
     stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     allocation = Allocation(model.spec, model.metadata, {t.name: stored[t.name] for t in allocatable(model.spec)})
     theirs = load_model(str(path))

@@ -25,7 +25,7 @@ from measuring import Numbers, said, save_plots
 from ramp_jax import baselines, data
 from ramp_jax.allocation import Allocation, Costs, costs, from_levels
 from ramp_jax.formats.check import EncodeCache
-from ramp_jax.halo import handoff
+from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.policy import rollout
@@ -154,7 +154,7 @@ def _mixes(
         export_gguf(model, Allocation(model.spec, model.metadata, plain), source)
         for mix in _MIXES.value:
             path = Path(folder) / f"{mix}.gguf"
-            size = handoff.quantize(source, path, mix, importance_of(model.spec, stats))
+            size = llama_quantize.quantize(source, path, mix, importance_of(model.spec, stats))
             scored = evaluate(load_model(str(path)), heldout, reference=reference, doing=f"scoring {mix}")
             path.unlink()
             yield mix, size, scored.mean_kld

@@ -2,7 +2,7 @@
 
 `cost` is what each level takes, `[T, A]` in any unit, 0 where masked; `loss` the sensitivity table in nats per token,
 `[T, A]`; `budget` is in the unit of the costs. llama.cpp's own type mixes are whole files, made by llama.cpp itself:
-see `halo/handoff.py`.
+see `halo/llama_quantize.py`.
 """
 
 from collections.abc import Callable

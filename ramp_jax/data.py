@@ -1,6 +1,7 @@
 """Text to token windows: deterministic, and calibration never overlaps held-out text."""
 
 import functools
+import hashlib
 import pydoc_data.topics
 import sysconfig
 from pathlib import Path
@@ -66,7 +67,7 @@ def windows(
     `calibration` is the first four fifths of the tokens and `heldout` the rest, so that they never overlap; `all` is
     for texts that are a test set as a whole. A tokenizer that begins texts with BOS begins the text with it; with
     `bos="window"` it also replaces each window's first token, as in llama.cpp, and with `"text"` it does not, as in
-    GPTQ's evaluation and those after it. Raises `ValueError` where the split is too short.
+    GPTQ's evaluation and those after it. Raises `ValueError` for a count below 1 or where the split is too short.
     """
     tokens = _encode(read_text(source), tokenizer)
     border = int(len(tokens) * _CALIBRATION_SHARE)
@@ -77,16 +78,23 @@ def windows(
             f"the {split} part of {source!r} holds {len(tokens)} tokens, fewer than one window of {context}; "
             f"ask for shorter windows, or pass a longer text."
         )
+    if count is not None and count < 1:
+        raise ValueError(f"{count} windows were asked for; ask for at least one.")
     if count is not None and count > available:
         raise ValueError(
             f"the {split} part of {source!r} holds {available} windows of {context} tokens, fewer than the {count} "
             f"asked for; ask for fewer or shorter windows, or pass a longer text."
         )
-    count = count or available
+    count = available if count is None else count
     cut = tokens[: available * context].reshape(available, context)[np.arange(count) * available // count]
     if bos == "window" and _begins_with_bos(tokenizer):
         cut[:, 0] = tokenizer.bos_token_id
     return cut
+
+
+def fingerprint(source: str) -> str:
+    """SHA-256 of the text that `source` names, whatever its name and the white space around it."""
+    return hashlib.sha256(read_text(source).strip().encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=4)

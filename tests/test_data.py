@@ -200,3 +200,17 @@ def test_modules_of_the_stdlib():
     assert "class ArgumentParser" not in chosen
     with pytest.raises(FileNotFoundError, match="no source of 'jsonn'; pass names of its modules"):
         data.read_text("stdlib:abc,jsonn")
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_window_is_not_all_windows(count):
+    with pytest.raises(ValueError, match=f"{count} windows were asked for; ask for at least one"):
+        data.windows("builtin", Counter(), context=10, count=count)
+
+
+def test_fingerprints_are_of_the_text_whatever_its_name(tmp_path):
+    (tmp_path / "a.txt").write_text("some text\nand more\n")
+    (tmp_path / "b.txt").write_text("some text\nand more")
+    (tmp_path / "c.txt").write_text("some text\nand less")
+    a, b, c = (data.fingerprint(str(tmp_path / name)) for name in ("a.txt", "b.txt", "c.txt"))
+    assert a == b == data.fingerprint(f"{tmp_path}/./a.txt") != c

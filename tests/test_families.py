@@ -16,7 +16,7 @@ from ramp_jax import data
 from ramp_jax.allocation import from_levels
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
-from ramp_jax.models import allocatable, load_model, names, tensors
+from ramp_jax.models import allocatable, load_model, tensors
 from ramp_jax.models.metadata import plain
 from ramp_jax.models.spec import spec_from_hf
 from ramp_jax.policy.embedding import embed
@@ -67,7 +67,8 @@ def test_logits_equal_transformers(family, model, rng, length):
 
 
 def test_what_sets_the_families_apart(family, model):
-    switches = (model.spec.qk_norm, model.spec.activation, model.spec.embedding_scale, model.spec.tied)
+    attention, mlp = model.spec.blocks[0].sub_blocks
+    switches = (attention.qk_norm, mlp.activation, model.spec.embedding_scale, model.spec.tied)
     assert switches == {"qwen3": (True, "silu", 1.0, False), "gemma": (False, "gelu_tanh", 8.0, True)}[family]
     assert (model.spec.architecture, model.spec.head_size) == (family, 32)
 
@@ -152,10 +153,26 @@ def test_fisher_is_near_the_exact_table(model, windows):
 
 
 def test_gains_are_stored_without_one_by_gemma_only(model, family):
-    offsets = {t.key: names.hf_offset(model.spec, t) for t in tensors(model.spec)}
-    norms = {"attn_norm", "ffn_norm", "output_norm"} | ({"attn_q_norm", "attn_k_norm"} if family == "qwen3" else set())
-    assert {key for key in offsets if key.endswith("norm")} == norms
-    assert {key for key, offset in offsets.items() if offset} == (norms if family == "gemma" else set())
+    offsets = {t.name: model.spec.family.hf_offset(t) for t in tensors(model.spec)}
+    inside = ["attn_norm", "ffn_norm"] + ["attn_q_norm", "attn_k_norm"] * (family == "qwen3")
+    norms = {"output_norm.weight"} | {f"blk.{layer}.{norm}.weight" for layer in range(3) for norm in inside}
+    assert {name for name in offsets if "norm" in name} == norms
+    assert {name: offset for name, offset in offsets.items() if offset} == (
+        dict.fromkeys(norms, 1.0) if family == "gemma" else {}
+    )
+
+
+def test_only_llama_permutes_rows_and_only_those_that_turn(model, untied):
+    assert not any(model.spec.family.permuted_heads(t) for t in tensors(model.spec))
+    heads = {t.name: n for t in tensors(untied.spec) if (n := untied.spec.family.permuted_heads(t))}
+    assert heads == {f"blk.{i}.attn_{kind}.weight": n for i in range(3) for kind, n in (("q", 4), ("k", 2))}
+
+
+def test_names_in_checkpoints_are_those_of_transformers(family, model):
+    state = tiny.family_model(family).state_dict()
+    ours = {model.spec.family.hf_name(t): t.shape for t in tensors(model.spec)}
+    tied = {"lm_head.weight"} if model.spec.tied else set()
+    assert ours == {name: tuple(value.shape) for name, value in state.items() if name not in tied}
 
 
 def test_untied_gemma_is_refused(tmp_path):

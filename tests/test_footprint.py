@@ -10,7 +10,7 @@ import tiny
 
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.footprint import runtime_bytes
-from ramp_jax.halo.handoff import captured_log
+from ramp_jax.halo.llama_quantize import captured_log
 from ramp_jax.models import load_model
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import uniform
 
 from ramp_jax.allocation import Allocation, from_levels
-from ramp_jax.halo import export, handoff, report
+from ramp_jax.halo import export, llama_quantize, report
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import allocatable, load_model
@@ -184,8 +184,8 @@ def test_file_that_llama_cpp_cannot_load(tmp_path, windows):
 def test_llama_cpp_s_own_mixes(untied, stats, windows, reference, tmp_path):
     """Q4_0 without an importance matrix holds our bytes; with one, other bytes of the same size that lose no more."""
     plain_path, better_path = tmp_path / "plain.gguf", tmp_path / "better.gguf"
-    handoff.quantize(reference, plain_path, "Q4_0")
-    size = handoff.quantize(reference, better_path, "Q4_0", importance_of(untied.spec, stats))
+    llama_quantize.quantize(reference, plain_path, "Q4_0")
+    size = llama_quantize.quantize(reference, better_path, "Q4_0", importance_of(untied.spec, stats))
     assert size == better_path.stat().st_size
     plain_model, better = load_model(str(plain_path)), load_model(str(better_path))
     rounded = fake_quantize(load_model(str(reference)), uniform(untied, "Q4_0"))
@@ -205,22 +205,22 @@ def test_importance_is_the_mean_square_of_each_linear_s_input(untied, stats):
 
 def test_largest_mix_that_fits(reference, tmp_path):
     """Predictions are within llama.cpp's 0.01 MiB per line of its dry run, and the largest fitting one is taken."""
-    sizes = {mix: handoff.predicted_bytes(reference, mix) for mix in handoff.MIXES}
+    sizes = {mix: llama_quantize.predicted_bytes(reference, mix) for mix in llama_quantize.MIXES}
     assert sizes["Q4_0"] < sizes["Q5_0"] < sizes["Q8_0"]
     for mix in ("Q4_0", "Q8_0"):
-        assert handoff.quantize(reference, tmp_path / mix, mix) == pytest.approx(sizes[mix], abs=0.02 * 2**20)
+        assert llama_quantize.quantize(reference, tmp_path / mix, mix) == pytest.approx(sizes[mix], abs=0.02 * 2**20)
     budget = (sizes["Q5_0"] + sizes["Q8_0"]) // 2
-    chosen = handoff.mix_below(reference, budget)
+    chosen = llama_quantize.mix_below(reference, budget)
     assert sizes[chosen] == max(size for size in sizes.values() if size <= budget)
-    assert handoff.mix_below(reference, min(sizes.values()) - 1) is None
+    assert llama_quantize.mix_below(reference, min(sizes.values()) - 1) is None
     assert [path.name for path in reference.parent.iterdir()] == ["reference.gguf"]
 
 
 def test_mix_that_does_not_exist(reference, tmp_path):
     with pytest.raises(ValueError, match=r"llama.cpp has no mix 'Q9'; known mixes are Q2_K"):
-        handoff.quantize(reference, tmp_path / "out.gguf", "Q9")
+        llama_quantize.quantize(reference, tmp_path / "out.gguf", "Q9")
     with pytest.raises(RuntimeError, match=r"llama.cpp could not quantize"):
-        handoff.quantize(tmp_path / "nowhere.gguf", tmp_path / "out.gguf", "Q4_0")
+        llama_quantize.quantize(tmp_path / "nowhere.gguf", tmp_path / "out.gguf", "Q4_0")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -313,7 +313,7 @@ def test_llama_cpp_at_our_types(untied, stats, reference, tmp_path, rng):
     """Formats named tensor by tensor, the embedding in F16; with importance, the bytes of our reference encoder."""
     allocation = mixed(untied, rng)
     types = {**allocation.formats, "token_embd.weight": "F16"}
-    handoff.quantize(reference, tmp_path / "out.gguf", "Q4_0", importance_of(untied.spec, stats), types)
+    llama_quantize.quantize(reference, tmp_path / "out.gguf", "Q4_0", importance_of(untied.spec, stats), types)
     stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     assert {name: stored[name] for name in types} == types
     theirs = load_model(str(tmp_path / "out.gguf")).params["blk"]

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from ramp_jax import allocation
 from ramp_jax.formats import get_format
-from ramp_jax.models import allocatable, load_model, lookup, names, tensors
+from ramp_jax.models import allocatable, load_model, lookup, tensors
+from ramp_jax.models.layout import permute_rope, unpermute_rope
 from ramp_jax.models.metadata import metadata_bytes, plain, typed
 from ramp_jax.models.spec import spec_from_gguf, spec_from_hf
 
@@ -51,8 +52,8 @@ def test_logits_equal_transformers_where_attention_goes_in_blocks_of_queries(unt
 
 def test_bf16_weights_keep_norms_f32_and_logits_near(untied, windows):
     low = untied.astype("bfloat16")
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(low.params)} == {"bfloat16", "float32"}
-    assert low.params["blk"]["attn_norm"].dtype == low.params["output_norm"].dtype == np.float32
+    for tensor in tensors(untied.spec):
+        assert str(lookup(low.params, tensor).dtype) == ("float32" if "norm" in tensor.name else "bfloat16"), tensor
     logits, expected = low.logits(windows), untied.logits(windows)
     assert logits.dtype == np.float32
     assert np.abs(logits - expected).mean() < 0.02 * np.std(expected)
@@ -60,7 +61,6 @@ def test_bf16_weights_keep_norms_f32_and_logits_near(untied, windows):
 
 def test_spec_is_read_from_the_config(untied, tied):
     assert tied.spec == dataclasses.replace(untied.spec, tied=True)
-    assert untied.spec.queries_per_kv == 2
     assert dataclasses.asdict(untied.spec) == {
         "architecture": "llama",
         "n_layers": 3,
@@ -74,10 +74,37 @@ def test_spec_is_read_from_the_config(untied, tied):
         "rope_theta": 5000.0,
         "norm_eps": 1e-5,
         "tied": False,
-        "qk_norm": False,
-        "activation": "silu",
-        "embedding_scale": 1.0,
     }
+    assert untied.spec.embedding_scale == 1
+
+
+def test_blocks_are_what_the_spec_says(untied):
+    attention, mlp = untied.spec.blocks[0].sub_blocks
+    assert dataclasses.asdict(attention) == {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_size": 16,
+        "norm_eps": 1e-5,
+        "rope_theta": 5000.0,
+        "qk_norm": False,
+        "biased": (),
+        "norm": "attn_norm",
+        "post_norm": None,
+    }
+    assert dataclasses.asdict(mlp) == {
+        "d_model": 64,
+        "d_ff": 96,
+        "norm_eps": 1e-5,
+        "activation": "silu",
+        "biased": (),
+        "norm": "ffn_norm",
+        "post_norm": None,
+    }
+    assert (attention.mixes, mlp.mixes) == (True, False)
+    assert (attention.inner, mlp.inner) == (64, 96)
+    assert (attention.cache_channels, mlp.cache_channels) == (2 * 2 * 16, 0)
+    assert untied.spec.blocks == (untied.spec.blocks[0],) * 3
 
 
 def test_tensors_come_in_forward_order(untied, tied):
@@ -122,21 +149,21 @@ def test_metadata_of_a_gguf_is_kept_with_its_types(gguf_file, untied):
 
 def test_permuting_rows_by_hand():
     rows = np.arange(8)[:, None]
-    np.testing.assert_array_equal(names.permute_rope(rows, heads=2)[:, 0], [0, 2, 1, 3, 4, 6, 5, 7])
+    np.testing.assert_array_equal(permute_rope(rows, heads=2)[:, 0], [0, 2, 1, 3, 4, 6, 5, 7])
 
 
 def test_permuting_rows_and_back(rng):
     w = rng.normal(size=(64, 32)).astype(np.float32)
-    np.testing.assert_array_equal(names.permute_rope(w, 4), tiny.neighbours_rotate(w, 4))
-    np.testing.assert_array_equal(names.unpermute_rope(names.permute_rope(w, 4), 4), w)
+    np.testing.assert_array_equal(permute_rope(w, 4), tiny.neighbours_rotate(w, 4))
+    np.testing.assert_array_equal(unpermute_rope(permute_rope(w, 4), 4), w)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0", "BF16", "F16", "F32"])
 def test_quantizing_permuted_rows_permutes_quantized_rows(rng, name):
     fmt = get_format(name)
     w = rng.normal(size=(64, 96)).astype(np.float32)
-    permuted_first = fmt.to_bytes(fmt.encode(names.permute_rope(w, 4)))
-    np.testing.assert_array_equal(permuted_first, names.permute_rope(fmt.to_bytes(fmt.encode(w)), 4))
+    permuted_first = fmt.to_bytes(fmt.encode(permute_rope(w, 4)))
+    np.testing.assert_array_equal(permuted_first, permute_rope(fmt.to_bytes(fmt.encode(w)), 4))
 
 
 def test_metadata_bytes_by_hand():

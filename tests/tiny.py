@@ -1,5 +1,6 @@
 """Tiny random models as Hugging Face directories and as GGUF files, made without the code under test; allocations."""
 
+import dataclasses
 import functools
 
 import gguf
@@ -19,12 +20,22 @@ from transformers import (
 from ramp_jax import data
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo import libggml
-from ramp_jax.models import allocatable
+from ramp_jax.models import allocatable, tensors
 
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
 VOCABULARY = 320
 TEXT_FOR_MERGES = 20_000  # characters
 END, STOP = "<|endoftext|>", "<|im_end|>"
+
+GROUPS = {
+    "attn_in": ("attn_norm", ("attn_q", "attn_k", "attn_v")),
+    "attn_mid": ("attn_v", ("attn_output",)),
+    "ffn_in": ("ffn_norm", ("ffn_gate", "ffn_up")),
+    "ffn_mid": ("ffn_up", ("ffn_down",)),
+}
+"""By activation of a block: what makes it channel by channel, and the linears that read it."""
+
+LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 def builtin_tokenizer(pre_tokenizer=None, **special):
@@ -63,6 +74,35 @@ def hf_model(tied):
 def uniform(model, name):
     """One format for all that is allocated."""
     return Allocation(model.spec, model.metadata, dict.fromkeys((t.name for t in allocatable(model.spec)), name))
+
+
+def tensor_of(model, name):
+    """The tensor of a GGUF name."""
+    return next(tensor for tensor in tensors(model.spec) if tensor.name == name)
+
+
+def changed(model, name, change):
+    """The model with `change(values)` in place of one tensor's values, by its GGUF name."""
+
+    def inside(tree, first, *rest):
+        return {**tree, first: inside(tree[first], *rest) if rest else change(tree[first])}
+
+    path = [int(part) if part.isdigit() else part for part in name.split(".")]
+    return dataclasses.replace(model, params=inside(model.params, *path))
+
+
+def with_blocks(model, **values):
+    """The model with weights `[L, ...]` in place of some modules' in all blocks."""
+    for module, stack in values.items():
+        for layer, w in enumerate(stack):
+            model = changed(model, f"blk.{layer}.{module}.weight", lambda _, w=w: w)
+    return model
+
+
+def stacked(params):
+    """Weights of all blocks, `[L, ...]` by module."""
+    blocks = [params["blk"][layer] for layer in range(len(params["blk"]))]
+    return {module: np.stack([np.asarray(block[module]["weight"]) for block in blocks]) for module in blocks[0]}
 
 
 def drawn(model, seed, gain=1.0):

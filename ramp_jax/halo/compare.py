@@ -14,7 +14,7 @@ from jaxtyping import Int
 from ramp_jax import baselines, encoders
 from ramp_jax.allocation import Allocation, costs, from_levels, read_saved
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.halo import handoff
+from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model, tensors
@@ -80,11 +80,11 @@ class Bench:
     def mix_row(self, source: Path, budget_bytes: int) -> Row | None:
         """llama.cpp's largest mix that fits, with the importance matrix of our calibration; None where none fits."""
         started = time.monotonic()
-        mix = handoff.mix_below(source, budget_bytes)
+        mix = llama_quantize.mix_below(source, budget_bytes)
         if mix is None:
             return None
         path = self.workdir / f"llama.cpp-{mix}.gguf"
-        handoff.quantize(source, path, mix, self.weighted.importance)
+        llama_quantize.quantize(source, path, mix, self.weighted.importance)
         seconds = time.monotonic() - started
         quantized = load_model(str(path))
         scored = evaluate(quantized, self.windows, reference=self.reference, doing=f"scoring {mix}")
@@ -122,7 +122,7 @@ def compare(
         raise FileNotFoundError(f"{sensitivity_path} does not exist; train with launch/train.py first.")
     notes = read_saved(allocation_path)
     budget, seconds = notes["budget_bytes"], notes["seconds"]
-    with_llama_cpp = handoff.available()
+    with_llama_cpp = llama_quantize.available()
     with gguf_path.open("rb") as exported:
         digest = hashlib.file_digest(exported, "sha256")
     for part in (allocation_path.read_bytes(), sensitivity_path.read_bytes(), heldout.tobytes(), calibration.tobytes()):

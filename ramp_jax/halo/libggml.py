@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from ramp_jax.halo.handoff import require
+from ramp_jax.halo.llama_quantize import require
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.halo.handoff import captured_log, last_line, require
+from ramp_jax.halo.llama_quantize import captured_log, last_line, require
 from ramp_jax.models import Model
 from ramp_jax.models.decoder import head_logits
 from ramp_jax.progress import track

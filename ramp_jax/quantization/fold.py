@@ -66,7 +66,7 @@ def fold(
     chosen: dict[str, jax.Array] = {}
     clipped = 0
     matrices = itertools.repeat({}) if second is None else iter(second)
-    for at in sweep.forward(model.spec, model.params, "folding"):
+    for at in sweep.forward(model.spec, model.params, None if second else "folding"):
         seconds = next(matrices)
         for activation in at.block.activations:
             name, fmt = at.full(activation.name), formats.get(activation.width)
