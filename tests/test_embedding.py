@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ramp_jax.models.names import LINEARS
+import tiny
 from scipy.stats import spearmanr
 
 from ramp_jax.formats import round_trip
-from ramp_jax.models import allocatable, lookup
+from ramp_jax.models import allocatable
 from ramp_jax.policy import embedding
 from ramp_jax.quantization import calibrate, refold
 from ramp_jax.quantization.calibrate import Moments
@@ -54,7 +54,7 @@ def test_names_stand_in_the_order_of_the_table():
 
 def test_structure_by_hand(untied, embedded):
     members = allocatable(untied.spec)
-    depth = [0.0] + [layer / 2 for layer in range(3) for _ in LINEARS] + [1.0]
+    depth = [0.0] + [layer / 2 for layer in range(3) for _ in tiny.LINEARS] + [1.0]
     np.testing.assert_allclose(column(embedded, "depth"), depth, atol=1e-6)
     total = 2 * 320 * 64 + 3 * LAYER
     np.testing.assert_allclose(column(embedded, "share"), np.log10([t.size / total for t in members]), atol=1e-5)
@@ -67,10 +67,10 @@ def test_structure_by_hand(untied, embedded):
 
 def test_activation_numbers_by_hand(untied, stats, embedded):
     """From the moments of one tap: log₁₀ of max over rms, spread of channels, share written."""
-    x = Moments(*(np.asarray(leaf[1], np.float64) for leaf in stats.moments["attn_in"]))
+    x = Moments(*(np.asarray(leaf, np.float64) for leaf in stats.moments["blk.1.attn_in"]))
     row = embedded[index(untied, "blk.1.attn_v.weight")][None]
     mean_square = x.square.mean()
-    residual, written = (np.asarray(stats.moments[tap].square[1]).mean() for tap in ("residual", "attn_out"))
+    residual, written = (np.asarray(stats.moments[f"blk.1.{tap}"].square).mean() for tap in ("residual", "attn_out"))
     expected = {
         "act_outlier": np.log10(x.abs_max.max() / np.sqrt(mean_square)),
         "act_spread": np.log10(np.sqrt(x.square)).std(),
@@ -81,7 +81,7 @@ def test_activation_numbers_by_hand(untied, stats, embedded):
 
 
 def test_weight_numbers_by_hand(untied, embedded):
-    w = np.asarray(untied.params["blk"]["ffn_down"][2], np.float64)
+    w = np.asarray(untied.params["blk"][2]["ffn_down"]["weight"], np.float64)
     row = embedded[index(untied, "blk.2.ffn_down.weight")][None]
     centered = w - w.mean()
     assert column(row, "weight_outlier")[0] == pytest.approx(np.log10(np.abs(w).max() / w.std()), abs=1e-4)
@@ -90,8 +90,8 @@ def test_weight_numbers_by_hand(untied, embedded):
 
 
 def test_error_of_three_bits_against_a_plain_loop(untied, stats, embedded):
-    w = np.asarray(untied.params["blk"]["ffn_down"][0], np.float64)
-    square = np.asarray(stats.moments["ffn_mid"].square[0], np.float64)
+    w = np.asarray(untied.params["blk"][0]["ffn_down"]["weight"], np.float64)
+    square = np.asarray(stats.moments["blk.0.ffn_mid"].square, np.float64)
     rounded = np.empty_like(w)
     for row in range(w.shape[0]):
         for start in range(0, w.shape[1], 32):
@@ -108,20 +108,10 @@ def test_loss_rates_order_tensors_as_their_true_costs_do(untied, stats, embedded
     windows, costs, members = stats.sample, [], allocatable(untied.spec)
     reference = jax.nn.log_softmax(untied.logits(windows))
     for tensor in members:
-        w = lookup(untied.params, tensor)
-        rounded = replaced_one(untied, tensor, round_trip(w, "IQ4_NL"))
+        rounded = tiny.changed(untied, tensor.name, lambda w: round_trip(w, "IQ4_NL"))
         new = jax.nn.log_softmax(rounded.logits(windows))
         costs.append(float(jnp.mean(jnp.sum(jnp.exp(reference) * (reference - new), axis=-1))) / tensor.size)
     assert spearmanr(column(embedded, "loss_rate"), costs).statistic > 0.9
-
-
-def replaced_one(model, tensor, w):
-    params = dict(model.params)
-    if tensor.layer is None:
-        params[tensor.key] = w
-    else:
-        params["blk"] = {**params["blk"], tensor.key: params["blk"][tensor.key].at[tensor.layer].set(w)}
-    return dataclasses.replace(model, params=params)
 
 
 def test_statistics_without_text_are_refused(untied, stats):
@@ -132,12 +122,11 @@ def test_statistics_without_text_are_refused(untied, stats):
 @pytest.mark.parametrize("c", [0.25, 3.0, 100.0])
 def test_weights_times_c_and_activations_over_c_change_nothing(untied, stats, embedded, c):
     """The function of the layer is the same, so its embedding is."""
-    blk = dict(untied.params["blk"])
-    for key in ("attn_q", "attn_k", "attn_v"):
-        blk[key] = blk[key] * c
-    blk["attn_norm"] = blk["attn_norm"] / c
-    scaled = dataclasses.replace(untied, params={**untied.params, "blk": blk})
-    moments = {**stats.moments, "attn_in": stats.moments["attn_in"].scaled(jnp.float32(1 / c))}
+    weights = tiny.stacked(untied.params)
+    readers = {module: weights[module] * np.float32(c) for module in ("attn_q", "attn_k", "attn_v")}
+    scaled = tiny.with_blocks(untied, attn_norm=weights["attn_norm"] / np.float32(c), **readers)
+    inputs = {f"blk.{layer}.attn_in" for layer in range(3)}
+    moments = {name: m.scaled(jnp.float32(1 / c)) if name in inputs else m for name, m in stats.moments.items()}
     found = embedding.embed(scaled, dataclasses.replace(stats, moments=moments))
     tolerance = np.where(np.array(embedding.NAMES) == "loss_rate", 0.05, 2e-3)  # rounding to f16 scales moves the loss
     assert (np.abs(found - embedded) <= tolerance).all()
@@ -145,20 +134,22 @@ def test_weights_times_c_and_activations_over_c_change_nothing(untied, stats, em
 
 def test_a_uniform_folding_changes_nothing(untied, stats, embedded):
     """As above, through Scale Folding: statistics of the unfolded model serve the folded one."""
-    folded = refold(untied, {"attn_in": np.full((3, 64), 4.0), "ffn_in": np.full((3, 64), 0.5)})
+    scales = {"attn_in": 4.0, "ffn_in": 0.5}
+    folded = refold(untied, {f"blk.{i}.{tap}": np.full(64, s) for i in range(3) for tap, s in scales.items()})
     np.testing.assert_allclose(embedding.embed(folded, stats), embedded, atol=2e-3)
 
 
 def test_folding_is_seen(untied, stats, embedded, rng):
-    folded = refold(untied, {"attn_in": np.exp(rng.normal(0, 1, (3, 64)))})
+    folded = refold(untied, {f"blk.{i}.attn_in": np.exp(rng.normal(0, 1, 64)) for i in (0, 2)})
     shares = embedding.NAMES.index("loss_rate")  # what one group loses moves the share of every other
     changed = np.delete(np.abs(embedding.embed(folded, stats) - embedded) > 1e-2, shares, axis=1).any(axis=1)
-    expected = [t.layer is not None and t.tap == "attn_in" for t in allocatable(untied.spec)]
+    readers = [f"blk.{i}.{module}.weight" for i in (0, 2) for module in ("attn_q", "attn_k", "attn_v")]
+    expected = [t.name in readers for t in allocatable(untied.spec)]
     assert changed.tolist() == expected
 
 
 def test_statistics_of_the_folded_model_give_the_same_embedding(untied, stats, windows, rng):
-    folded = refold(untied, {"ffn_in": np.exp(rng.normal(0, 1, (3, 64)))})
+    folded = refold(untied, {f"blk.{i}.ffn_in": np.exp(rng.normal(0, 1, 64)) for i in range(3)})
     np.testing.assert_allclose(
         embedding.embed(folded, calibrate(folded, windows)), embedding.embed(folded, stats), atol=5e-3
     )
@@ -172,6 +163,6 @@ def test_lookup_only_embedding_has_no_activation(untied, tied, windows, embedded
 
 
 def test_statistics_without_a_tap_are_refused(untied, stats):
-    moments = {tap: value for tap, value in stats.moments.items() if tap != "ffn_mid"}
-    with pytest.raises(KeyError, match="ffn_mid"):
+    moments = {name: value for name, value in stats.moments.items() if name != "blk.1.ffn_mid"}
+    with pytest.raises(KeyError, match=r"blk\.1\.ffn_mid"):
         embedding.embed(untied, dataclasses.replace(stats, moments=moments))

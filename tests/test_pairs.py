@@ -1,12 +1,11 @@
 """Pairs of rounded tensors: products that are real are kept, noise is not, and the model agrees."""
 
-import dataclasses
-
 import numpy as np
 import pytest
-from ramp_jax.models.names import lookup, replaced
+import tiny
 
-from ramp_jax.models import allocatable
+from ramp_jax.models import allocatable, lookup
+from ramp_jax.models.layout import replaced
 from ramp_jax.quantization import REFERENCE
 from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity import pairs
@@ -40,9 +39,9 @@ def test_losses_are_those_of_the_fisher_table(model, windows):
 
 
 def test_a_loss_that_is_no_number_is_named(untied, windows):
-    broken = {**untied.params, "blk": {**untied.params["blk"], "ffn_norm": untied.params["blk"]["ffn_norm"] * np.nan}}
+    broken = tiny.changed(untied, "blk.1.ffn_norm.weight", lambda w: w * np.nan)
     with pytest.raises(ValueError, match=r"what \S+ loses is not finite"):
-        estimate(dataclasses.replace(untied, params=broken), windows, LEVELS, REFERENCE)
+        estimate(broken, windows, LEVELS, REFERENCE)
 
 
 def test_pairs_stand_at_their_tensors_and_levels(untied, windows, monkeypatch):
@@ -69,11 +68,7 @@ def test_products_are_what_two_changes_cost_together(untied, windows):
     first, second = (fisher_moves(untied, windows, changes, "sliding", probes=64)[t.name][0] for t in pair)
 
     def divergence(chosen):
-        params = replaced(
-            untied.params,
-            list(members.values()),
-            lambda t: lookup(untied.params, t) * (1.02 if t in chosen else 1.0),
-        )
+        params = replaced(untied.params, [(t, 1.02 * lookup(untied.params, t)) for t in chosen])
         return evaluate(untied, windows, params=params, reference=untied, protocol="sliding").mean_kld
 
     together = divergence(pair) - divergence(pair[:1]) - divergence(pair[1:])

@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 from scipy.special import log_softmax
 
-from ramp_jax import data
+from ramp_jax import data, sweep
 from ramp_jax.allocation import from_levels
 from ramp_jax.quantization import fake_quantize
 from ramp_jax.scoring import perplexity
@@ -54,10 +55,15 @@ def test_losses_of_windows_longer_than_a_chunk_of_the_head(untied, quantized):
     np.testing.assert_allclose(result.kld, divergence(log_p, log_q).reshape(-1), atol=1e-5, rtol=0)
 
 
-def test_windows_in_batches_score_as_they_do_alone(untied, quantized, windows, monkeypatch):
-    """Three windows in batches of two; the fourth of the second batch only fills it."""
+@pytest.mark.parametrize(
+    ("module", "limit", "value"),
+    [(sweep, "_TOKENS_AT_ONCE", 2 * 24), (perplexity, "_NUMBERS_AT_ONCE", 2 * 24 * 64)],
+    ids=["batches", "groups"],
+)
+def test_windows_in_batches_score_as_they_do_alone(untied, quantized, windows, monkeypatch, module, limit, value):
+    """Three windows in batches of two; the fourth of the second batch only fills it. Or two sweep, then one."""
     alone = [evaluate(quantized, window[None], reference=untied) for window in windows]
-    monkeypatch.setattr(perplexity, "_TOKENS_AT_ONCE", 2 * windows.shape[1])
+    monkeypatch.setattr(module, limit, value)
     together = evaluate(quantized, windows, reference=untied)
     for name in ("nll", "kld", "ref_nll"):
         expected = np.concatenate([getattr(found, name) for found in alone])
@@ -104,15 +110,14 @@ def test_means_by_hand():
 def poisoned(model, windows):
     """The model with an embedding that is not a number for a token that only the second window holds."""
     token = np.setdiff1d(windows[1], windows[[0, 2]])[0]
-    return {**model.params, "token_embd": model.params["token_embd"].at[token].set(np.nan)}
+    return tiny.changed(model, "token_embd.weight", lambda w: w.at[token].set(np.nan))
 
 
 def test_loss_that_is_not_finite_names_the_window(untied, windows):
     with pytest.raises(ValueError, match="loss of window 1 is not finite"):
-        evaluate(untied, windows, params=poisoned(untied, windows), protocol="sliding")
+        evaluate(untied, windows, params=poisoned(untied, windows).params, protocol="sliding")
 
 
 def test_reference_that_is_not_finite_names_the_window(untied, windows):
-    reference = dataclasses.replace(untied, params=poisoned(untied, windows))
     with pytest.raises(ValueError, match="window 1 is not finite"):
-        evaluate(untied, windows, reference=reference, protocol="sliding")
+        evaluate(untied, windows, reference=poisoned(untied, windows), protocol="sliding")

@@ -35,7 +35,8 @@ def test_true_losses_are_those_of_fake_quantized_models(model, windows, rng, pro
 
 def test_what_is_not_a_number_is_infinite(model, windows):
     prepared = variants.prepare(model, model, windows, LEVELS)
-    broken = prepared.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, prepared.params))
     action = jnp.full(len(allocatable(model.spec)), 3, jnp.int32)
     assert np.isfinite(variants.mean_kld(prepared, action))
-    assert np.isinf(variants.mean_kld(broken, action))
+    for name in ("runs", "others", "top", "output_norm"):
+        spoiled = jax.tree.map(lambda a: a * jnp.nan if a.dtype == jnp.float32 else a, getattr(prepared, name))
+        assert np.isinf(variants.mean_kld(prepared.replace(**{name: spoiled}), action)), name
