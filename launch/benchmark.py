@@ -1,17 +1,20 @@
 """Measure this machine.
 
-    python launch/benchmark.py --suite=SUITE[,SUITE ...] [--json=FILE] [--plots=FOLDER]
+    python launch/benchmark.py --suite=SUITE[,SUITE ...] [--json=FILE] [--plots=FOLDER] [--record]
 
-`forward`: tokens per second of perplexity in JAX beside transformers on torch (launch/forward_suite.py).
-`parity`: losses of one file in JAX, llama.cpp and transformers (launch/parity_suite.py).
-`quantize`, `errors`, `bytes`: the block formats beside ggml's (launch/formats_suite.py).
-`sensitivity`: the two estimates beside each other and the truth (launch/sensitivity_suite.py).
-`policy`: what each way of choosing formats loses, at the sizes of llama.cpp's mixes (launch/policy_suite.py).
-`sac`: steps per second of the decision process, seeds side by side, a whole run (launch/sac_suite.py).
-`transfer`: policies on models that they were not trained on, and without each number (launch/transfer_suite.py).
-`reward`: what rewards are made of, and how training converges under them (launch/reward_suite.py).
-`accelerator`: what 7B shapes take on one GPU or TPU (launch/accelerator_suite.py).
-`encoder`: what each way of rounding loses beside llama-quantize at equal tensor types (launch/encoder_suite.py).
+`forward`: tokens per second of perplexity in JAX beside transformers on torch.
+`parity`: losses of one file in JAX, llama.cpp and transformers.
+`quantize`, `errors`, `bytes`: the block formats beside ggml's.
+`sensitivity`: the two estimates beside each other and the truth.
+`policy`: what each way of choosing formats loses, at the sizes of llama.cpp's mixes.
+`sac`: steps per second of the decision process, seeds side by side, a whole run.
+`transfer`: policies on models that they were not trained on, and without each number.
+`reward`: what rewards are made of, and how training converges under them.
+`accelerator`: what 7B shapes take on one GPU or TPU.
+`encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
+
+Each lives in launch/benchmarks/, where its file says what it does. --record writes a suite's table, the command and the
+machine to launch/benchmarks/results/, and its plots beside it; these are the numbers that README and notes speak of.
 """
 
 import json
@@ -19,30 +22,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import formats_suite
 from absl import app, flags
-from accelerator_suite import accelerator
-from encoder_suite import encoder
-from forward_suite import forward
-from parity_suite import parity
-from policy_suite import policy
-from reward_suite import reward
-from sac_suite import sac
-from sensitivity_suite import sensitivity
-from transfer_suite import transfer
+from benchmarks import formats
+from benchmarks.accelerator import accelerator
+from benchmarks.encoder import encoder
+from benchmarks.forward import forward
+from benchmarks.measuring import RESULTS, plots_go_to, record
+from benchmarks.parity import parity
+from benchmarks.policy import policy
+from benchmarks.reward import reward
+from benchmarks.sac import sac
+from benchmarks.sensitivity import sensitivity
+from benchmarks.transfer import transfer
 
 from ramp_jax.checkpoint import write_bytes
 
 _SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
 _JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")
+_PLOTS = flags.DEFINE_string("plots", None, "Folder for plots; default: that of --json.")
+_RECORD = flags.DEFINE_bool("record", False, f"Write each table to {RESULTS}, with its plots.")
+_NAME = flags.DEFINE_string("record_as", None, "Name of the recorded table; default: that of the suite.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions per measurement.", lower_bound=1)
 
 SUITES: dict[str, Callable[[int], Any]] = {
     "forward": forward,
     "parity": parity,
-    "quantize": formats_suite.speed,
-    "errors": formats_suite.errors,
-    "bytes": formats_suite.equal_bytes,
+    "quantize": formats.speed,
+    "errors": formats.errors,
+    "bytes": formats.equal_bytes,
     "sensitivity": sensitivity,
     "sac": sac,
     "transfer": transfer,
@@ -59,11 +66,25 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}.")
     if unknown := set(_SUITE.value) - set(SUITES):
         raise app.UsageError(f"--suite names {min(unknown)!r}; choose from {', '.join(SUITES)}.")
+    if _NAME.value and len(_SUITE.value) > 1:
+        raise app.UsageError("--record_as names one table; run one suite with it.")
     if _JSON.value:
         Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
-    results = {name: SUITES[name](_REPEATS.value) for name in _SUITE.value}
+    results = {}
+    for suite in _SUITE.value:
+        name = _NAME.value or suite
+        plots_go_to(RESULTS if _RECORD.value else _plots_folder(), name)
+        results[suite] = SUITES[suite](_REPEATS.value)
+        if _RECORD.value:
+            print(f"Recorded: {record(name, suite, results[suite])}")
     if _JSON.value:
         write_bytes(_JSON.value, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def _plots_folder() -> Path | None:
+    if _PLOTS.value:
+        return Path(_PLOTS.value)
+    return Path(_JSON.value).parent if _JSON.value else None
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ def main() -> None:
         workdir,
         workflow.table_path(workdir, ref),
         workflow.tokens(model, heldout, "heldout"),
-        workflow.tokens(model, config.calibration, "calibration"),
         _ENCODER.value,
     )
     print(text_table([vars(row) for row in rows]))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from absl import flags
 
-from ramp_jax import cli, encoders
+from ramp_jax import cli
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import check_writable, export_gguf
+from ramp_jax.quantization import recorded_encoder
 
 _MODEL = flags.DEFINE_string("model", None, "The model that the allocation was made for.")
 _ALLOCATION = flags.DEFINE_string("allocation", None, "What launch/allocate.py wrote.")
@@ -28,7 +29,7 @@ def main() -> None:
     check_writable(output)
     model = cli.load(_MODEL.value)
     allocation = Allocation.load(_ALLOCATION.value, model)
-    encoder = encoders.recorded(_ALLOCATION.value, model, _ENCODER.value, _IMATRIX.value)
+    encoder = recorded_encoder(_ALLOCATION.value, model, _ENCODER.value, _IMATRIX.value)
     size = export_gguf(model, allocation, output, encoder)
     print(f"{size:,} bytes: {output}")
 

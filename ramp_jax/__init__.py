@@ -7,19 +7,19 @@ stats = ramp_jax.calibrate(model, windows)
 policy = ramp_jax.load_policy("runs/smollm2-135m")
 model = ramp_jax.fold(model, stats, policy.fold_level, second=ramp_jax.second_moments(model, windows))
 allocation = ramp_jax.allocate(policy, model, stats, budget_bytes=92_000_000)
-encoder = ramp_jax.encoders.make("best", model, windows, allocation)
+encoder = ramp_jax.calibrated_encoder("best", model, windows, allocation)
 ramp_jax.export_gguf(model, allocation, "model.gguf", encoder)
 ramp_jax.evaluate("model.gguf", reference="smollm2-135m", data="builtin")  # {"ppl": ..., "kld": ..., ...}
 """
 
 from ramp_jax import xla  # noqa: F401, I001  (before JAX meets its first device)
 
-from ramp_jax import data, encoders
+from ramp_jax import data
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, load_model, save_model
 from ramp_jax.policy.rollout import Policy, allocate, load_policy
-from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, refold
+from ramp_jax.quantization import Encoder, Stats, calibrate, calibrated_encoder, fake_quantize, fold, refold
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.workflow import evaluate
 
@@ -33,8 +33,8 @@ __all__ = [
     "Stats",
     "allocate",
     "calibrate",
+    "calibrated_encoder",
     "data",
-    "encoders",
     "evaluate",
     "export_gguf",
     "fake_quantize",

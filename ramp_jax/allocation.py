@@ -25,6 +25,8 @@ from ramp_jax.models.layout import foldable
 from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+_CALIBRATION_TEXT = "ramp.calibration_text"
+_UNKNOWN_TEXT = 64 * "0"  # as long as a fingerprint, so that sizes do not depend on it
 STORED = "F32"
 """Format of the tensors that are never allocated (norms)."""
 
@@ -40,14 +42,16 @@ _FILE_TYPES = {
 class Allocation:
     """Tensor name → format name for every allocatable tensor of `spec`; `metadata` is the source model's.
 
-    `folding` are the scales of Scale Folding with which the weights are meant to be quantized (see `Model.folding`);
-    equality leaves them out.
+    `folding` are the scales of Scale Folding with which the weights are meant to be quantized (see `Model.folding`),
+    `calibration` says on which windows of which text they were found (`data`, `context`, `count`, and as `text` its
+    `data.fingerprint`); equality leaves both out.
     """
 
     spec: DecoderSpec
     metadata: Metadata
     formats: Mapping[str, str]
     folding: Mapping[str, Float[np.ndarray, " C"]] = dataclasses.field(default_factory=dict, compare=False)
+    calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         expected = {tensor.name for tensor in allocatable(self.spec)}
@@ -99,7 +103,7 @@ class Allocation:
         """Write JSON: `notes`, the summary, and the folding as base64 of little-endian f32."""
         folding = {name: np.asarray(scales, "<f4") for name, scales in self.folding.items()}
         encoded = {name: base64.b64encode(scales.tobytes()).decode() for name, scales in folding.items()}
-        content = {**notes, **self.summary(), "folding": encoded}
+        content = {**notes, **self.summary(), "calibration": dict(self.calibration), "folding": encoded}
         write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
@@ -113,7 +117,7 @@ class Allocation:
                 raise ValueError(f"{wrong[0]} has another width")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"the folding in {path} is not one of this model; make the allocation again.") from error
-        return cls(model.spec, model.metadata, content["formats"], folding)
+        return cls(model.spec, model.metadata, content["formats"], folding, content.get("calibration") or {})
 
 
 def read_saved(path: str | Path) -> dict[str, Any]:
@@ -231,8 +235,15 @@ def export_metadata(allocation: Allocation) -> Metadata:
             "general.quantization_version": np.uint32(gguf.GGML_QUANT_VERSION),
             "general.quantized_by": "RAMP-JAX",
             "ramp.recipe": np.asarray(types, np.int32),
+            _CALIBRATION_TEXT: allocation.calibration.get("text", _UNKNOWN_TEXT),
         }
     )
+
+
+def calibration_text(metadata: Metadata) -> str | None:
+    """Fingerprint of the text that an exported file was calibrated on, None where it does not say."""
+    pair = metadata.get(_CALIBRATION_TEXT)
+    return None if pair is None or pair.value == _UNKNOWN_TEXT else str(pair.value)
 
 
 def _nominal_bits(fmt: str) -> float:

@@ -12,10 +12,9 @@ import jax
 from absl import app, flags, logging
 
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
-from ramp_jax.encoders import DEFAULT
 from ramp_jax.halo.footprint import bytes_that_fit, runtime_bytes
 from ramp_jax.models import Model, load_model
-from ramp_jax.quantization import EncoderName
+from ramp_jax.quantization import DEFAULT_ENCODER, EncoderName
 
 _MOST_COMPILED = 1 << 28  # bytes on disk; what was not used for longest goes first
 _WORTH_KEEPING = 0.05  # seconds of compiling; JAX keeps what took one, and most of a short job are many small programs
@@ -76,11 +75,11 @@ def load(ref: str, dtype: str = "float32") -> Model:
 
 
 def define_encoder(*, recorded: bool = True) -> flags.FlagHolder[str | None]:
-    """`--encoder`: how weights become codes; by default what the allocation records, or `encoders.DEFAULT`."""
-    default = "what the allocation records" if recorded else DEFAULT
+    """`--encoder`: how weights become codes; by default what the allocation records, or `DEFAULT_ENCODER`."""
+    default = "what the allocation records" if recorded else DEFAULT_ENCODER
     return flags.DEFINE_enum(
         "encoder",
-        None if recorded else DEFAULT,
+        None if recorded else DEFAULT_ENCODER,
         get_args(EncoderName),
         "How weights are rounded: as ggml does without importance, by a wider search weighted by what calibration saw, "
         f"or with every column's error made up for in later ones. Default: {default}.",

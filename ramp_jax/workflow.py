@@ -14,8 +14,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from ramp_jax import data as texts
-from ramp_jax import encoders
-from ramp_jax.allocation import Allocation, read_saved
+from ramp_jax.allocation import Allocation, calibration_text, read_saved
 from ramp_jax.baselines import Actions
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
@@ -23,10 +22,12 @@ from ramp_jax.formats import LEVELS
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
-from ramp_jax.models.load import read_tokenizer
+from ramp_jax.models.load import read_description
+from ramp_jax.models.metadata import Metadata
 from ramp_jax.policy import rollout, train
 from ramp_jax.policy.rollout import Policy, load_policy
 from ramp_jax.quantization import (
+    DEFAULT_ENCODER,
     REFERENCE,
     Encoder,
     EncoderName,
@@ -35,6 +36,7 @@ from ramp_jax.quantization import (
     fake_quantize,
     fold,
     importance_of,
+    recorded_encoder,
     refold,
 )
 from ramp_jax.quantization.calibrate import second_moments
@@ -89,13 +91,15 @@ def evaluate(
     does not serve.
     """
     context = context or (512 if protocol == "llama.cpp" else 2048)
-    _check_calibration(allocation, data, split)
     if backend == "llama.cpp":
         if allocation or isinstance(model, Model) or Path(model).suffix != ".gguf":
             raise ValueError("llama.cpp scores a .gguf; make one with launch/export_gguf.py and evaluate that.")
-        tokenizer = read_tokenizer(model)
+        metadata, tokenizer = read_description(model)
+        _check_unseen(metadata, None, data, split)
     else:
-        model = _quantized(_loaded(model, dtype), allocation, encoder)
+        model = _loaded(model, dtype)
+        _check_unseen(model.metadata, allocation, data, split)
+        model = _quantized(model, allocation, encoder)
         tokenizer = _tokenizer(model)
         if context > model.spec.context_length:
             raise ValueError(
@@ -150,17 +154,22 @@ def _quantized(model: Model, allocation: str | Path | None, encoder: EncoderName
     loaded = Allocation.load(allocation, model)
     folded = refold(model, loaded.folding)
     return dataclasses.replace(
-        folded, params=fake_quantize(folded, loaded, encoders.recorded(allocation, model, encoder))
+        folded, params=fake_quantize(folded, loaded, recorded_encoder(allocation, model, encoder))
     )
 
 
-def _check_calibration(allocation: str | Path | None, data: str, split: texts.Split) -> None:
-    """Raise `ValueError` where an allocation would be scored on the text that it was calibrated on."""
-    calibration = read_saved(allocation).get("calibration", {}) if allocation else {}
-    if calibration.get("data") == data and split != "heldout":
+def _check_unseen(metadata: Metadata, allocation: str | Path | None, data: str, split: texts.Split) -> None:
+    """Raise `ValueError` where a model would be scored on the text that it was calibrated on, whatever its name."""
+    if split == "heldout":
+        return
+    seen = {"the file": calibration_text(metadata)}
+    if allocation and (how := read_saved(allocation).get("calibration")):
+        seen[str(allocation)] = how.get("text") or texts.fingerprint(how["data"])
+    found = texts.fingerprint(data)
+    if named := [name for name, text in seen.items() if text == found]:
         raise ValueError(
-            f"{allocation} was calibrated on the first four fifths of {data!r}; score it with --split=heldout "
-            f"or on another text."
+            f"{named[-1]} was calibrated on the first four fifths of {data!r}; score it with --split=heldout or on "
+            f"another text."
         )
 
 
@@ -255,7 +264,7 @@ def allocate(
     calibration: WindowsConfig,
     output: Path,
     ref: str,
-    encoder: EncoderName = encoders.DEFAULT,
+    encoder: EncoderName = DEFAULT_ENCODER,
     refine_evals: int = 0,
 ) -> Allocation:
     """Calibrate, fold and allocate, and save the allocation.
@@ -271,11 +280,12 @@ def allocate(
     allocation = rollout.allocate(
         policy, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate, evaluations=refine_evals
     )
+    calibrated_on = as_dict(calibration) | {"text": texts.fingerprint(calibration.data)}
+    allocation = dataclasses.replace(allocation, calibration=calibrated_on)
     allocation.save(
         output,
         model=ref,
         budget_bytes=budget_bytes,
-        calibration=as_dict(calibration),
         encoder=encoder,
         trained_on=[] if policy is None else list(policy.trained_on),
         refine_evals=refine_evals,

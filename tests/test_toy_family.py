@@ -3,6 +3,7 @@ order of matrices, two kinds of layers in turn."""
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -155,7 +156,7 @@ def test_the_decoder_computes_it(toy, windows):
 
 
 def test_the_family_is_shorter_than_sixty_lines():
-    text = open(__file__, encoding="utf-8").read().split("# ----")
+    text = Path(__file__).read_text(encoding="utf-8").split("# ----")
     assert 20 < text[1].count("\n") < 60
 
 

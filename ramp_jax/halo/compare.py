@@ -4,23 +4,23 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 from jaxtyping import Int
 
-from ramp_jax import baselines, encoders
+from ramp_jax import baselines
 from ramp_jax.allocation import Allocation, costs, from_levels, read_saved
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model, tensors
-from ramp_jax.quantization import Encoder, EncoderName, fake_quantize, refold
-from ramp_jax.scoring.perplexity import Reference, evaluate, evaluate_reference, reference_of
-from ramp_jax.scoring.scores import Evaluation
+from ramp_jax.quantization import Encoder, EncoderName, calibrated_encoder, refold
+from ramp_jax.quantization.calibrated import best_encoder, calibration_windows
+from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
 from ramp_jax.sensitivity.table import Sensitivity
 
 COMPARISON = "comparison.json"
@@ -49,8 +49,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all rows share: the model as loaded, held-out windows, the reference's predictions, the encoder with the
-    windows that it is calibrated on and their importance, and where files go."""
+    """What all rows share: the model as loaded, held-out windows, the reference's predictions on them, the encoder
+    with the calibration windows and their importance, and where files go. What is scored is the exported file."""
 
     model: Model
     windows: Int[np.ndarray, "W T"]
@@ -61,41 +61,27 @@ class Bench:
     workdir: Path
     with_llama_cpp: bool
 
-    def reference_row(self, plain: Allocation, path: Path) -> Row:
-        """The model itself; its F16 file is also what llama.cpp quantizes from."""
-        export_gguf(self.model, plain, path)
-        scored = evaluate_reference(self.reference, self.windows)
-        return self._scored("reference F16", path, _planned(plain), scored, 0.0)
+    def export(self, allocation: Allocation, name: str) -> Path:
+        """The allocation's file, rounded as all others."""
+        path = self.workdir / f"{name}.gguf"
+        encoder = calibrated_encoder(self.encoder, self.model, self.calibration, allocation, self.weighted)
+        export_gguf(self.model, allocation, path, encoder)
+        return path
 
-    def row(self, name: str, allocation: Allocation, seconds: float, path: Path, *, exported: bool = False) -> Row:
-        """Export the allocation to `path`, unless it is there already, and score it."""
-        model = refold(self.model, allocation.folding)
-        encoder = encoders.make(self.encoder, self.model, self.calibration, allocation, self.weighted)
-        if not exported:
-            export_gguf(model, allocation, path, encoder)
-        params = fake_quantize(model, allocation, encoder)
-        scored = evaluate(model, self.windows, params=params, reference=self.reference, doing=f"scoring {name}")
-        return self._scored(name, path, _planned(allocation), scored, seconds)
-
-    def mix_row(self, source: Path, budget_bytes: int) -> Row | None:
+    def mix(self, source: Path, budget_bytes: int) -> tuple[str, Path] | None:
         """llama.cpp's largest mix that fits, with the importance matrix of our calibration; None where none fits."""
-        started = time.monotonic()
         mix = llama_quantize.mix_below(source, budget_bytes)
         if mix is None:
             return None
         path = self.workdir / f"llama.cpp-{mix}.gguf"
         llama_quantize.quantize(source, path, mix, self.weighted.importance)
-        seconds = time.monotonic() - started
-        quantized = load_model(str(path))
-        scored = evaluate(quantized, self.windows, reference=self.reference, doing=f"scoring {mix}")
-        sizes = _sizes(self.model, path)
-        return self._scored(f"llama.cpp {mix} + imatrix", path, sizes, scored, seconds)
+        return mix, path
 
-    def _scored(
-        self, name: str, path: Path, sizes: tuple[int, float, float], scored: Evaluation, seconds: float
-    ) -> Row:
+    def row(self, name: str, path: Path, seconds: float) -> Row:
+        """Score a file, in JAX and, where it is installed, in llama.cpp."""
+        scored = evaluate(load_model(str(path)), self.windows, reference=self.reference, doing=f"scoring {name}")
         checked = evaluate_gguf(path, self.windows).ppl if self.with_llama_cpp else None
-        return Row(name, path.name, *sizes, scored.ppl, checked, scored.mean_kld, seconds)
+        return Row(name, path.name, *_sizes(self.model, path), scored.ppl, checked, scored.mean_kld, seconds)
 
 
 def compare(
@@ -105,52 +91,45 @@ def compare(
     workdir: Path,
     sensitivity_path: Path,
     heldout: Int[np.ndarray, "W T"],
-    calibration: Int[np.ndarray, "W T"],
     encoder: EncoderName | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
     """Rows reference, uniform, llama.cpp's mix next below the budget, knapsack, policy; also in `comparison.json`.
 
-    Uniform and knapsack share the policy's folding and encoder (default: what the allocation records), the mix has an
-    importance matrix from the same calibration windows.
-    Without llama.cpp its row and its column are left out. Rows that were made from the same inputs are read, not made
-    again. Raises `ValueError` where the GGUF is not the allocation's.
+    Uniform and knapsack share the policy's folding, calibration windows and encoder (default: what the allocation
+    records), the mix has an importance matrix from the same windows; what is scored are the files. Without llama.cpp
+    its row and its column are left out. Rows that were made from the same inputs are read, not made again. Raises
+    `ValueError` where the GGUF is not the allocation's.
     """
     ours = Allocation.load(allocation_path, model)
     _check_export(ours, gguf_path)
     if not sensitivity_path.is_file():
         raise FileNotFoundError(f"{sensitivity_path} does not exist; train with launch/train.py first.")
     notes = read_saved(allocation_path)
-    budget, seconds = notes["budget_bytes"], notes["seconds"]
-    with_llama_cpp = llama_quantize.available()
-    with gguf_path.open("rb") as exported:
-        digest = hashlib.file_digest(exported, "sha256")
-    for part in (allocation_path.read_bytes(), sensitivity_path.read_bytes(), heldout.tobytes(), calibration.tobytes()):
-        digest.update(part)
-    digest.update(bytes([with_llama_cpp]) + str(encoder).encode())
-    fingerprint = digest.hexdigest()
+    encoder = encoder or notes.get("encoder", "reference")
+    budget, with_llama_cpp = notes["budget_bytes"], llama_quantize.available()
+    fingerprint = _fingerprint(gguf_path, [allocation_path, sensitivity_path], heldout, (encoder, with_llama_cpp))
     if (known := _stored(workdir / COMPARISON, fingerprint)) is not None:
         say(f"{workdir / COMPARISON} already holds this comparison.")
         return known
     say(f"Comparing on {heldout.size:,} held-out tokens" + ("" if with_llama_cpp else ", without llama.cpp"))
-    encoder = encoder or notes.get("encoder", "reference")
-    weighted = encoders.best(model, calibration)
+    calibration = calibration_windows(ours, model)
+    weighted = best_encoder(model, calibration)
     reference = reference_of(model, heldout)
     bench = Bench(model, heldout, reference, encoder, calibration, weighted, workdir, with_llama_cpp)
 
-    plain = Allocation(model.spec, model.metadata, dict.fromkeys(ours.formats, "F16"))
     source = workdir / "reference-F16.gguf"
-    rows = [bench.reference_row(plain, source)]
-    table = Sensitivity.load(sensitivity_path)
-    folded = refold(model, ours.folding)
+    export_gguf(model, Allocation(model.spec, model.metadata, dict.fromkeys(ours.formats, "F16")), source)
+    rows = [bench.row("reference F16", source, 0.0)]
     uniform = dataclasses.replace(ours, formats=dict.fromkeys(ours.formats, UNIFORM))
-    rows.append(bench.row(f"uniform {UNIFORM}", uniform, 0.0, workdir / f"uniform-{UNIFORM}.gguf"))
-    if with_llama_cpp:
-        mix = bench.mix_row(source, budget)
-        rows += [mix] if mix else []
-    best, search_seconds = _knapsack(folded, table, budget)
-    rows.append(bench.row("knapsack", best, search_seconds, workdir / f"knapsack-{budget}.gguf"))
-    rows.append(bench.row("RAMP policy", ours, seconds, gguf_path, exported=True))
+    rows.append(bench.row(f"uniform {UNIFORM}", bench.export(uniform, f"uniform-{UNIFORM}"), 0.0))
+    started = time.monotonic()
+    if with_llama_cpp and (mix := bench.mix(source, budget)):
+        name, path = mix
+        rows.append(bench.row(f"llama.cpp {name} + imatrix", path, time.monotonic() - started))
+    best, seconds = _knapsack(refold(model, ours.folding), Sensitivity.load(sensitivity_path), budget)
+    rows.append(bench.row("knapsack", bench.export(best, f"knapsack-{budget}"), seconds))
+    rows.append(bench.row("RAMP policy", gguf_path, notes["seconds"]))
     content = {
         "fingerprint": fingerprint,
         "budget_bytes": budget,
@@ -159,6 +138,15 @@ def compare(
     }
     write_bytes(workdir / COMPARISON, (json.dumps(content, indent=1) + "\n").encode())
     return rows
+
+
+def _fingerprint(exported: Path, others: Sequence[Path], heldout: Int[np.ndarray, "W T"], how: object) -> str:
+    """SHA-256 of all that a comparison depends on."""
+    with exported.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    for part in (*(path.read_bytes() for path in others), heldout.tobytes(), repr(how).encode()):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _stored(path: Path, fingerprint: str) -> list[Row] | None:
@@ -189,13 +177,8 @@ def _knapsack(model: Model, table: Sensitivity, budget_bytes: int) -> tuple[Allo
     return allocation, table.seconds + time.monotonic() - started
 
 
-def _planned(allocation: Allocation) -> tuple[int, float, float]:
-    """File bytes, linear bpw and file bpw."""
-    return allocation.file_bytes, allocation.linear_bpw, allocation.file_bpw
-
-
 def _sizes(model: Model, path: Path) -> tuple[int, float, float]:
-    """File bytes, linear bpw and file bpw of a file that llama.cpp made of `model`."""
+    """File bytes, linear bpw and file bpw of a file of `model`."""
     size = path.stat().st_size
     members = {tensor.name: tensor for tensor in tensors(model.spec)}
     stored = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}

@@ -132,13 +132,14 @@ def _download(ref: str) -> Path:
         ) from error
 
 
-def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a GGUF of any architecture; its weights are left alone.
+def read_description(path: str | Path) -> tuple[Metadata, PreTrainedTokenizerBase]:
+    """Metadata and tokenizer of a GGUF of any architecture; its weights are left alone.
 
     Raises `FileNotFoundError` where it does not exist, `ValueError` where it is damaged or its tokenizer not supported.
     """
     path = resolve(str(path))
-    return tokenizer_from_gguf(plain(read_metadata(_open_gguf(path))), path)
+    metadata = read_metadata(_open_gguf(path))
+    return metadata, tokenizer_from_gguf(plain(metadata), path)
 
 
 def _open_gguf(path: Path) -> gguf.GGUFReader:

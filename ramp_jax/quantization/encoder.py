@@ -15,6 +15,8 @@ from ramp_jax.models import Model, Tensor, lookup
 from ramp_jax.quantization.importance import Importance, folded
 
 EncoderName = Literal["reference", "best", "compensated"]
+DEFAULT_ENCODER: EncoderName = "compensated"
+"""For new allocations; those that record none were made for ggml's own bytes."""
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from benchmarks.measuring import Numbers, medians, said
+from benchmarks.transfer import geometric_mean, judge_of, totals
 from jaxtyping import Array, Float
-from measuring import Numbers, medians, said
-from transfer_suite import geometric_mean, judge_of, totals
 
 from ramp_jax.formats import LEVELS
 from ramp_jax.policy import train

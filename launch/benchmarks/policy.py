@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from benchmarks.measuring import Numbers, said, save_plots
 from jaxtyping import Int
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from measuring import Numbers, said, save_plots
 
 from ramp_jax import baselines, data
 from ramp_jax.allocation import Allocation, Costs, costs, from_levels

@@ -20,9 +20,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from benchmarks.measuring import Numbers, save_plots
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
-from measuring import Numbers, save_plots
 
 from ramp_jax import baselines, workflow
 from ramp_jax.config import RunConfig, from_dict

@@ -18,9 +18,9 @@ import gguf
 import jax
 import numpy as np
 from absl import flags
+from benchmarks.measuring import save_plots, timed
 from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
-from measuring import save_plots, timed
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from benchmarks.measuring import medians
 from jaxtyping import Float
-from measuring import medians
 
 from ramp_jax.formats import encode, get_format, round_trip
 from ramp_jax.halo import libggml

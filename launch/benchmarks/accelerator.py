@@ -1,7 +1,7 @@
 """The suite `accelerator` of launch/benchmark.py: what 7B shapes take on one GPU or TPU, with random bf16 weights.
 
 --accelerator_rows chooses from `matmul` (an 8192³ product, the peak that others are compared with), `encode` (all
-weights to Q4_K, `reference`, one tensor after the other), `bytes` (how many blocks come out as on the CPU),
+weights to Q4_K, `reference`, one tensor after the other), `bytes` (how many blocks have ggml's bytes),
 `forward` (perplexity of one window of 2,048 tokens), `compensate` (the seven matrices of one layer at level 3, fitted
 on 8 windows) and `sensitivity` (six levels of three layers in the first, middle and last third, on 8 windows, from
 which the table of all layers is extrapolated: costs are linear in the depth). Times are those of compiled functions.
@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from benchmarks.measuring import Numbers, medians, said, timed
 from jaxtyping import Int
-from measuring import Numbers, medians, said, timed
 
 from ramp_jax.allocation import Allocation
 from ramp_jax.formats import encode, format_for, get_format
+from ramp_jax.halo import libggml, llama_quantize
 from ramp_jax.models import DecoderSpec, Model, allocatable, lookup
 from ramp_jax.models.decoder import cast_weights
+from ramp_jax.models.layout import LOOKED_UP
 from ramp_jax.models.metadata import describe
 from ramp_jax.models.spec import make_spec
 from ramp_jax.pretrain import init_params
@@ -75,7 +77,7 @@ def accelerator(repeats: int) -> Numbers:
 
 def random_model(spec: DecoderSpec) -> Model:
     """Random bf16 weights, drawn on the device."""
-    params = jax.jit(lambda key: cast_weights(init_params(key, spec), jnp.bfloat16))(jax.random.key(0))
+    params = jax.jit(lambda key: cast_weights(spec, init_params(key, spec), jnp.bfloat16))(jax.random.key(0))
     return Model(spec, params, describe(spec, "random", sum(t.size for t in allocatable(spec))), None)
 
 
@@ -109,16 +111,18 @@ def _encode(model: Model, repeats: int) -> Numbers:
 
 
 def _bytes(model: Model, repeats: int) -> Numbers:
-    """Share of blocks whose bytes are those that XLA makes of the same program on the CPU, on heavy-tailed weights."""
+    """Share of blocks whose bytes are ggml's or, where llama.cpp is not installed, those that XLA makes of the same
+    program on the CPU (which says nothing on a CPU), on heavy-tailed weights."""
     del model, repeats
     w = (np.random.default_rng(0).standard_t(4, (256, SPEC.d_model)) * 0.02).astype(np.float32)
-    numbers = {}
+    with_ggml = llama_quantize.available()
+    numbers: Numbers = {"bytes_compared_with": "ggml" if with_ggml else "the CPU"}
     for name in _SAME_BYTES:
         size = get_format(name).block_bytes
         here = get_format(name).to_bytes(encode(w, name)).reshape(-1, size)
         with jax.default_device(jax.devices("cpu")[0]):
-            there = get_format(name).to_bytes(encode(w, name)).reshape(-1, size)
-        numbers[f"bytes_equal_{name}"] = float((here == there).all(-1).mean())
+            there = libggml.quantize(name, w) if with_ggml else get_format(name).to_bytes(encode(w, name))
+        numbers[f"bytes_equal_{name}"] = float((here == there.reshape(-1, size)).all(-1).mean())
     return numbers
 
 
@@ -126,7 +130,7 @@ def _forward(model: Model, repeats: int) -> Numbers:
     """Of the arithmetic that the weights and causal attention ask for."""
     spec, windows = model.spec, _windows(model.spec, 1)
     seconds = medians({"all": lambda: evaluate(model, windows, protocol="sliding").nll}, repeats)["all"]
-    read = sum(t.size for t in allocatable(spec) if t.key != "token_embd")
+    read = sum(t.size for t in allocatable(spec) if t.reads != LOOKED_UP)
     attention = spec.n_layers * spec.n_heads * spec.head_size * 2 * windows.size**2  # two products, half of the keys
     tflops = (2 * read * windows.size + attention) / seconds / 1e12
     return {"forward_tokens_per_second": windows.size / seconds, "forward_tflops": tflops}
@@ -136,9 +140,9 @@ def _compensate(model: Model, repeats: int) -> Numbers:
     """One layer, behind an embedding of 256 tokens that costs nothing to round."""
     spec = dataclasses.replace(model.spec, n_layers=1, vocab_size=256, tied=True)
     params = {
-        "token_embd": model.params["token_embd"][: spec.vocab_size],
+        "token_embd": {"weight": model.params["token_embd"]["weight"][: spec.vocab_size]},
         "output_norm": model.params["output_norm"],
-        "blk": jax.tree.map(lambda a: a[:1], model.params["blk"]),
+        "blk": {0: model.params["blk"][0]},
     }
     one, windows = Model(spec, params, model.metadata, None), _windows(spec, _WINDOWS)
     formats = {t.name: format_for(_LEVEL, t.shape[-1]).name for t in allocatable(spec) if t.layer is not None}
@@ -150,7 +154,7 @@ def _compensate(model: Model, repeats: int) -> Numbers:
 
 def _sensitivity(model: Model, repeats: int) -> Numbers:
     del repeats
-    depth, windows = model.spec.n_layers, _windows(model.spec, _WINDOWS)
+    depth, windows = len(model.spec.blocks), _windows(model.spec, _WINDOWS)
 
     def measure(layers: tuple[int, ...]) -> float:
         names = [t.name for t in allocatable(model.spec) if t.layer in layers]

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from benchmarks.measuring import Numbers, save_plots
+from benchmarks.transfer import SEEDS, Judge, Tasks, geometric_mean, judge_of, read_run, totals
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from measuring import Numbers, save_plots
-from transfer_suite import SEEDS, Judge, Tasks, geometric_mean, judge_of, read_run, totals
 
 from ramp_jax.policy import rollout, train
 from ramp_jax.policy.reward import Penalty

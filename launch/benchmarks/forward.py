@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring import Numbers, medians, said
+from benchmarks.measuring import Numbers, medians, said
 
 from ramp_jax import data
 from ramp_jax.allocation import from_levels

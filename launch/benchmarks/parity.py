@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from benchmarks.measuring import Numbers, said, save_plots
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
-from measuring import Numbers, said, save_plots
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation

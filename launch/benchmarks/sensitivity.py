@@ -8,16 +8,16 @@ beside whose file they then lie) two plots are written.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from benchmarks.measuring import Numbers, said, save_plots, timed
+from jaxtyping import Array, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measuring import Numbers, said, save_plots, timed
-from ramp_jax.models.names import LINEARS
 from scipy.stats import spearmanr
 
 from ramp_jax import data
 from ramp_jax.models import Model, allocatable, load_model
-from ramp_jax.models.decoder import head_weights, hidden_states
+from ramp_jax.models.decoder import Params, head_weights, hidden_states
+from ramp_jax.models.layout import replaced
 from ramp_jax.quantization import decoded
 from ramp_jax.scoring.perplexity import mean_divergences
 from ramp_jax.sensitivity import additive
@@ -50,20 +50,20 @@ def sensitivity(repeats: int) -> Numbers:
 def plain_loop(model: Model, windows: Int[np.ndarray, "W T"], some: list[Cell]) -> Float[np.ndarray, " K"]:
     """Mean KL of each cell by a whole forward pass, every token scored."""
     spec, params, head = model.spec, model.params, head_weights(model.params)
-    run = jax.jit(lambda params: hidden_states(spec, params, windows)[:, :-1].reshape(-1, spec.d_model))
+
+    def run(params: Params) -> Float[Array, "S D"]:
+        return hidden_states(spec, params, windows)[:, :-1].reshape(-1, spec.d_model)
+
     reference, costs = run(params), []
     for cell in some:
-        stacked = (
-            params["blk"][cell.tensor.key].at[cell.tensor.layer].set(decoded(model, cell.tensor, cell.format.name))
-        )
-        changed = {**params, "blk": {**params["blk"], cell.tensor.key: stacked}}
+        changed = replaced(params, [(cell.tensor, decoded(model, cell.tensor, cell.format.name))])
         costs.append(mean_divergences(run(changed)[None], head, reference, head)[0])
     return np.asarray(costs)
 
 
 def _beside_the_plain_loop(model: Model, windows: Int[np.ndarray, "W T"]) -> Numbers:
     """Both ways take turns, layer by layer, so that what else the machine does meets both."""
-    depth = model.spec.n_layers
+    depth = len(model.spec.blocks)
     seconds, plain, found = {"plain": 0.0, "exact": 0.0}, [], []
     for layer in (depth // 6, depth // 2, depth - 1 - depth // 6):  # on average in the middle
         members = [tensor for tensor in allocatable(model.spec) if tensor.layer == layer]
@@ -89,7 +89,7 @@ def _beside_the_plain_loop(model: Model, windows: Int[np.ndarray, "W T"]) -> Num
 
 def _floors(model: Model, windows: Int[np.ndarray, "W T"], exact: Sensitivity) -> Numbers:
     """The floor of f32, and of bf16 beside what Q8_0 costs in f32, for the queries of three layers."""
-    names = [f"blk.{layer}.attn_q.weight" for layer in (0, model.spec.n_layers // 2, model.spec.n_layers - 1)]
+    names = [f"blk.{layer}.attn_q.weight" for layer in (0, len(model.spec.blocks) // 2, len(model.spec.blocks) - 1)]
     coarse = exact_sensitivity(model.astype(jnp.bfloat16), windows, (8,), "sliding", tensors=names)
     rows = [exact.tensors.index(name) for name in names]
     return {
@@ -152,9 +152,10 @@ def _additive(
 def _plot_fisher(exact: Sensitivity, estimate: Sensitivity) -> Figure:
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axes = figure.subplots()
-    for key in (*LINEARS, "token_embd"):
-        rows = [i for i, name in enumerate(exact.tensors) if name.endswith(f"{key}.weight")]
-        axes.scatter(exact.kld[rows].ravel(), estimate.kld[rows].ravel(), s=8, label=key)
+    modules = [name.split(".")[-2] for name in exact.tensors]
+    for module in dict.fromkeys(modules):
+        rows = [i for i, other in enumerate(modules) if other == module]
+        axes.scatter(exact.kld[rows].ravel(), estimate.kld[rows].ravel(), s=8, label=module)
     axes.set(xlabel="exact, nats per token", ylabel="Fisher estimate, nats per token")
     return _with_diagonal(figure, axes)
 
