@@ -1,4 +1,4 @@
-"""Encoders make ggml's bytes, decoders its weights."""
+"""Encoders make ggml's bytes, or blocks with exactly its error; decoders its weights."""
 
 import jax
 import numpy as np

@@ -10,7 +10,8 @@
 | IQ4_NL | f16 d, nibbles that index 16 fixed values | 18 · 8 / 32 = 4.5 |
 
 Q4_0 and Q5_0 give their scale the sign that lets the largest weight take the most negative code, of which there is
-one more than of positive ones. Encoders make the bytes of `ggml_quantize_chunk`; without importance most formats use
+one more than of positive ones. Encoders make the bytes of `ggml_quantize_chunk`, except that XLA on CPUs takes f32
+denormals for zeros, where codes may differ but decoded weights are zero both ways. Without importance most formats use
 a closed form, with it a search. Everything is jittable and vmappable.
 """
 
