@@ -30,13 +30,6 @@ _UNKNOWN_TEXT = 64 * "0"  # as long as a fingerprint, so that sizes do not depen
 STORED = "F32"
 """Format of the tensors that are never allocated (norms)."""
 
-# llama.cpp's `llama_ftype`, by the type of most weights
-_FILE_TYPES = {
-    **{"F32": 0, "F16": 1, "BF16": 32},
-    **{"Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "IQ4_NL": 25},
-    **{"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30},
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
@@ -82,7 +75,7 @@ class Allocation:
     def code_bits(self) -> float:
         """Mean nominal level per allocated weight (what papers count), 16 or 32 for float formats."""
         members = allocatable(self.spec)
-        levels = [_nominal_bits(self.formats[tensor.name]) * tensor.size for tensor in members]
+        levels = [get_format(self.formats[tensor.name]).code_bits * tensor.size for tensor in members]
         return sum(levels) / sum(tensor.size for tensor in members)
 
     def format_of(self, tensor: Tensor) -> str:
@@ -216,13 +209,13 @@ def header_bytes(spec: DecoderSpec, metadata: Metadata) -> int:
 def export_metadata(allocation: Allocation) -> Metadata:
     """The pairs of the exported file: the source's, the file's type, and the recipe in `ramp.*`.
 
-    Their size does not depend on which formats were chosen.
+    The type is that of the format with most bytes. The size of the pairs does not depend on which formats were chosen.
     """
     members = allocatable(allocation.spec)
-    weight_of = collections.Counter()
+    bytes_of = collections.Counter()
     for tensor in members:
-        weight_of[allocation.formats[tensor.name]] += tensor.size
-    dominant = weight_of.most_common(1)[0][0]
+        bytes_of[allocation.formats[tensor.name]] += tensor_bytes(tensor, allocation.formats[tensor.name])
+    dominant = get_format(bytes_of.most_common(1)[0][0])
     kept = {
         name: pair
         for name, pair in allocation.metadata.items()
@@ -231,7 +224,7 @@ def export_metadata(allocation: Allocation) -> Metadata:
     types = [int(get_format(allocation.formats[tensor.name]).ggml_type) for tensor in members]
     return kept | typed(
         {
-            "general.file_type": np.uint32(_FILE_TYPES[dominant]),
+            "general.file_type": np.uint32(dominant.llama_ftype),
             "general.quantization_version": np.uint32(gguf.GGML_QUANT_VERSION),
             "general.quantized_by": "RAMP-JAX",
             "ramp.recipe": np.asarray(types, np.int32),
@@ -244,11 +237,6 @@ def calibration_text(metadata: Metadata) -> str | None:
     """Fingerprint of the text that an exported file was calibrated on, None where it does not say."""
     pair = metadata.get(_CALIBRATION_TEXT)
     return None if pair is None or pair.value == _UNKNOWN_TEXT else str(pair.value)
-
-
-def _nominal_bits(fmt: str) -> float:
-    known = get_format(fmt)
-    return known.level or known.bits_per_weight
 
 
 def _padded(size: int) -> int:

@@ -97,7 +97,13 @@ def test_every_level_has_a_file_type(untied, level):
     wide = dataclasses.replace(untied.spec, d_model=256, d_ff=256, head_size=64)
     allocation = from_levels(dataclasses.replace(untied, spec=wide), [level] * 23)
     assert plain(export_metadata(allocation))["general.file_type"] > 1
-    assert allocation.code_bits == int(level)
+    assert allocation.code_bits == level
+
+
+def test_file_type_is_that_of_most_bytes(tied):
+    """The embedding has a fifth of the weights, but in F32 most of the bytes."""
+    formats = uniform(tied, "Q4_0").formats | {"token_embd.weight": "F32"}
+    assert plain(export_metadata(Allocation(tied.spec, tied.metadata, formats)))["general.file_type"] == 0
 
 
 def test_saved_and_loaded(tmp_path, untied):

@@ -1,4 +1,4 @@
-"""Encoders make ggml's bytes, decoders its weights."""
+"""Encoders make ggml's bytes, or blocks with exactly its error; decoders its weights."""
 
 import jax
 import numpy as np
@@ -29,7 +29,24 @@ def _inputs(n_in: int) -> dict[str, np.ndarray]:
         "holes": holes,
         "f16 subnormal scales": gauss[:4] * np.float32(1e-4),
         "alternating": np.tile(np.float32([1, -1]), (2, n_in // 2)) * np.abs(gauss[:2, :1]),
+        "signed zeros": _signed_zeros(n_in),
     }
+
+
+def _signed_zeros(n_in: int) -> np.ndarray:
+    """Rows of +0 and −0, then the same with every third weight positive or negative.
+
+    The first zero of a block decides its minimum's sign, none that of its largest magnitude.
+    """
+    rng, column = np.random.default_rng(0), np.arange(n_in)
+    negative = [
+        *(column < 0, column >= 0, column % 2 == 0, column % 2 == 1),
+        *(column % 32 == 0, column % 32 != 0, column % 32 == 31, column % 32 != 31, column % 256 == 0),
+        *(rng.random((4, n_in)) < 0.5),
+    ]
+    zeros = np.where(negative, np.float32(-0.0), np.float32(0.0))
+    mixed = np.where(column % 3 == 1, np.abs(rng.standard_normal(n_in)).astype(np.float32), zeros)
+    return np.concatenate([zeros, mixed, np.where(column % 3 == 1, -mixed, zeros)])
 
 
 def _weighted_error(name: str, raw: np.ndarray, w: np.ndarray, importance: np.ndarray | None) -> np.ndarray:

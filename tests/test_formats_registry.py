@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ramp_jax.formats import LEVELS, encode, format_for, format_up_to, get_format, round_trip
-from ramp_jax.formats.check import LARGEST, EncodeCache, check
+from ramp_jax.formats.check import EncodeCache, check
 from ramp_jax.formats.integers import BITS, GROUPS
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
@@ -26,6 +26,23 @@ def test_levels() -> None:
     assert {level: fmt.name for level in LEVELS if (fmt := format_for(level, 96))} == by_32
     assert format_for(8, 40) is None
     assert format_for(7, 512) is None
+
+
+@pytest.mark.parametrize("n_in", [96, 512])
+def test_level_means_one_thing(n_in: int) -> None:
+    """The format that a level means has that level; Q4_0 and Q4_1, which none means, have one of their size."""
+    means = {level: fmt for level in LEVELS if (fmt := format_for(level, n_in))}
+    assert {level: fmt.level for level, fmt in means.items()} == {level: level for level in means}
+    assert [get_format(name).level for name in ("Q4_0", "Q4_1")] == [4, 4.5]
+    assert not {"Q4_0", "Q4_1"} & {fmt.name for fmt in means.values()}
+
+
+def test_file_types_are_those_of_llama_cpp() -> None:
+    floats = {"F32": 0, "F16": 1, "BF16": 32}
+    legacy = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25}
+    supers = {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30}
+    known = {**floats, **legacy, **supers}
+    assert {name: int(get_format(name).llama_ftype) for name in known} == known
 
 
 def test_highest_level_that_rows_can_take() -> None:
@@ -129,7 +146,7 @@ def test_bad_input(change, message: str) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("effort", ["reference", "best"])
 def test_the_largest_weights_that_are_let_through_stay_finite(name: str, effort: str) -> None:
-    limit = np.float32(LARGEST[name])
+    limit = np.float32(get_format(name).largest)
     w = np.zeros((2, 512), np.float32)
     w[:, 5], w[1, 300] = 0.999 * limit, -0.999 * limit
     check("a", w, name)

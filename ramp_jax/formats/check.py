@@ -9,19 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ramp_jax.formats.parts import encode
 from ramp_jax.formats.registry import Effort, get_format
-
-_F16_MAX = 65504.0
-
-# how far a weight may exceed the largest f16 scale of a block
-_REACH = {
-    "F16": 1, "Q4_0": 8, "Q4_1": 1, "Q5_0": 16, "Q5_1": 1, "Q8_0": 127, "IQ4_NL": 113, "Q2_K": 15, "Q3_K": 4 * 31,
-    "Q4_K": 63, "Q5_K": 63, "Q6_K": 32 * 127, "IQ4_XS": 113 * 31,
-}  # fmt: skip
-
-LARGEST = {name: _F16_MAX * reach for name, reach in _REACH.items()}
-"""The largest |weight| that a format holds; other files' formats hold every finite one."""
+from ramp_jax.formats.row_chunks import encode
 
 
 def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = None) -> np.ndarray | None:
@@ -37,9 +26,9 @@ def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = 
     if not np.isfinite(peak):
         kind = "NaN" if np.isnan(peak) else "infinity"
         raise ValueError(f"{tensor} cannot be {fmt}: a weight is {kind}; repair the source model.")
-    limit = LARGEST.get(fmt, np.inf if known.exportable else _F16_MAX)
-    if peak > limit:
-        raise ValueError(f"{tensor} cannot be {fmt}: |weight| {peak:g} is beyond its f16 scales, at most {limit:g}.")
+    if peak > known.largest:
+        bound = f"|weight| {peak:g} is beyond its f16 scales, at most {known.largest:g}"
+        raise ValueError(f"{tensor} cannot be {fmt}: {bound}.")
     if importance is None:
         return None
     importance = np.asarray(importance, np.float32)

@@ -10,8 +10,10 @@
 | IQ4_XS | 8 × 32, 16 fixed values | f16 d, u16 and 4 bytes of 6-bit scales, 128 nibbles | 136 · 8 / 256 = 4.25 |
 
 A sub-block is searched on its own, then the sub-scales (and minima) are quantized together, then the codes are
-rounded again under the scales that are stored. Encoders make the bytes of `ggml_quantize_chunk`, with or without
-importance. Everything is jittable and vmappable.
+rounded again under the scales that are stored. With or without importance, encoders make the bytes of
+`ggml_quantize_chunk` for at least 99.968 % of blocks (measured on SmolLM2-135M; all of IQ4_XS and Q4_K). The others
+have other codes under a sub-scale of 0, so exactly ggml's error. XLA on CPUs takes f32 denormals for zeros: Q3_K
+without importance differs where weights are near 1e-6, whose sums are denormals. Everything is jittable and vmappable.
 """
 
 import functools

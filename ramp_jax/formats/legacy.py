@@ -10,14 +10,15 @@
 | IQ4_NL | f16 d, nibbles that index 16 fixed values | 18 · 8 / 32 = 4.5 |
 
 Q4_0 and Q5_0 give their scale the sign that lets the largest weight take the most negative code, of which there is
-one more than of positive ones. Encoders make the bytes of `ggml_quantize_chunk`; without importance most formats use
+one more than of positive ones. Encoders make the bytes of `ggml_quantize_chunk`, except that XLA on CPUs takes f32
+denormals for zeros, where codes may differ but decoded weights are zero both ways. Without importance most formats use
 a closed form, with it a search. Everything is jittable and vmappable.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ramp_jax.formats import search
 from ramp_jax.formats.codes import AffineCodes, ScaledCodes
@@ -87,11 +88,11 @@ def encode_iq4_nl(w: Weights, importance: Importance = None) -> ScaledCodes:
 def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes:
     blocks = blocks_of(w, BLOCK)
     if importance is None:
-        largest = jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True)
-        d = jnp.take_along_axis(blocks, largest, axis=-1) / -half
-        unsigned = truncate_sum(blocks * reciprocal(d), half + 0.5)
+        largest = _element(blocks, jnp.argmax(jnp.abs(blocks), axis=-1))
+        d = jnp.where(largest == 0, 0.0, largest) / -half  # C starts from +0, which no zero of a block replaces
+        unsigned = truncate_sum(blocks * reciprocal(d)[..., None], half + 0.5)
         q = jnp.clip(unsigned, 0, 2 * half - 1) - half
-        return ScaledCodes(to_f16(d[..., 0]), q.astype(jnp.int8))
+        return ScaledCodes(to_f16(d), q.astype(jnp.int8))
     one = opaque_one(w)
     weight = _row_weights(w, importance, one)
     scale, q = map_lanes(lambda a, b: search.search_symmetric(a, b, half, one), LANES, _lanes(blocks), weight)
@@ -101,7 +102,7 @@ def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes
 def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
     blocks = blocks_of(w, BLOCK)
     if importance is None:
-        low, high = jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
+        low, high = (_element(blocks, find(blocks, axis=-1)) for find in (jnp.argmin, jnp.argmax))
         d = divide(high - low, top)
         q = jnp.minimum(truncate_sum((blocks - low[..., None]) * reciprocal(d)[..., None], 0.5), top)
         return AffineCodes(to_f16(d), to_f16(low), q.astype(jnp.uint8))
@@ -111,6 +112,11 @@ def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
     scale, low, q = map_lanes(lambda a, b: search.search_affine(a, b, grid, one), LANES, _lanes(blocks), weight)
     d, m = (to_f16(_rows(a, blocks)) for a in (scale, -low))
     return AffineCodes(d, m, _rows(q, blocks).astype(jnp.uint8))
+
+
+def _element(blocks: Float[Array, "*rows B 32"], index: Int[Array, "*rows B"]) -> Float[Array, "*rows B"]:
+    """One element per block: unlike a minimum, it keeps the sign of the zero that C's comparisons choose."""
+    return jnp.take_along_axis(blocks, index[..., None], axis=-1)[..., 0]
 
 
 def _row_weights(w: Weights, importance: Float[Array, " I"], one: jax.Array) -> Float[Array, "32 N"]:

@@ -46,17 +46,23 @@ def first_largest(x: Float[Array, "E N"]) -> Float[Array, " N"]:
     return functools.reduce(lambda best, v: jnp.where(jnp.abs(v) > jnp.abs(best), v, best), list(x))
 
 
+def first_smallest(x: Float[Array, "E N"]) -> Float[Array, " N"]:
+    """Per lane the smallest element, the first of equals: of zeros of both signs the one that C's `<` keeps."""
+    return functools.reduce(lambda best, v: jnp.where(v < best, v, best), list(x))
+
+
 def search_affine(
     x: Float[Array, "E N"], w: Float[Array, "E N"], grid: AffineGrid, one: Float[Array, ""]
 ) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, "E N"]]:
     """Scale, negated minimum ≥ 0 and codes in 0..top of w ≈ scale · code − minimum."""
     highest = functools.reduce(jnp.maximum, list(x))
-    lowest = jnp.minimum(functools.reduce(jnp.minimum, list(x)), 0.0)
+    smallest = first_smallest(x)
+    lowest = jnp.where(smallest > 0, 0.0, smallest)
     sum_w = sum_rows(list(w), one)
     sum_x = sum_rows([a * b for a, b in zip(w, x, strict=True)], one)
     numerators = jnp.asarray(grid.numerators())
 
-    def levels(inverse: jax.Array, low: jax.Array) -> jax.Array:
+    def codes(inverse: jax.Array, low: jax.Array) -> jax.Array:
         return clip(nearest_int(one * (inverse[None] * (x - low[None]))), 0, grid.top)
 
     def error(q: jax.Array, scale: jax.Array, low: jax.Array) -> jax.Array:
@@ -69,7 +75,7 @@ def search_affine(
     def candidate(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         least, _, low, *_ = best
         inverse = quotient(numerators[i], highest - low)
-        q = levels(inverse, low)
+        q = codes(inverse, low)
         weighted = [w[j] * q[j] for j in range(x.shape[0])]
         sum_q = sum_rows(weighted, one)
         sum_qq = sum_rows([p * q[j] for j, p in enumerate(weighted)], one)
@@ -85,10 +91,10 @@ def search_affine(
 
     inverse = one * quotient(grid.top, highest - lowest)
     scale = quotient(1.0, inverse)
-    start = (error(levels(inverse, lowest), scale, lowest), scale, lowest, inverse, lowest)
+    start = (error(codes(inverse, lowest), scale, lowest), scale, lowest, inverse, lowest)
     _, scale, low, inverse, used_low = lax.fori_loop(0, grid.count, candidate, start)
     flat = highest <= lowest
-    q = jnp.where(flat[None], 0.0, levels(inverse, used_low))
+    q = jnp.where(flat[None], 0.0, codes(inverse, used_low))
     return jnp.where(flat, 0.0, scale), -jnp.where(flat, lowest, low), q
 
 

@@ -164,5 +164,4 @@ choosing and measuring took on this model; training the policy is not among them
 
 
 def _bits(fmt: str) -> float:
-    known = get_format(fmt)
-    return float(known.level or known.bits_per_weight)
+    return float(get_format(fmt).code_bits)

@@ -21,9 +21,9 @@ from ramp_jax import sweep
 from ramp_jax.allocation import Allocation
 from ramp_jax.checkpoint import digest
 from ramp_jax.formats import decode, get_format
-from ramp_jax.formats.parts import in_row_parts
-from ramp_jax.formats.refine import GRIDS, codes_of, state_of
+from ramp_jax.formats.best import codes_of, state_of
 from ramp_jax.formats.rounding import reciprocal
+from ramp_jax.formats.row_chunks import in_row_chunks
 from ramp_jax.models import Model, allocatable, lookup
 from ramp_jax.models.decoder import Params, embed
 from ramp_jax.models.layout import Block, replace_in_block
@@ -53,7 +53,7 @@ def compensate(model: Model, allocation: Allocation, windows: Int[np.ndarray, "W
         w = at.weights
         for activation in at.block.activations:
             readers = [members[at.full(weight.name)] for weight in at.block.readers(activation.name)]
-            gridded = [tensor for tensor in readers if allocation.formats[tensor.name] in GRIDS]
+            gridded = [tensor for tensor in readers if get_format(allocation.formats[tensor.name]).grid]
             second, check = _seconds(at.block, w, x, activation.name) if gridded else (None, None)
             upper = factor(second) if gridded else None
             usable = gridded and bool(jnp.isfinite(upper).all())
@@ -89,7 +89,7 @@ def _seconds(
 
 def in_parts(w: Float[Array, "O I"], upper: Float[Array, "I I"], fmt: str) -> Any:
     """`compensated` in parts of rows, which are independent, on all cores."""
-    parts = in_row_parts(functools.partial(compensated, name=fmt), w, upper)
+    parts = in_row_chunks(functools.partial(compensated, name=fmt), w, upper)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(w)], *parts)
 
 
@@ -148,7 +148,7 @@ def _round_block(
 
     def one_column(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, q, errors = carry
-        rounded = GRIDS[name].round((x[j] + low[j]) * reciprocal(step[j]))
+        rounded = get_format(name).grid.round((x[j] + low[j]) * reciprocal(step[j]))
         code = jnp.where(step[j] == 0, before[j], rounded)
         error = (x[j] - (step[j] * code - low[j])) / upper[j, j]
         later = jnp.where(jnp.arange(size) > j, upper[j], 0)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from ramp_jax import sweep
 from ramp_jax.formats import format_up_to, get_format
-from ramp_jax.formats.parts import in_row_parts
+from ramp_jax.formats.row_chunks import in_row_chunks
 from ramp_jax.models import Model
 from ramp_jax.models.layout import Activation, Block, Params, foldable, of_block, replace_in_block
 from ramp_jax.quantization.calibrate import Stats
@@ -161,7 +161,7 @@ def _best(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array,
 def _errors(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array, fmt: str) -> Float[np.ndarray, " A"]:
     """Of each candidate, over all rows; candidates and parts of rows keep all cores busy."""
     run = functools.partial(_part_error, fmt=fmt)
-    parts = in_row_parts(run, w, square, moment, each=np.asarray(scales))
+    parts = in_row_chunks(run, w, square, moment, each=np.asarray(scales))
     return np.reshape(parts, (len(scales), -1)).sum(axis=1, dtype=np.float64)
 
 

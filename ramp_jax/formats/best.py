@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from ramp_jax.formats.codes import AffineCodes, Codes, ScaledCodes, SuperAffineCodes, SuperScaledCodes
 from ramp_jax.formats.rounding import blocks_of, clip, map_lanes, reciprocal, round_half_even, rounded_to_f16
-from ramp_jax.formats.search import LANES, nearest_iq4
+from ramp_jax.formats.search import LANES
 
 _ROUNDS = 2
 _FACTORS = np.asarray([*np.arange(0.80, 1.0, 0.02), *np.arange(1.02, 1.13, 0.02)], np.float32)
@@ -36,6 +36,11 @@ class Grid(NamedTuple):
     reach: int = 1
 
 
+def whole(low: int, high: int) -> Callable[[jax.Array], jax.Array]:
+    """Rounding to the nearest integer in low..high."""
+    return lambda v: clip(round_half_even(v), low, high)
+
+
 class State(NamedTuple):
     """w ≈ d·scale·q − dmin·min: `d`, `dmin` `[1, N]`, `scale`, `min` `[S, N]`, `q` `[E, S, N]`, all f32."""
 
@@ -46,34 +51,14 @@ class State(NamedTuple):
     q: jax.Array
 
 
-def _whole(low: int, high: int) -> Callable[[jax.Array], jax.Array]:
-    return lambda v: clip(round_half_even(v), low, high)
-
-
-GRIDS = {
-    "Q4_0": Grid(_whole(-8, 7)),
-    "Q5_0": Grid(_whole(-16, 15)),
-    "Q8_0": Grid(_whole(-127, 127)),
-    "IQ4_NL": Grid(nearest_iq4),
-    "Q4_1": Grid(_whole(0, 15), mins=(1, 1)),
-    "Q5_1": Grid(_whole(0, 31), mins=(1, 1)),
-    "Q2_K": Grid(_whole(0, 3), (0, 15), (0, 15)),
-    "Q3_K": Grid(_whole(-4, 3), (-32, 31), reach=3),
-    "Q4_K": Grid(_whole(0, 15), (0, 63), (0, 63)),
-    "Q5_K": Grid(_whole(0, 31), (0, 63), (0, 63)),
-    "Q6_K": Grid(_whole(-32, 31), (-128, 127)),
-    "IQ4_XS": Grid(nearest_iq4, (-32, 31)),
-}
-
-
-def refine(codes: Codes, w: Float[Array, "*rows I"], importance: Float[Array, " I"] | None, grid: Grid) -> Codes:
+def improve(codes: Codes, w: Float[Array, "*rows I"], importance: Float[Array, " I"] | None, grid: Grid) -> Codes:
     """Codes of the same format, no block of which has a larger weighted squared error than `codes`."""
     size = codes.q.shape[-1]
     blocks = blocks_of(w, size)
     weight = jnp.ones_like(w) if importance is None else jnp.broadcast_to(importance, w.shape)
     lanes = [_lanes(a) for a in (blocks, blocks_of(weight, size))]
     parts = _lane_parts(codes)
-    found = map_lanes(functools.partial(_refine_lanes, type(codes), grid), LANES * 32 // size, *lanes, *parts)
+    found = map_lanes(functools.partial(_improve_lanes, type(codes), grid), LANES * 32 // size, *lanes, *parts)
     return _from_lanes(found, codes)
 
 
@@ -96,7 +81,7 @@ def _from_lanes(parts: tuple[jax.Array, ...], like: Codes) -> Codes:
     return type(like)(*(jnp.moveaxis(new, -1, 0).reshape(old.shape).astype(old.dtype) for new, old in pairs))
 
 
-def _refine_lanes(kind: type, grid: Grid, x: jax.Array, weight: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:
+def _improve_lanes(kind: type, grid: Grid, x: jax.Array, weight: jax.Array, *parts: jax.Array) -> tuple[jax.Array, ...]:
     state = _state(kind, parts)
     x, weight = (_split(a, state.scale.shape[0]) for a in (x, weight))
     moves = [_fit] if grid.scales == (1, 1) else [_step, _fit]

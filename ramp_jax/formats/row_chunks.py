@@ -1,5 +1,5 @@
-"""Whole tensors from the host: rows go in parts, so memory is bounded, all cores work and one compilation serves all
-tensors with the same row length (on accelerators, tensors of less than a part compile for their number of rows, too).
+"""Whole tensors from the host: rows go in chunks, so memory is bounded, all cores work and one compilation serves all
+tensors with the same row length (on accelerators, tensors of less than a chunk compile for their number of rows, too).
 
 Inside a compiled function the same calls simply become part of it.
 """
@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from ramp_jax.formats.registry import Effort, get_format
 from ramp_jax.formats.search import LANES
 
-_CPU_PART = 256 * LANES  # weights; the searches' chunks fit into it without a remainder
-_ACCELERATOR_PART = 1 << 24
+_CPU_CHUNK = 256 * LANES  # weights; the searches' own chunks fit into it without a remainder
+_ACCELERATOR_CHUNK = 1 << 24
 _ACCELERATOR_ROWS = 1 << 27  # weights of rows that go through long loops of small steps, where only their number counts
 
 
@@ -30,7 +30,7 @@ def encode(
     effort: Effort = "reference",
 ) -> Any:
     """Codes of w in format `name`, see `Format.encode`; peaks below 6 times the size of w in f32, w included."""
-    return _in_parts(functools.partial(_encode, name=name, effort=effort), w, importance)
+    return _in_chunks(functools.partial(_encode, name=name, effort=effort), w, importance)
 
 
 def round_trip(
@@ -40,7 +40,7 @@ def round_trip(
     effort: Effort = "reference",
 ) -> Float[Array, "*rows I"]:
     """What w becomes in format `name`: encoded and decoded in one compiled call."""
-    return _in_parts(functools.partial(_round_trip, name=name, effort=effort), w, importance)
+    return _in_chunks(functools.partial(_round_trip, name=name, effort=effort), w, importance)
 
 
 @functools.partial(jax.jit, static_argnames="name")
@@ -60,47 +60,47 @@ def _round_trip(w: jax.Array, importance: jax.Array | None, name: str, effort: E
     return fmt.decode(fmt.encode(w, importance, effort))
 
 
-def in_row_parts(
+def in_row_chunks(
     run: Callable[..., Any],
     w: Float[Array, "R I"],
     *rest: Any,
     each: Iterable[Any] | None = None,
     on_accelerator: int = _ACCELERATOR_ROWS,
 ) -> list[Any]:
-    """`run(rows, *rest)` of equal parts of w's rows in f32, on all cores; the last is filled up with rows of zeros.
+    """`run(rows, *rest)` of equal chunks of w's rows in f32, on all cores; the last is filled up with rows of zeros.
 
-    With `each`, `run(rows, item, *rest)` for every item of it, all parts of the first item first. Accelerators take up
+    With `each`, `run(rows, item, *rest)` for every item of it, all chunks of the first item first. Accelerators take up
     to `on_accelerator` weights at once, whole matrices as a rule.
     """
     on_cpu = jax.default_backend() == "cpu"
-    size = max(1, (_CPU_PART if on_cpu else on_accelerator) // w.shape[1])
+    size = max(1, (_CPU_CHUNK if on_cpu else on_accelerator) // w.shape[1])
     size = min(size, 1 << (len(w) - 1).bit_length() if on_cpu else len(w))
     items = [()] if each is None else [(item,) for item in each]
 
-    def one_part(job: tuple[tuple[Any, ...], int]) -> Any:
+    def one_chunk(job: tuple[tuple[Any, ...], int]) -> Any:
         item, start = job
-        part = jnp.asarray(w[start : start + size], jnp.float32)
-        short = size - len(part)
-        return jax.block_until_ready(run(jnp.pad(part, ((0, short), (0, 0))) if short else part, *item, *rest))
+        chunk = jnp.asarray(w[start : start + size], jnp.float32)
+        short = size - len(chunk)
+        return jax.block_until_ready(run(jnp.pad(chunk, ((0, short), (0, 0))) if short else chunk, *item, *rest))
 
-    return list((_pool().map if on_cpu else map)(one_part, itertools.product(items, range(0, len(w), size))))
+    return list((_pool().map if on_cpu else map)(one_chunk, itertools.product(items, range(0, len(w), size))))
 
 
-def _in_parts(run: Callable[..., Any], w: jax.Array, importance: jax.Array | None) -> Any:
+def _in_chunks(run: Callable[..., Any], w: jax.Array, importance: jax.Array | None) -> Any:
     """`run(rows [R, I], importance)` over all rows of w, put together again."""
     if isinstance(w, jax.core.Tracer):
         return run(w, importance)
     *lead, n_in = w.shape
     rows = w.reshape(-1, n_in)
-    parts = in_row_parts(run, rows, importance, on_accelerator=_ACCELERATOR_PART)
+    chunks = in_row_chunks(run, rows, importance, on_accelerator=_ACCELERATOR_CHUNK)
 
     def join(*leaves: jax.Array) -> jax.Array:
         return jnp.concatenate(leaves)[: len(rows)].reshape(*lead, *leaves[0].shape[1:])
 
-    return jax.tree.map(join, *parts)
+    return jax.tree.map(join, *chunks)
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """One thread per core: a part of this size keeps one core busy, XLA does not spread it over more."""
+    """One thread per core: a chunk of this size keeps one core busy, XLA does not spread it over more."""
     return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
