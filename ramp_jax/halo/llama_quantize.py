@@ -11,28 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
+
 from ramp_jax.formats import get_format
 from ramp_jax.quantization.importance import Importance
 
-# llama.cpp's names of its mixes → `llama_ftype`
-MIXES = {
-    "Q2_K": 10,
-    "Q3_K_S": 11,
-    "Q3_K_M": 12,
-    "Q3_K_L": 13,
-    "IQ4_XS": 30,
-    "IQ4_NL": 25,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q4_K_S": 14,
-    "Q4_K_M": 15,
-    "Q5_0": 8,
-    "Q5_1": 9,
-    "Q5_K_S": 16,
-    "Q5_K_M": 17,
-    "Q6_K": 18,
-    "Q8_0": 7,
-}
+_NAMES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M")
+_NAMES += ("Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
+MIXES = {name: int(gguf.LlamaFileType[f"MOSTLY_{name}"]) for name in _NAMES}
+"""llama.cpp's names of its mixes → `llama_ftype`."""
 
 
 def available() -> bool:
