@@ -3,15 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from ramp_jax import encoders
 from ramp_jax.allocation import from_levels
 from ramp_jax.formats import decode, encode, get_format
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup
-from ramp_jax.quantization import fake_quantize
+from ramp_jax.quantization import calibrate, calibrated_encoder, fake_quantize, fold, refold
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.quantization.compensate import factor, in_parts, loss
 
@@ -94,7 +95,7 @@ def allocation(untied):
 
 @pytest.fixture(scope="module")
 def compensated(untied, windows, allocation):
-    return encoders.make("compensated", untied, windows, allocation)
+    return calibrated_encoder("compensated", untied, windows, allocation)
 
 
 def test_file_holds_exactly_what_was_evaluated(untied, allocation, compensated, tmp_path):
@@ -105,27 +106,52 @@ def test_file_holds_exactly_what_was_evaluated(untied, allocation, compensated, 
 
 def test_first_layer_loses_less_and_no_row_more(untied, windows, allocation, compensated):
     """Of the first linears, whose inputs no other tensor but the embedding changes."""
-    best = encoders.make("best", untied, windows, allocation)
-    params = fake_quantize(untied, allocation, dataclasses.replace(best, codes={}))
-    again = dataclasses.replace(untied, params={**untied.params, "token_embd": params["token_embd"]})
+    best = calibrated_encoder("best", untied, windows, allocation)
+    before, after = (fake_quantize(untied, allocation, encoder) for encoder in (best, compensated))
+    again = tiny.changed(untied, "token_embd.weight", lambda _: before["token_embd"]["weight"])
     second = next(iter(second_moments(again, windows)))["attn_in"]
-    for key in ("attn_q", "attn_k", "attn_v"):
-        w = untied.params["blk"][key][0]
-        new = loss(fake_quantize(untied, allocation, compensated)["blk"][key][0] - w, second)
-        old = loss(params["blk"][key][0] - w, second)
+    for module in ("attn_q", "attn_k", "attn_v"):
+        w = untied.params["blk"][0][module]["weight"]
+        new = loss(after["blk"][0][module]["weight"] - w, second)
+        old = loss(before["blk"][0][module]["weight"] - w, second)
         assert (np.asarray(new) <= np.asarray(old) * (1 + 1e-5)).all()
         assert new.sum() < 0.9 * old.sum()
 
 
 def test_singular_inputs_are_rounded_plainly(untied, windows, allocation, caplog):
     """A norm that puts out nothing: one message, and the rounding of `best`."""
-    blk = dict(untied.params["blk"])
-    blk["ffn_norm"] = blk["ffn_norm"].at[1].set(0)
-    dead = dataclasses.replace(untied, params={**untied.params, "blk": blk})
-    found = encoders.make("compensated", dead, windows, allocation)
+    dead = tiny.changed(untied, "blk.1.ffn_norm.weight", jnp.zeros_like)
+    found = calibrated_encoder("compensated", dead, windows, allocation)
     messages = [r.getMessage() for r in caplog.records if "no usable second moment" in r.getMessage()]
     assert len(messages) == 1
     assert "first blk.1.ffn_gate.weight" in messages[0]
     tensor = next(t for t in allocatable(dead.spec) if t.name == "blk.1.ffn_up.weight")
     expected = encode(lookup(dead.params, tensor), allocation.formats[tensor.name], None, "best")
     jax.tree.map(np.testing.assert_array_equal, found.encode(dead, tensor, allocation.formats[tensor.name]), expected)
+
+
+def test_codes_are_refused_for_another_folding(untied, windows, allocation, compensated, tmp_path):
+    """By evaluation and by export, naming the first tensor that differs; taken back, the folding is no other one."""
+    folded = fold(untied, calibrate(untied, windows), 4)
+    other = dataclasses.replace(allocation, folding=folded.folding)
+    sentence = (
+        r"the codes of blk\.0\.attn_q\.weight were fitted to other weights; make the encoder again for this model"
+    )
+    for use in (
+        lambda: fake_quantize(folded, other, compensated),
+        lambda: export_gguf(untied, other, tmp_path / "out.gguf", compensated),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            use()
+    assert list(tmp_path.iterdir()) == []
+    back = refold(untied, {name: np.ones(s.shape) for name, s in folded.folding.items()})
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        fake_quantize(back, allocation, compensated),
+        fake_quantize(untied, allocation, compensated),
+    )
+
+
+def test_codes_are_of_the_tensors_of_the_blocks_at_their_formats(untied, allocation, compensated):
+    linears = {(t.name, allocation.formats[t.name]) for t in allocatable(untied.spec) if t.layer is not None}
+    assert set(compensated.fitted) == linears

@@ -7,22 +7,27 @@ import gguf
 import jax
 import numpy as np
 import pytest
+import tiny
 
-from ramp_jax import encoders
+from ramp_jax import data
 from ramp_jax.allocation import from_levels
+from ramp_jax.checkpoint import digest
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup
 from ramp_jax.quantization import (
     REFERENCE,
     Encoder,
     calibrate,
+    calibrated_encoder,
     fake_quantize,
     fold,
     importance_of,
     read_imatrix,
+    recorded_encoder,
     refold,
     write_imatrix,
 )
+from ramp_jax.quantization.encoder import Fitted
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +48,22 @@ def allocation(untied, stats):
 
 def test_file_holds_exactly_what_was_evaluated(untied, windows, allocation, tmp_path):
     """Importance follows the folding, and the search is not ggml's own."""
-    encoder = encoders.make("best", untied, windows, allocation)
+    encoder = calibrated_encoder("best", untied, windows, allocation)
     export_gguf(untied, allocation, tmp_path / "out.gguf", encoder)
     params = fake_quantize(refold(untied, allocation.folding), allocation, encoder)
     jax.tree.map(np.testing.assert_array_equal, load_model(str(tmp_path / "out.gguf")).params, params)
     plain = fake_quantize(refold(untied, allocation.folding), allocation)
-    assert (np.asarray(params["blk"]["attn_q"]) != plain["blk"]["attn_q"]).any()
+    assert (tiny.stacked(params)["attn_q"] != tiny.stacked(plain)["attn_q"]).any()
 
 
 def test_best_lowers_the_error_of_the_outputs(untied, stats, importance, allocation):
     """Σ_i E[x_i²] (ŵ_i − w_i)² of every weighted tensor, at the activations of the folded model."""
     model = refold(untied, allocation.folding)
-    square = {tap: m.square for tap, m in stats.under(model.folding).moments.items()}
+    moments = stats.under(model.folding).moments
     best, plain = (fake_quantize(model, allocation, e) for e in (Encoder("best", importance), REFERENCE))
     for tensor in allocatable(untied.spec):
         if tensor.layer is not None:
-            weight, w = np.asarray(square[tensor.tap][tensor.layer]), lookup(model.params, tensor)
+            weight, w = np.asarray(moments[tensor.reads].square), lookup(model.params, tensor)
             off = [(np.square(np.asarray(lookup(p, tensor) - w)) * weight).sum() for p in (best, plain)]
             assert off[0] <= off[1] * (1 + 1e-5), tensor.name
 
@@ -86,6 +91,24 @@ def test_dead_channels_keep_their_weights(untied, importance, allocation):
     half = importance[name] * (np.arange(64) < 32)
     codes = Encoder("best", {name: half}).encode(untied, tensor, "IQ4_NL")
     assert (np.asarray(codes.d) != 0).all()
+
+
+def test_fitted_codes_are_taken_for_their_weights_and_refused_for_others(untied):
+    """And for no other tensor, nor for it in another format."""
+    first, second = (tiny.tensor_of(untied, f"blk.1.{name}.weight") for name in ("attn_k", "attn_v"))
+    w = lookup(untied.params, first)
+    codes = REFERENCE.encode(tiny.changed(untied, first.name, lambda w: -w), first, "Q8_0")
+    encoder = Encoder(fitted={(first.name, "Q8_0"): Fitted(codes, digest(w))})
+    assert encoder.encode(untied, first, "Q8_0") is codes
+    for tensor, fmt in ((second, "Q8_0"), (first, "Q4_0")):
+        expected = REFERENCE.encode(untied, tensor, fmt)
+        jax.tree.map(np.testing.assert_array_equal, encoder.encode(untied, tensor, fmt), expected)
+    other = tiny.changed(untied, first.name, lambda w: w.at[0, 0].add(1e-6))
+    sentence = (
+        r"the codes of blk\.1\.attn_k\.weight were fitted to other weights; make the encoder again for this model"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        encoder.encode(other, first, "Q8_0")
 
 
 def write_dat(path, entries, calls=7):
@@ -152,23 +175,28 @@ def test_imatrix_that_is_damaged(untied, importance, tmp_path):
 
 
 def test_encoder_of_an_allocation_file(untied, windows, importance, allocation, tmp_path):
-    path, calibration = tmp_path / "alloc.json", {"data": "builtin", "context": 24, "count": 3}
-    allocation.save(path, encoder="best", calibration=calibration)
-    found = encoders.recorded(path, untied)
+    path = tmp_path / "alloc.json"
+    calibration = {"data": "builtin", "context": 24, "count": 3, "text": data.fingerprint("builtin")}
+    dataclasses.replace(allocation, calibration=calibration).save(path, encoder="best")
+    found = recorded_encoder(path, untied)
     assert found.effort == "best"
     jax.tree.map(np.testing.assert_array_equal, dict(found.importance), dict(importance))
-    assert encoders.recorded(path, untied, "reference") == REFERENCE
+    assert recorded_encoder(path, untied, "reference") == REFERENCE
     imatrix = write_dat(tmp_path / "imatrix.dat", {name: values * 2 for name, values in importance.items()})
     np.testing.assert_allclose(
-        encoders.recorded(path, untied, imatrix=imatrix).importance["blk.0.attn_q.weight"],
+        recorded_encoder(path, untied, imatrix=imatrix).importance["blk.0.attn_q.weight"],
         2 * importance["blk.0.attn_q.weight"],
         rtol=1e-6,
     )
     with pytest.raises(ValueError, match="--imatrix serves --encoder=best, not reference"):
-        encoders.recorded(path, untied, "reference", imatrix)
+        recorded_encoder(path, untied, "reference", imatrix)
     with pytest.raises(ValueError, match="no tokenizer, so the calibration text cannot be read; pass --imatrix"):
-        encoders.recorded(path, dataclasses.replace(untied, tokenizer=None))
+        recorded_encoder(path, dataclasses.replace(untied, tokenizer=None))
+    calibration = {**calibration, "text": data.fingerprint("stdlib:json")}
+    dataclasses.replace(allocation, calibration=calibration).save(path, encoder="best")
+    with pytest.raises(ValueError, match="the text of 'builtin' is not the one that the allocation was calibrated on"):
+        recorded_encoder(path, untied)
     allocation.save(path)
-    assert encoders.recorded(path, untied) == REFERENCE
+    assert recorded_encoder(path, untied) == REFERENCE
     with pytest.raises(ValueError, match="does not say what it was calibrated on; pass --imatrix=FILE"):
-        encoders.recorded(path, untied, "best")
+        recorded_encoder(path, untied, "best")
