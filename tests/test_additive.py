@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
-from ramp_jax.models.names import LINEARS
+from tiny import LINEARS
 
 from ramp_jax.allocation import from_levels
 from ramp_jax.models import Tensor, allocatable
+from ramp_jax.models.layout import Weight
 from ramp_jax.quantization import fake_quantize
 from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity import additive
 
 LEVELS = (4, 5, 8)
-MEMBERS = [Tensor(key, layer, (4, 4), "tap") for layer in range(2) for key in LINEARS]
+MEMBERS = [Tensor(Weight(f"{name}.weight", (4, 4), "matrix", "x"), layer) for layer in range(2) for name in LINEARS]
 
 
 def test_prediction_and_pairs_by_hand():
@@ -23,8 +24,8 @@ def test_prediction_and_pairs_by_hand():
     np.testing.assert_array_equal(additive.predict(kld, actions), [4 + 9 + 25 + 36, 4 + 16 + 25 + 49])
     terms = additive.pair_terms(kld, MEMBERS, actions)
     assert len(terms) == 21
-    np.testing.assert_array_equal(terms["attn_q", "ffn_up"], [2 * 5 + 3 * 6, 2 * 5 + 4 * 7])
-    np.testing.assert_array_equal(terms["attn_q", "attn_k"], [0, 0])
+    np.testing.assert_array_equal(terms["attn_q.weight", "ffn_up.weight"], [2 * 5 + 3 * 6, 2 * 5 + 4 * 7])
+    np.testing.assert_array_equal(terms["attn_q.weight", "attn_k.weight"], [0, 0])
 
 
 def test_random_actions_are_valid_and_of_all_sizes(rng):
@@ -49,7 +50,7 @@ def problem(rng):
 
 def test_scale_and_pairs_are_found(problem):
     predicted, terms = problem
-    gate_up, k_v = ("ffn_gate", "ffn_up"), ("attn_k", "attn_v")
+    gate_up, k_v = ("ffn_gate.weight", "ffn_up.weight"), ("attn_k.weight", "attn_v.weight")
     true = 0.9 * predicted + 0.5 * terms[gate_up] - 0.25 * terms[k_v]
     found = additive.fit(predicted, terms, true, pairs=2)
     assert found.scale == pytest.approx(0.9)
@@ -68,8 +69,8 @@ def test_scale_alone_minimizes_relative_errors(problem):
 
 def test_weights_of_pairs_stay_within_what_correlations_allow(problem):
     predicted, terms = problem
-    found = additive.fit(predicted, terms, predicted + 5 * terms["ffn_gate", "ffn_up"], pairs=2)
-    assert found.pairs["ffn_gate", "ffn_up"] == pytest.approx(2)
+    found = additive.fit(predicted, terms, predicted + 5 * terms["ffn_gate.weight", "ffn_up.weight"], pairs=2)
+    assert found.pairs["ffn_gate.weight", "ffn_up.weight"] == pytest.approx(2)
     assert all(abs(weight) <= 2 for weight in found.pairs.values())
 
 

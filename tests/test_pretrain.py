@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ramp_jax.models.names import stack
+import tiny
 
 from ramp_jax import checkpoint, pretrain
-from ramp_jax.models import tensors
+from ramp_jax.models import lookup, tensors
 from ramp_jax.models.decoder import logits
-from ramp_jax.models.spec import FAMILIES, make_spec
+from ramp_jax.models.families import FAMILIES
+from ramp_jax.models.layout import nest
+from ramp_jax.models.spec import make_spec
 from ramp_jax.pretrain import OptimizerConfig
 
 SIZES = {
@@ -93,19 +95,22 @@ def test_gradient_is_that_of_f32_within_bf16(windows):
 def test_initial_weights(family):
     spec = dataclasses.replace(spec_of(family), d_model=128, d_ff=256, vocab_size=1000)
     params = pretrain.init_params(jax.random.key(0), spec)
-    expected = stack(spec, {t.name: np.zeros(t.shape) for t in tensors(spec)})
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(np.shape, expected)
-    blk = params["blk"]
+    assert jax.tree.map(jnp.shape, params) == nest((t, t.shape) for t in tensors(spec))
+    blk = tiny.stacked(params)
     assert float(blk["attn_q"].std()) == pytest.approx(128**-0.5, rel=0.05)
+    assert float(blk["ffn_up"].std()) == pytest.approx(128**-0.5, rel=0.05)
+    assert float(blk["attn_output"].std()) == pytest.approx(32**-0.5 / 2, rel=0.05)
     assert float(blk["ffn_down"].std()) == pytest.approx(256**-0.5 / 2, rel=0.05)
-    assert float(params["token_embd"].std()) == pytest.approx(0.02, rel=0.05)
+    assert float(params["token_embd"]["weight"].std()) == pytest.approx(0.02, rel=0.05)
     wider = pretrain.init_params(jax.random.key(0), dataclasses.replace(spec, tied=False), 0.1)
-    assert float(wider["token_embd"].std()) == pytest.approx(0.1, rel=0.05)
-    assert float(wider["output"].std()) == pytest.approx(0.02, rel=0.05)
-    assert (blk["attn_norm"] == 1).all()
-    assert (params["output_norm"] == 1).all()
+    assert float(wider["token_embd"]["weight"].std()) == pytest.approx(0.1, rel=0.05)
+    assert float(wider["output"]["weight"].std()) == pytest.approx(0.02, rel=0.05)
+    for tensor in tensors(spec):
+        if "norm" in tensor.name:
+            assert (lookup(params, tensor) == 1).all()
     assert not (blk["ffn_gate"][0] == blk["ffn_gate"][1]).any()
     assert not (blk["ffn_gate"] == blk["ffn_up"]).any()
+    assert not (blk["attn_k"] == blk["attn_v"]).any()
 
 
 def test_every_epoch_sees_every_window_once(windows):
@@ -159,24 +164,27 @@ def test_checkpoint_of_another_run(windows, tmp_path):
         pretrain.run(jax.random.key(0), spec_of("llama"), CONFIG, windows, checkpoint_path=tmp_path / "state")
 
 
-def test_gains_do_not_decay():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gains_do_not_decay(family):
     """With no gradient, AdamW only decays: matrices shrink and gains stay."""
-    spec = spec_of("gemma")
+    spec = spec_of(family)
     params = pretrain.init_params(jax.random.key(0), spec)
-    chain = pretrain.optimizer(dataclasses.replace(CONFIG, warmup=0))
+    chain = pretrain.optimizer(spec, dataclasses.replace(CONFIG, warmup=0))
     updates, _ = chain.update(jax.tree.map(jnp.zeros_like, params), chain.init(params), params)
-    assert not updates["blk"]["ffn_norm"].any()
-    assert not updates["output_norm"].any()
-    np.testing.assert_allclose(updates["blk"]["attn_k"], -0.01 * 0.1 * params["blk"]["attn_k"], rtol=1e-5)
+    for tensor in tensors(spec):
+        decay = 0.0 if "norm" in tensor.name else 0.01 * 0.1
+        expected = -decay * np.asarray(lookup(params, tensor))
+        np.testing.assert_allclose(lookup(updates, tensor), expected, rtol=1e-5, err_msg=tensor.name)
 
 
 def test_learning_rate_rises_and_falls_to_a_tenth():
-    rates, params = [], {"w": jnp.ones((1, 1))}
-    chain = pretrain.optimizer(dataclasses.replace(CONFIG, weight_decay=1.0))
+    rates, spec = [], spec_of("llama")
+    params = nest((t, jnp.ones(t.shape)) for t in tensors(spec))
+    chain = pretrain.optimizer(spec, dataclasses.replace(CONFIG, weight_decay=1.0))
     state = chain.init(params)
     for _ in range(CONFIG.steps + 1):
         updates, state = chain.update(jax.tree.map(jnp.zeros_like, params), state, params)
-        rates.append(-float(updates["w"][0, 0]))
+        rates.append(-float(updates["blk"][1]["ffn_up"]["weight"][0, 0]))
     assert rates[0] == 0
     assert max(rates) == pytest.approx(0.01)
     assert rates.index(max(rates)) == CONFIG.warmup

@@ -8,18 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from scipy.special import log_softmax
 from scipy.stats import spearmanr
 
-from ramp_jax import workflow
+from ramp_jax import sweep, workflow
 from ramp_jax.config import RunConfig, WindowsConfig
 from ramp_jax.formats import format_for
 from ramp_jax.halo import libggml
-from ramp_jax.models import allocatable, lookup
-from ramp_jax.models.decoder import block_forward
+from ramp_jax.models import allocatable, decoder, lookup
 from ramp_jax.scoring.perplexity import divergence, mean_divergences
-from ramp_jax.sensitivity import exact as exact_room
-from ramp_jax.sensitivity import fisher
+from ramp_jax.sensitivity import exact, fisher
 from ramp_jax.sensitivity.exact import exact_sensitivity
 from ramp_jax.sensitivity.fisher import fisher_sensitivity
 from ramp_jax.sensitivity.table import Sensitivity
@@ -37,19 +36,11 @@ def mean_kl(log_p, log_q):
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
 
 
-def with_weights(model, tensor, new):
-    """The model with one tensor replaced."""
-    if tensor.layer is None:
-        return dataclasses.replace(model, params={**model.params, tensor.key: new})
-    stacked = model.params["blk"][tensor.key].at[tensor.layer].set(new)
-    return dataclasses.replace(model, params={**model.params, "blk": {**model.params["blk"], tensor.key: stacked}})
-
-
 def quantized(model, tensor, level):
     """The model with one tensor quantized by gguf-py."""
     ggml_type = format_for(level, tensor.shape[-1]).ggml_type
     raw = libggml.quantize(ggml_type.name, np.asarray(lookup(model.params, tensor)))
-    return with_weights(model, tensor, libggml.dequantize(ggml_type.name, raw))
+    return tiny.changed(model, tensor.name, lambda _: libggml.dequantize(ggml_type.name, raw))
 
 
 def plain_loop(model, windows):
@@ -64,7 +55,7 @@ def plain_loop(model, windows):
 
 
 @pytest.fixture(scope="module")
-def exact(untied, windows):
+def table(untied, windows):
     return exact_sensitivity(untied, windows, LEVELS)
 
 
@@ -78,39 +69,40 @@ def test_exact_equals_the_plain_loop(model, windows):
     assert (expected[:, 0] > expected[:, 2]).all()
 
 
-def test_batch_size_changes_nothing(untied, windows, exact, monkeypatch):
+def test_batch_size_changes_nothing(untied, windows, table, monkeypatch):
     """Batches of 5 variants, so that the last of a layer's 21 cells is filled up; the first holds the nudge."""
-    monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", 5 * windows.size)
+    monkeypatch.setattr(exact, "_TOKENS_AT_ONCE", 5 * windows.size)
     found = exact_sensitivity(untied, windows, LEVELS)
-    np.testing.assert_allclose(found.kld, exact.kld, rtol=1e-5)
-    np.testing.assert_allclose(found.floor, exact.floor, rtol=0.5, atol=1e-12)
+    np.testing.assert_allclose(found.kld, table.kld, rtol=1e-5)
+    np.testing.assert_allclose(found.floor, table.floor, rtol=0.5, atol=1e-12)
 
 
 @pytest.mark.parametrize("chosen", [("blk.1.ffn_up.weight", "output.weight"), ("token_embd.weight", "output.weight")])
-def test_tensors_can_be_chosen(untied, windows, exact, chosen):
+def test_tensors_can_be_chosen(untied, windows, table, chosen):
     some = exact_sensitivity(untied, windows, LEVELS, tensors=chosen)
     assert some.tensors == chosen
-    np.testing.assert_allclose(some.kld, exact.kld[[exact.tensors.index(name) for name in chosen]], rtol=1e-5)
+    np.testing.assert_allclose(some.kld, table.kld[[table.tensors.index(name) for name in chosen]], rtol=1e-5)
 
 
 def test_all_layers_share_one_compilation(untied, windows, monkeypatch):
     names = [t.name for t in allocatable(untied.spec) if t.layer is not None]
-    for name in ("_run_from", "block_forward"):
-        counted = chex.assert_max_traces(getattr(sensitivity, name).__wrapped__, n=2)
-        monkeypatch.setattr(sensitivity, name, jax.jit(counted, static_argnames="spec"))
-    monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", 5 * windows.size)
+    counted = chex.assert_max_traces(decoder.block_forward.__wrapped__, n=2)
+    counted = jax.jit(counted, static_argnames="block")
+    for module in (exact, sweep):
+        monkeypatch.setattr(module, "block_forward", counted)
+    monkeypatch.setattr(exact, "_TOKENS_AT_ONCE", 5 * windows.size)
     exact_sensitivity(untied, windows, LEVELS, tensors=names)  # the windows on their own, and every batch
 
 
-def test_floor_lies_far_below_the_costs(exact):
-    assert exact.floor.shape == (len(exact.tensors),)
-    assert (exact.floor >= 0).all()
-    assert (exact.floor < 1e-5 * exact.kld.min(axis=1)).all()
+def test_floor_lies_far_below_the_costs(table):
+    assert table.floor.shape == (len(table.tensors),)
+    assert (table.floor >= 0).all()
+    assert (table.floor < 1e-5 * table.kld.min(axis=1)).all()
 
 
-def test_floor_of_bf16_is_rounding_that_flips(untied, windows, exact):
-    found = exact_sensitivity(untied.astype("bfloat16"), windows, (8,), tensors=exact.tensors[:8])
-    assert (found.floor > 1e3 * exact.floor[:8]).all()
+def test_floor_of_bf16_is_rounding_that_flips(untied, windows, table):
+    found = exact_sensitivity(untied.astype("bfloat16"), windows, (8,), tensors=table.tensors[:8])
+    assert (found.floor > 1e3 * table.floor[:8]).all()
     assert (found.kld[:, 0] > found.floor).all()
 
 
@@ -152,20 +144,20 @@ def test_masked_levels_have_no_cost(measure, untied, windows):
 
 def stopped_after(monkeypatch, batches):
     """From now on, measuring stops like a killed process before one more batch than `batches`."""
-    original, count = exact_room._costs, itertools.count()
+    original, count = exact._costs, itertools.count()
 
     def costs(*arguments):
         if next(count) == batches:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(sensitivity, "_costs", costs)
+    monkeypatch.setattr(exact, "_costs", costs)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 7])
-def test_stopped_table_goes_on_to_the_same_bits(untied, windows, exact, tmp_path, monkeypatch, batches):
+def test_stopped_table_goes_on_to_the_same_bits(untied, windows, table, tmp_path, monkeypatch, batches):
     path = tmp_path / "table.npz"
-    monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", 11 * windows.size)
+    monkeypatch.setattr(exact, "_TOKENS_AT_ONCE", 11 * windows.size)
     whole = exact_sensitivity(untied, windows, LEVELS)
     with monkeypatch.context() as patched:
         stopped_after(patched, batches)
@@ -185,7 +177,7 @@ def test_stopped_table_goes_on_to_the_same_bits(untied, windows, exact, tmp_path
 def test_finished_table_is_read_not_measured(measure, untied, windows, tmp_path, monkeypatch):
     path = tmp_path / "table.npz"
     first = measure(untied, windows, LEVELS, path=path)
-    for module in (sensitivity, fisher):
+    for module in (exact, fisher):
         monkeypatch.setattr(module, "embed", lambda *_: pytest.fail("measured again"))
     np.testing.assert_array_equal(measure(untied, windows, LEVELS, path=path).kld, first.kld)
 
@@ -205,9 +197,8 @@ def test_run_goes_on_with_its_table(untied, tmp_path, monkeypatch):
 
 def changed_inputs(untied, windows):
     """Name of the field → model, windows, levels, protocol of which only that differs."""
-    weights = untied.params["output_norm"].at[3].add(1e-3)
-    other = dataclasses.replace(untied, params={**untied.params, "output_norm": weights})
-    folded = dataclasses.replace(untied, folding={"attn_in": jnp.ones((3, 64))})
+    other = tiny.changed(untied, "output_norm.weight", lambda w: w.at[3].add(1e-3))
+    folded = dataclasses.replace(untied, folding={"blk.1.attn_in": jnp.ones(64)})
     return {
         "folded weights": (other, windows, LEVELS, "llama.cpp"),
         "folding": (folded, windows, LEVELS, "llama.cpp"),
@@ -259,24 +250,32 @@ def test_table_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
 def test_cost_that_is_not_finite_names_the_cell(measure, untied, windows):
-    broken = dataclasses.replace(
-        untied, params={**untied.params, "output_norm": untied.params["output_norm"].at[3].set(np.nan)}
-    )
+    broken = tiny.changed(untied, "output_norm.weight", lambda w: w.at[3].set(np.nan))
     with pytest.raises(
         ValueError, match=r"what \S+ costs at level \d is not finite; load the model with dtype=float32"
     ):
         measure(broken, windows, LEVELS)
 
 
-def test_halves_make_the_layer(model, rng):
-    """Attention, then feed-forward, is the layer, so that gradients may go through the halves."""
-    layer = exact_room.layer_params(model.params, 1)
-    x = jnp.asarray(rng.normal(size=(2, 9, 64)), jnp.float32)
-    middle = fisher._half(model.spec, layer, "attn", x)
-    np.testing.assert_allclose(
-        fisher._half(model.spec, layer, "ffn", middle), block_forward(model.spec, layer, x), atol=1e-5
+def test_gradients_go_through_sub_blocks_as_through_the_block(model, rng):
+    """By the reverse pass of the whole block, and a change of a matrix moves what the block makes of it."""
+    block, w = model.spec.blocks[1], model.params["blk"][1]
+    x, g = (jnp.asarray(rng.normal(size=(2, 9, 64)), jnp.float32) for _ in range(2))
+    change = {name: jnp.asarray(rng.normal(size=(1, *w[name]["weight"].shape)), jnp.float32) for name in tiny.LINEARS}
+    before, moves = fisher._through_block(
+        block, w, x, g[None], {f"{name}.weight": value for name, value in change.items()}
     )
-    assert float(jnp.abs(middle - x).max()) > 0.1
+    (expected,) = jax.vjp(lambda x: block(w, x), x)[1](g)
+    np.testing.assert_allclose(before[0], expected, atol=1e-4 * float(jnp.abs(expected).max()))
+    assert moves.keys() == {f"{name}.weight" for name in tiny.LINEARS}
+    for name, value in change.items():
+
+        def changed(step, name=name, value=value):
+            return block({**w, name: {"weight": w[name]["weight"] + step * value[0]}}, x)
+
+        _, moved = jax.jvp(changed, (jnp.float32(0),), (jnp.float32(1),))
+        total = float(moves[f"{name}.weight"].sum())
+        assert total == pytest.approx(float(jnp.sum(g * moved)), rel=1e-3, abs=1e-2), name
 
 
 def test_probes_have_the_fisher_matrix_as_covariance(model, windows):
@@ -284,9 +283,8 @@ def test_probes_have_the_fisher_matrix_as_covariance(model, windows):
     state = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, 64)), jnp.float32)
     change = jnp.asarray(np.random.default_rng(2).normal(size=(1, 320, 64)), jnp.float32)
     _, moves = fisher._from_head(model.spec, model.params, state, change, jax.random.key(0), 4096, 2)
-    ones = {**model.params, "output": jnp.eye(64)}
-    hidden = np.asarray(exact_room._run_from(model.spec, ones, state[None], 3)[0, 0, 2:-1], np.float64)
-    logits = hidden @ np.asarray(model.params.get("output", model.params["token_embd"]), np.float64).T
+    hidden = np.asarray(exact._run_from(model.spec, model.params, state[None], 3)[0, 0, 2:-1], np.float64)
+    logits = hidden @ np.asarray(model.params.get("output", model.params["token_embd"])["weight"], np.float64).T
     p, dz = np.exp(log_softmax(logits, axis=-1)), hidden @ np.asarray(change[0], np.float64).T
     expected = (p * dz**2).sum(axis=-1) - (p * dz).sum(axis=-1) ** 2
     np.testing.assert_allclose(np.square(moves[0, :, 0, 2:-1]).mean(axis=0), expected, rtol=0.15)
