@@ -11,6 +11,7 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import uniform
@@ -199,7 +200,8 @@ def test_llama_cpp_s_own_mixes(untied, stats, windows, reference, tmp_path):
 def test_importance_is_the_mean_square_of_each_linear_s_input(untied, stats):
     importance = importance_of(untied.spec, stats)
     assert set(importance) == {t.name for t in allocatable(untied.spec) if t.layer is not None}
-    np.testing.assert_array_equal(importance["blk.2.ffn_down.weight"], stats.moments["ffn_mid"].square[2])
+    np.testing.assert_array_equal(importance["blk.2.ffn_down.weight"], stats.moments["blk.2.ffn_mid"].square)
+    np.testing.assert_array_equal(importance["blk.1.attn_v.weight"], stats.moments["blk.1.attn_in"].square)
     assert all(values.dtype == np.float32 for values in importance.values())
 
 
@@ -316,8 +318,8 @@ def test_llama_cpp_at_our_types(untied, stats, reference, tmp_path, rng):
     llama_quantize.quantize(reference, tmp_path / "out.gguf", "Q4_0", importance_of(untied.spec, stats), types)
     stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     assert {name: stored[name] for name in types} == types
-    theirs = load_model(str(tmp_path / "out.gguf")).params["blk"]
+    theirs = tiny.stacked(load_model(str(tmp_path / "out.gguf")).params)
     encoder = Encoder("reference", importance_of(untied.spec, stats))
-    ours = fake_quantize(load_model(str(reference)), allocation, encoder)["blk"]
-    for key in ("attn_q", "ffn_down"):
-        assert np.mean(np.asarray(theirs[key]) == ours[key]) > 0.999
+    ours = tiny.stacked(fake_quantize(load_model(str(reference)), allocation, encoder))
+    for module in tiny.LINEARS:
+        assert np.mean(theirs[module] == ours[module]) > 0.999, module

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from absl import app, flags
 
-from ramp_jax import cli, encoders, workflow
+from ramp_jax import cli, data, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.policy import embedding
 from ramp_jax.policy.rollout import load_policy
+from ramp_jax.quantization import DEFAULT_ENCODER
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -36,6 +37,8 @@ def get_config():
         models=({model!r},), dtype="float32", calibration=short, sensitivity=short, train=train)))
 """
 WINDOWS = ("--context=24", "--count=2")
+OTHER = ("--context=24", "--count=3")
+"""What the allocation is calibrated on, other windows than those of the training run."""
 
 
 def script(cache, name, *arguments):
@@ -125,7 +128,7 @@ def whole(untied_directory, untied, tmp_path_factory):
     output = f"--output={run.allocation}"
     steps = {
         "train": (f"--config={run.config}", at),
-        "allocate": (f"--model={run.model}", policy, f"--budget_bytes={run.budget}", output, *WINDOWS),
+        "allocate": (f"--model={run.model}", policy, f"--budget_bytes={run.budget}", output, *OTHER),
         "export_gguf": (f"--model={run.model}", allocation, f"--output={run.exported}"),
         "compare": (at, allocation, f"--gguf={run.exported}", *WINDOWS),
         "report": (at, allocation),
@@ -141,7 +144,7 @@ def allocate(whole):
 
     def arguments(**changed):
         good = {"model": whole.model, "source_policy": whole.workdir, "budget_bytes": whole.budget}
-        good |= {"output": whole.workdir.parent / "other.json", "context": 24, "count": 2}
+        good |= {"output": whole.workdir.parent / "other.json", "context": 24, "count": 3}
         return [f"--{name}={value}" for name, value in (good | changed).items() if value is not None]
 
     return arguments
@@ -266,6 +269,7 @@ def test_dry_run_prints_the_range_and_writes_nothing(call, allocate, untied, tmp
 
 def test_exported_file_scores_as_its_row(whole, call, tmp_path):
     row = json.loads((whole.workdir / "comparison.json").read_text())["rows"][-1]
+    """Also where the allocation was calibrated on other windows than the run whose comparison it is."""
     for backend, column, rel in (("jax", "ppl", 1e-3), ("llama.cpp", "ppl_llama_cpp", 0.2)):  # 8-bit activations
         output = tmp_path / "numbers.json"
         arguments = (f"--model={whole.exported}", f"--backend={backend}", f"--json={output}", *WINDOWS)
@@ -280,11 +284,11 @@ def test_exported_file_scores_as_its_row(whole, call, tmp_path):
 
 def test_encoders_by_name_and_by_imatrix(whole, call, untied, tmp_path):
     """The default is the recorded one; an importance matrix of the same windows makes the same rounding."""
-    assert json.loads(whole.allocation.read_text())["encoder"] == encoders.DEFAULT
+    assert json.loads(whole.allocation.read_text())["encoder"] == DEFAULT_ENCODER
     imatrix, files = tmp_path / "imatrix.gguf", {}
-    code, printed, errors = call("calibrate", f"--model={whole.model}", f"--output={imatrix}", *WINDOWS)
+    code, printed, errors = call("calibrate", f"--model={whole.model}", f"--output={imatrix}", *OTHER)
     assert code == 0, errors
-    assert "48 tokens" in printed
+    assert "72 tokens" in printed
     for name, choice in {
         "plain": "--encoder=reference",
         "again": "--encoder=best",
@@ -325,6 +329,24 @@ def test_inputs_that_cannot_be_evaluated(fails, whole, tmp_path):
     }.items():
         assert sentence in fails("evaluate", *arguments, f"--json={output}")
     assert not output.exists()
+
+
+def test_calibration_text_is_known_by_what_it_says(fails, call, whole, tmp_path):
+    """Under another name, and to an exported file; any other text may be scored as a whole."""
+    text = data.read_text("builtin")
+    (tmp_path / "copy.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "other.txt").write_text(text[: len(text) // 50], encoding="utf-8")
+    copy, other = (f"--data={tmp_path / '.' / name}.txt" for name in ("copy", "other"))
+    sources = {
+        whole.allocation: (f"--model={whole.model}", f"--allocation={whole.allocation}"),
+        "the file": (f"--model={whole.exported}",),
+        " the file": (f"--model={whole.exported}", "--backend=llama.cpp"),
+    }
+    for name, arguments in sources.items():
+        sentence = f"{str(name).strip()} was calibrated on the first four fifths of"
+        assert sentence in fails("evaluate", *arguments, copy, "--split=all", *WINDOWS)
+    code, _, errors = call("evaluate", f"--model={whole.exported}", other, "--split=all", *WINDOWS)
+    assert code == 0, errors
 
 
 @pytest.mark.parametrize("name", ["train", "calibrate", "allocate", "export_gguf", "evaluate", "compare", "report"])

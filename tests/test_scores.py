@@ -19,7 +19,8 @@ from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import load_model
-from ramp_jax.models.load import read_tokenizer
+from ramp_jax.models.load import read_description
+from ramp_jax.models.metadata import plain
 from ramp_jax.quantization import fake_quantize
 from ramp_jax.scoring.perplexity import evaluate, evaluate_reference, head_scores, reference_of
 from ramp_jax.scoring.scores import Evaluation, numbers, text_table
@@ -185,15 +186,35 @@ def test_from_python(untied, exported, untied_directory):
 
 def test_tokenizer_without_its_model(untied, exported):
     text = "Assert statements, 1,234 of them"
-    assert read_tokenizer(exported).encode(text) == untied.tokenizer.encode(text)
+    metadata, tokenizer = read_description(exported)
+    assert tokenizer.encode(text) == untied.tokenizer.encode(text)
+    assert metadata.keys() > untied.metadata.keys()
+    assert plain(metadata)["general.architecture"] == "llama"
 
 
 def test_text_that_the_allocation_was_calibrated_on(untied, tmp_path):
-    path = tmp_path / "alloc.json"
-    from_levels(untied, [4] * 23).save(path, calibration={"data": "builtin", "context": 24, "count": 2})
-    with pytest.raises(ValueError, match="calibrated on the first four fifths of 'builtin'; score it with --split=hel"):
-        ramp_jax.evaluate(untied, allocation=path, split="all", **SHORT)
+    """Under any name of it, by an allocation with or without the text's fingerprint, and by the exported file."""
+    path, exported, copy = tmp_path / "alloc.json", tmp_path / "out.gguf", tmp_path / "copy.txt"
+    copy.write_text(data.read_text("builtin") + "\n", encoding="utf-8")
+    calibration = {"data": "builtin", "context": 24, "count": 2}
+    allocation = from_levels(untied, [4] * 23)
+    for known in (calibration, calibration | {"text": data.fingerprint("builtin")}):
+        calibrated = dataclasses.replace(allocation, calibration=known)
+        calibrated.save(path)
+        for source in ("builtin", str(copy)):
+            sentence = (
+                f"alloc.json was calibrated on the first four fifths of '{source}'; score it with --split=heldout"
+            )
+            with pytest.raises(ValueError, match=sentence):
+                ramp_jax.evaluate(untied, allocation=path, data=source, split="all", **SHORT)
     assert ramp_jax.evaluate(untied, allocation=path, reference=untied, **SHORT)["kld"] > 0.01
+    export_gguf(untied, calibrated, exported)
+    for backend in ("jax", "llama.cpp"):
+        with pytest.raises(ValueError, match="the file was calibrated on the first four fifths of"):
+            ramp_jax.evaluate(exported, data=str(copy), split="all", backend=backend, **SHORT)
+    assert ramp_jax.evaluate(exported, reference=untied, **SHORT)["kld"] > 0.01
+    export_gguf(untied, allocation, exported)
+    assert ramp_jax.evaluate(exported, reference=untied, split="all", **SHORT)["kld"] > 0.01
 
 
 def test_windows_longer_than_the_model_reads(untied):
@@ -206,35 +227,28 @@ def test_llama_cpp_needs_a_file_of_its_own(untied, tmp_path):
         ramp_jax.evaluate(untied, backend="llama.cpp")
 
 
-def changed(model, key, change, layer=None):
-    """The model with one tensor changed, or one layer of it."""
-    params = dict(model.params)
-    if layer is None:
-        params[key] = change(params[key])
-    else:
-        stacked = params["blk"][key]
-        params["blk"] = {**params["blk"], key: stacked.at[layer].set(change(stacked[layer]))}
-    return dataclasses.replace(model, params=params)
-
-
 def damaged(w):
     return w.at[(0,) * w.ndim].set(jnp.nan)
 
 
+def huge(w):
+    return w * 1e38
+
+
 BROKEN = {
-    "layer": (lambda m: changed(m, "attn_v", damaged, 1), r"in the weights of blk\.1\.attn_v\.weight, which are dam"),
-    "overflow": (lambda m: changed(m, "ffn_up", lambda w: w * 1e38, 2), r"in the output of layer blk\.2, although"),
-    "norm": (lambda m: changed(m, "output_norm", damaged), r"in the weights of output_norm\.weight"),
-    "head": (lambda m: changed(m, "output", damaged), r"in the weights of output\.weight"),
-    "head overflow": (lambda m: changed(m, "output", lambda w: w * 1e38), "in the output of the head, output"),
-    "embedding": (lambda m: changed(m, "token_embd", lambda w: w * jnp.nan), r"in the weights of token_embd\.weight"),
+    "layer": ("blk.1.attn_v.weight", damaged, r"in the weights of blk\.1\.attn_v\.weight, which are damaged"),
+    "overflow": ("blk.2.ffn_up.weight", huge, r"in the output of layer blk\.2, although"),
+    "norm": ("output_norm.weight", damaged, r"in the weights of output_norm\.weight"),
+    "head": ("output.weight", damaged, r"in the weights of output\.weight"),
+    "head overflow": ("output.weight", huge, "in the output of the head, output"),
+    "embedding": ("token_embd.weight", lambda w: w * jnp.nan, r"in the weights of token_embd\.weight"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_loss_that_is_not_finite_says_where_it_began(untied, windows, kind):
-    breaking, sentence = BROKEN[kind]
-    broken = breaking(untied)
+    name, change, sentence = BROKEN[kind]
+    broken = tiny.changed(untied, name, change)
     with pytest.raises(ValueError, match=rf"the loss of window 0 is not finite, first {sentence}"):
         evaluate(broken, windows)
     if kind != "head overflow":
@@ -245,7 +259,7 @@ def test_loss_that_is_not_finite_says_where_it_began(untied, windows, kind):
 
 
 def test_file_whose_loss_llama_cpp_finds_not_finite(untied, tmp_path, windows):
-    broken = changed(untied, "output", lambda w: w * 1e38)
+    broken = tiny.changed(untied, "output.weight", huge)
     path = tmp_path / "a.gguf"
     export_gguf(broken, Allocation(untied.spec, untied.metadata, dict.fromkeys(names(untied), "F32")), path)
     with pytest.raises(ValueError, match=r"llama.cpp's loss of window 0 is not finite; score .*a\.gguf with --backend"):
@@ -267,7 +281,7 @@ def test_tokens_outside_of_the_vocabulary(untied, windows, exported, token):
 
 
 def test_reference_with_another_vocabulary(untied, windows):
-    larger = changed(untied, "output", lambda w: jnp.concatenate([w, w[:5]]))
+    larger = tiny.changed(untied, "output.weight", lambda w: jnp.concatenate([w, w[:5]]))
     with pytest.raises(ValueError, match="the reference predicts 325 tokens and the model 320; compare models of one"):
         evaluate(untied, windows, reference=larger)
 

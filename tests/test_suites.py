@@ -25,14 +25,14 @@ from ramp_jax.policy.train import TrainConfig
 from ramp_jax.scoring.perplexity import evaluate
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
-import accelerator_suite
-import forward_suite
-import measuring
-import parity_suite
-import policy_suite
-import reward_suite
-import sac_suite
-import transfer_suite
+from benchmarks import accelerator as accelerator_suite
+from benchmarks import forward as forward_suite
+from benchmarks import measuring
+from benchmarks import parity as parity_suite
+from benchmarks import policy as policy_suite
+from benchmarks import reward as reward_suite
+from benchmarks import sac as sac_suite
+from benchmarks import transfer as transfer_suite
 
 
 @pytest.fixture
@@ -215,8 +215,36 @@ def test_reward_suite_judges_every_variant_as_it_learns(monkeypatch):
     assert {line.get_label() for line in drawn["reward"].axes[0].get_lines()} == variants
 
 
+def test_accelerator_suite_compares_with_the_bytes_of_ggml(monkeypatch):
+    """Not with those that the same program makes on the same device: rounding that is off by a little is seen."""
+    monkeypatch.setattr(accelerator_suite, "_SAME_BYTES", ("Q8_0", "Q4_K"))
+    found = accelerator_suite._bytes(None, 1)
+    assert found == {"bytes_compared_with": "ggml", "bytes_equal_Q8_0": 1, "bytes_equal_Q4_K": 1}
+    right = accelerator_suite.encode
+    monkeypatch.setattr(accelerator_suite, "encode", lambda w, name: right(np.where(w > 0, w * 1.01, w), name))
+    found = accelerator_suite._bytes(None, 1)
+    assert found["bytes_equal_Q8_0"] < 0.1
+    assert found["bytes_equal_Q4_K"] < 0.9
+
+
+def test_recorded_tables_say_what_made_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(measuring, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(measuring.sys, "argv", ["launch/benchmark.py", "--suite=quantize", "--record"])
+    rows = [{"format": "Q4_K", "ratio": 1.23456}, {"format": "Q8_0", "worst": 2}]
+    text = measuring.record("quantize", "quantize", {"weights": 7, "rows": rows}).read_text()
+    assert "    python launch/benchmark.py --suite=quantize --record" in text
+    assert f"jax {jax.__version__}" in text
+    assert "- weights: 7" in text
+    assert text.splitlines()[-4:] == [
+        "| format | ratio | worst |",
+        "|---|---|---|",
+        "| Q4_K | 1.235 |  |",
+        "| Q8_0 |  | 2 |",
+    ]
+
+
 def test_accelerator_suite_measures_what_is_asked_for(monkeypatch):
-    """On the CPU, with small shapes: every number is there, and the CPU makes its own bytes."""
+    """On the CPU, with small shapes: every number is there."""
     small = {
         "n_layers": 3,
         "d_model": 256,
