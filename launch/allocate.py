@@ -19,7 +19,7 @@ from ramp_jax import cli, workflow
 from ramp_jax.allocation import costs
 from ramp_jax.config import WindowsConfig
 from ramp_jax.formats import LEVELS
-from ramp_jax.policy.rollout import check_levels, load_policy
+from ramp_jax.policy.inference import check_levels, load_policy
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
 _POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run, `pretrained` or `fisher`.")

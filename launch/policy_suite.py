@@ -31,9 +31,9 @@ from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import handoff
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, allocatable, load_model
-from ramp_jax.policy import rollout
+from ramp_jax.policy import inference
 from ramp_jax.policy.env import Problem
-from ramp_jax.policy.rollout import Policy, check_levels, load_policy
+from ramp_jax.policy.inference import Policy, check_levels, load_policy
 from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, importance_of
 from ramp_jax.quantization.calibrate import second_moments
 
@@ -98,7 +98,7 @@ def policy(repeats: int) -> Numbers:
     encoder = Encoder("best", importance_of(model.spec, stats), EncodeCache(1 << 33))
     bench = Bench(model, folded, first.levels, costs(folded, first.levels), encoder)
     started = time.monotonic()
-    known = rollout.problem(folded, stats, first.levels, bench.sizes)
+    known = inference.problem(folded, stats, first.levels, bench.sizes)
     methods = list(_methods(bench, known, time.monotonic() - started, calibration, policies))
     rows = []
     for mix, budget, kld in _mixes(model, stats, heldout, reference):
@@ -124,15 +124,15 @@ def _methods(
         yield Method(f"random {seed}", lambda units, s=seed: baselines.random(cost, estimate, units, seed=s), 0.0)
     yield Method("estimate, greedy", lambda units: baselines.greedy(cost, estimate, units), seconds)
     yield Method("estimate, knapsack", lambda units: baselines.knapsack(cost, estimate, units), seconds)
-    yield Method("estimate, pairs", lambda units: rollout.estimated_optimum(known, units), seconds)
+    yield Method("estimate, pairs", lambda units: inference.estimated_optimum(known, units), seconds)
     if _TABLE.value:
         table = Sensitivity.load(_TABLE.value)
         yield Method("exact knapsack", lambda units: baselines.knapsack(cost, table.kld, units), table.seconds)
     for name, found in policies.items():
         short = f"policy {Path(name).name}"
-        alone = functools.partial(rollout.choose, found, known, repair=False)
+        alone = functools.partial(inference.choose, found, known, repair=False)
         yield Method(f"{short}, no repair", alone, seconds)
-        yield Method(short, functools.partial(rollout.choose, found, known), seconds)
+        yield Method(short, functools.partial(inference.choose, found, known), seconds)
     if _EVOLUTION.value:
         started = time.monotonic()
         choices = variants.prepare(bench.model, bench.unfolded, calibration[:1], bench.levels, encoder=bench.encoder)
@@ -140,7 +140,7 @@ def _methods(
         spent = {"evaluate": variants.measuring(choices), "evaluations": _EVOLUTION.value}
         yield Method("evolution", functools.partial(baselines.evolution, cost, estimate, **spent), quantizing)
         for name, found in policies.items():
-            refine = functools.partial(rollout.refined, found, known, **spent)
+            refine = functools.partial(inference.refine, found, known, **spent)
             yield Method(f"policy {Path(name).name}, refined", refine, seconds + quantizing)
 
 

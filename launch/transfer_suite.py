@@ -27,9 +27,9 @@ from measuring import Numbers, save_plots
 from ramp_jax import baselines, workflow
 from ramp_jax.config import RunConfig, from_dict
 from ramp_jax.models import load_model
-from ramp_jax.policy import embedding, rollout, train
+from ramp_jax.policy import embedding, inference, train
 from ramp_jax.policy.env import UNIT_BYTES
-from ramp_jax.policy.rollout import Policy
+from ramp_jax.policy.inference import Policy
 from ramp_jax.policy.train import Task, TrainConfig
 
 _RUN = flags.DEFINE_string("suite_run", "runs/pretrained", "Training run whose models the suite `transfer` takes.")
@@ -149,7 +149,7 @@ def _rows(
         actor = jax.tree.map(lambda leaf, s=seed: leaf[s], state.learner.actor)
         policy = Policy(actor, config.sac.hidden, (), 0, sources)
         for how in ("rollout", "repaired"):
-            choose = functools.partial(rollout.choose, policy, tasks[judge.model].problem, repair=how == "repaired")
+            choose = functools.partial(inference.choose, policy, tasks[judge.model].problem, repair=how == "repaired")
             yield judge.row(method, seed, choose, how)
 
 

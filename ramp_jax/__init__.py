@@ -18,7 +18,7 @@ from ramp_jax import data, encoders
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, load_model, save_model
-from ramp_jax.policy.rollout import Policy, allocate, load_policy
+from ramp_jax.policy.inference import Policy, allocate, load_policy
 from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, refold
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.workflow import evaluate

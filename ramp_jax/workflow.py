@@ -30,8 +30,8 @@ from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
 from ramp_jax.models.load import read_tokenizer
-from ramp_jax.policy import rollout, train
-from ramp_jax.policy.rollout import Policy, load_policy
+from ramp_jax.policy import inference, train
+from ramp_jax.policy.inference import Policy, load_policy
 from ramp_jax.quantization import (
     REFERENCE,
     Encoder,
@@ -177,7 +177,7 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     Raises `ValueError` where `workdir` holds a run of another config.
     """
     claim(workdir, config)
-    if (workdir / rollout.POLICY_FILE).is_file():
+    if (workdir / inference.POLICY_FILE).is_file():
         say(f"{workdir} already holds the policy of this config.")
         return load_policy(workdir)
     models = [load_model(ref, config.dtype) for ref in config.models]
@@ -205,7 +205,7 @@ def prepare_task(ref: str, model: Model, config: RunConfig, workdir: Path, say: 
     folded, stats = prepare(model, config.calibration, config.fold_level)
     encoder = REFERENCE if config.encoder == "reference" else Encoder(config.encoder, importance_of(model.spec, stats))
     table = sensitivity(folded, config, table_path(workdir, ref), say, encoder)
-    task = train.Task(rollout.problem(folded, stats, config.levels), jnp.asarray(table.kld, jnp.float32))
+    task = train.Task(inference.problem(folded, stats, config.levels), jnp.asarray(table.kld, jnp.float32))
     if config.train.evaluator == "surrogate":
         return task
     windows = tokens(model, config.sensitivity, "calibration")
@@ -268,7 +268,7 @@ def allocate(
     folded, stats = prepare(model, calibration, RunConfig.fold_level if policy is None else policy.fold_level)
     levels = LEVELS if policy is None else policy.levels
     evaluate = _true_loss(model, folded, stats, calibration, levels) if refine_evals else None
-    allocation = rollout.allocate(
+    allocation = inference.allocate(
         policy, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate, evaluations=refine_evals
     )
     allocation.save(

@@ -18,7 +18,7 @@ from ramp_jax import cli, encoders, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.policy import embedding
-from ramp_jax.policy.rollout import load_policy
+from ramp_jax.policy.inference import load_policy
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -388,7 +388,7 @@ def test_refined_allocation(call, allocate, whole, untied, tmp_path):
 
 
 def test_training_with_the_model_in_the_loop(call, whole, tmp_path):
-    """Tables anchored by true losses, through the script: the score is of true losses, and a policy comes out."""
+    """Tables corrected by true losses, through the script: the score is of true losses, and a policy comes out."""
     arguments = (f"--config={whole.config}", f"--workdir={tmp_path}", "--config.train.evaluator=mixed")
     code, _, errors = call("train", *arguments)
     assert code == 0, errors

@@ -161,7 +161,7 @@ def test_regrets_in_observations_follow_what_is_left():
 
 
 @pytest.mark.parametrize(("budget", "bits", "place"), [(1, -2.0, -1.0), (10_000, 2.0, 1.0)])
-def test_wealth_in_observations_is_clipped(budget, bits, place):
+def test_budget_in_observations_is_clipped(budget, bits, place):
     episode = rollout(TWO, jnp.int32(budget), lambda *_: jnp.int32(0), jax.random.key(0))
     np.testing.assert_array_equal(episode.observation[0, 2:6], [bits, place, bits, place])
 

@@ -17,9 +17,10 @@ from ramp_jax.baselines import Actions
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import LEVELS
 from ramp_jax.models import Model, allocatable
-from ramp_jax.policy import embedding, refine
+from ramp_jax.policy import embedding
 from ramp_jax.policy.env import CONTEXT, Problem
-from ramp_jax.policy.train import greedy, sampled
+from ramp_jax.policy.search import search
+from ramp_jax.policy.train import greedy, sample
 from ramp_jax.quantization import Stats
 
 POLICY_FILE = "policy.msgpack"
@@ -118,7 +119,7 @@ def allocate(
         return from_levels(model, [levels[a] for a in action])
 
     if evaluations and evaluate is not None:
-        return allocation(refined(policy, known, units, evaluate, evaluations))
+        return allocation(refine(policy, known, units, evaluate, evaluations))
     return allocation(estimated_optimum(known, units) if policy is None else choose(policy, known, units))
 
 
@@ -138,10 +139,10 @@ def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -
     return repaired if _expected(known, repaired) <= _MOST_DOUBT * _expected(known, optimum) else optimum
 
 
-def draws(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) -> list[Actions]:
+def draw(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) -> list[Actions]:
     """`count` allocations drawn from the actor's probabilities, what is left spent."""
     keys = jax.random.split(jax.random.key(seed), count)
-    actions = np.asarray(sampled(policy.actor, known, jnp.int32(units), keys, policy.hidden))
+    actions = np.asarray(sample(policy.actor, known, jnp.int32(units), keys, policy.hidden))
     return [baselines.filled(*_tables(known), units, action) for action in actions]
 
 
@@ -151,17 +152,17 @@ def estimated_optimum(known: Problem, units: int) -> Actions:
     return optimum if known.pairs is None else baselines.exchanged(*_tables(known), units, optimum, _pairs(known))
 
 
-def refined(
+def refine(
     policy: Policy | None, known: Problem, units: int, evaluate: Callable[[Actions], float], evaluations: int
 ) -> Actions:
     """The least true loss that `evaluations` calls of `evaluate` find, the choice without them among them.
 
-    The optimum of the estimate and some allocations drawn from the policy come first, then `refine.refined` goes on.
+    The optimum of the estimate and some allocations drawn from the policy come first, then `search` goes on.
     """
     start = [estimated_optimum(known, units)]
     if policy is not None:
-        start = [choose(policy, known, units), *start, *draws(policy, known, units, evaluations // _DRAWN)]
-    return refine.refined(*_tables(known), units, evaluate=evaluate, evaluations=evaluations, start=start)
+        start = [choose(policy, known, units), *start, *draw(policy, known, units, evaluations // _DRAWN)]
+    return search(*_tables(known), units, evaluate=evaluate, evaluations=evaluations, start=start)
 
 
 def _tables(known: Problem) -> tuple[Int[np.ndarray, "T A"], Float[np.ndarray, "T A"]]:

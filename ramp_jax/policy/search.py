@@ -1,8 +1,8 @@
 """Search by true evaluations that a table guides: the evaluator `mixed` for one budget, without learning.
 
-Generation by generation the estimated table is anchored by what was measured (`anchor.py`), and says which allocations
-to measure next: the optimum that exchanges reach under it, and the best of many mutants of the best one so far. Some
-mutants are measured whatever it says of them, since it knows nothing of errors that meet.
+Generation by generation the estimated table is corrected by what was measured (`table_correction.py`), and says which
+allocations to measure next: the optimum that exchanges reach under it, and the best of many mutants of the best one so
+far. Some mutants are measured whatever it says of them, since it knows nothing of errors that meet.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ import numpy as np
 
 from ramp_jax import baselines
 from ramp_jax.baselines import Actions, Cost, Loss
-from ramp_jax.policy.anchor import Evidence, anchored
+from ramp_jax.policy.table_correction import Evidence, correct_table
 
-_EVIDENCE = 256  # best allocations that anchor the table
+_EVIDENCE = 256  # best allocations that correct the table
 _GENERATION, _FREE, _MUTANTS = 4, 2, 32  # evaluations at a time, how many of them go unscreened, mutants to choose from
 
 
-def refined(
+def search(
     cost: Cost,
     loss: Loss,
     budget: int,
@@ -42,12 +42,12 @@ def refined(
         for key in new[: evaluations - len(found)]:
             found[key] = evaluate(np.asarray(key))
         ranked = sorted(found, key=found.__getitem__)
-        table = np.asarray(anchored(jnp.asarray(loss, jnp.float32), _evidence(found, ranked)), np.float64)
-        proposed = _proposed(cost, table, budget, np.asarray(ranked[0]), found, rng)
+        table = np.asarray(correct_table(jnp.asarray(loss, jnp.float32), _evidence(found, ranked)), np.float64)
+        proposed = _propose(cost, table, budget, np.asarray(ranked[0]), found, rng)
     return np.asarray(min(found, key=found.__getitem__))
 
 
-def _proposed(
+def _propose(
     cost: Cost, table: Loss, budget: int, best: Actions, found: dict[tuple[int, ...], float], rng: np.random.Generator
 ) -> list[Actions]:
     """One generation: the exchanged optimum of the table, some mutants as they come, and those that it likes best."""
@@ -60,7 +60,7 @@ def _proposed(
 
 
 def _evidence(found: dict[tuple[int, ...], float], ranked: list[tuple[int, ...]]) -> Evidence:
-    """The best allocations, in a fixed number of places, so that the anchoring is compiled once."""
+    """The best allocations, in a fixed number of places, so that the correction is compiled once."""
     keys = [key for key in ranked[:_EVIDENCE] if np.isfinite(found[key])]
     action = np.zeros((_EVIDENCE, len(ranked[0])), np.int32)
     measured = np.zeros(_EVIDENCE, np.float32)

@@ -17,9 +17,9 @@ from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.evaluation.sensitivity import exact_sensitivity
 from ramp_jax.formats import LEVELS as FORMAT_LEVELS
 from ramp_jax.models import allocatable
-from ramp_jax.policy import embedding, networks, rollout, train
+from ramp_jax.policy import embedding, inference, networks, train
 from ramp_jax.policy.env import CONTEXT, UNIT_BYTES, Problem
-from ramp_jax.policy.rollout import POLICY_FILE, Policy, allocate, check_levels, load_policy
+from ramp_jax.policy.inference import POLICY_FILE, Policy, allocate, check_levels, load_policy
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import Task, TrainConfig
 from ramp_jax.quantization import calibrate, fake_quantize, fold
@@ -96,7 +96,7 @@ def test_units_of_the_environment_are_the_file_s():
 
 def test_problem_holds_sizes_and_weights(prepared):
     folded, stats = prepared
-    problem = rollout.problem(folded, stats, LEVELS)
+    problem = inference.problem(folded, stats, LEVELS)
     members = allocatable(folded.spec)
     np.testing.assert_array_equal(problem.weights, [t.size for t in members])
     np.testing.assert_array_equal(problem.cost * ALIGNMENT, [[t.size // 32 * b for b in (18, 22, 34)] for t in members])
@@ -106,7 +106,7 @@ def test_problem_holds_sizes_and_weights(prepared):
 
 
 def test_masked_levels_cost_nothing_in_the_problem(prepared):
-    np.testing.assert_array_equal(rollout.problem(*prepared, (7, 8)).cost[:, 0], 0)
+    np.testing.assert_array_equal(inference.problem(*prepared, (7, 8)).cost[:, 0], 0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -127,8 +127,8 @@ def test_allocation_is_deterministic_and_policies_differ(prepared):
     budget = (table.smallest + table.largest) // 2
     first, again = (allocate(policy_of(0), folded, stats, budget_bytes=budget).formats for _ in range(2))
     assert first == again
-    known, units = rollout.problem(folded, stats, LEVELS, table), table.units(budget)
-    played = [rollout.choose(policy_of(seed), known, units, repair=False).tolist() for seed in range(4)]
+    known, units = inference.problem(folded, stats, LEVELS, table), table.units(budget)
+    played = [inference.choose(policy_of(seed), known, units, repair=False).tolist() for seed in range(4)]
     assert any(played[0] != other for other in played[1:])
 
 
@@ -136,10 +136,13 @@ def test_no_choice_is_expected_to_lose_far_more_than_the_optimum(prepared):
     """Policies that nobody trained: played as they are they lose more than twice what repaired ones may at most."""
     folded, stats = prepared
     table = costs(folded, LEVELS)
-    known, units = rollout.problem(folded, stats, LEVELS, table), table.units((table.smallest + table.largest) // 2)
-    least = rollout._expected(known, rollout.estimated_optimum(known, units))
+    known, units = inference.problem(folded, stats, LEVELS, table), table.units((table.smallest + table.largest) // 2)
+    least = inference._expected(known, inference.estimated_optimum(known, units))
     losses = [
-        [rollout._expected(known, rollout.choose(policy_of(seed), known, units, repair=repair)) for seed in range(4)]
+        [
+            inference._expected(known, inference.choose(policy_of(seed), known, units, repair=repair))
+            for seed in range(4)
+        ]
         for repair in (False, True)
     ]
     assert max(losses[0]) > 2.3 * least
@@ -176,11 +179,11 @@ def test_what_is_left_is_spent_where_it_saves_most():
     actor = jax.tree.map(jnp.zeros_like, policy_of(0).actor)
     actor["params"]["Dense_1"]["bias"] = jnp.array([2.0, 1.0, 0.0])
     policy = dataclasses.replace(policy_of(0), actor=actor)
-    assert rollout.choose(policy, known, 9).tolist() == [0, 0]
-    assert rollout.choose(policy, known, 10).tolist() == [0, 1]
-    assert rollout.choose(policy, known, 12).tolist() == [0, 2]
-    assert rollout.choose(policy, known, 14).tolist() == [1, 2]
-    assert rollout.choose(policy, known, 16).tolist() == [2, 2]
+    assert inference.choose(policy, known, 9).tolist() == [0, 0]
+    assert inference.choose(policy, known, 10).tolist() == [0, 1]
+    assert inference.choose(policy, known, 12).tolist() == [0, 2]
+    assert inference.choose(policy, known, 14).tolist() == [1, 2]
+    assert inference.choose(policy, known, 16).tolist() == [2, 2]
 
 
 def test_policy_of_another_observation_is_refused(tmp_path):
@@ -210,8 +213,8 @@ def test_refinement_keeps_to_its_evaluations_and_never_loses(evaluations):
         return calls[-1]
 
     policy = policy_of(0)
-    first = rollout.choose(policy, known, 170)
-    found = rollout.refined(policy, known, 170, evaluate, evaluations)
+    first = inference.choose(policy, known, 170)
+    found = inference.refine(policy, known, 170, evaluate, evaluations)
     assert len(calls) <= evaluations
     assert np.asarray(known.cost)[np.arange(3), found].sum() <= 170
     assert true[np.arange(3), found].sum() == min(calls) <= calls[0] == true[np.arange(3), first].sum()
@@ -223,10 +226,10 @@ def test_refinement_keeps_to_its_evaluations_and_never_loses(evaluations):
 def test_draws_fit_and_differ():
     known, _ = three_tensors()
     policy = dataclasses.replace(policy_of(0), actor=jax.tree.map(jnp.zeros_like, policy_of(0).actor))
-    drawn = rollout.draws(policy, known, 170, 20)
+    drawn = inference.draw(policy, known, 170, 20)
     assert all(np.asarray(known.cost)[np.arange(3), action].sum() <= 170 for action in drawn)
     assert len({tuple(action) for action in drawn}) > 1
-    np.testing.assert_array_equal(drawn, rollout.draws(policy, known, 170, 20))
+    np.testing.assert_array_equal(drawn, inference.draw(policy, known, 170, 20))
 
 
 def test_pairs_decide_where_they_are_known():
@@ -237,7 +240,7 @@ def test_pairs_decide_where_they_are_known():
     pairs = np.zeros((3, 3, 3, 3), np.float32)
     pairs[0, 1, 1, 1] = pairs[1, 1, 0, 1] = -4.0
     policy = policy_of(0)
-    for choose in (rollout.estimated_optimum, lambda known, units: rollout.choose(policy, known, units)):
+    for choose in (inference.estimated_optimum, lambda known, units: inference.choose(policy, known, units)):
         plain, aware = choose(known, 170), choose(known._replace(pairs=jnp.asarray(pairs)), 170)
         assert tuple(plain[:2]) != (1, 1)
         assert tuple(aware[:2]) == (1, 1)
@@ -249,8 +252,8 @@ def test_without_a_policy_the_estimate_s_optimum_is_taken(prepared):
     table = costs(folded, FORMAT_LEVELS)
     budget = (table.smallest + table.largest) // 2
     found = allocate(None, folded, stats, budget_bytes=budget)
-    known = rollout.problem(folded, stats, FORMAT_LEVELS)
-    best = rollout.estimated_optimum(known, table.units(budget))
+    known = inference.problem(folded, stats, FORMAT_LEVELS)
+    best = inference.estimated_optimum(known, table.units(budget))
     assert found.formats == from_levels(folded, [FORMAT_LEVELS[a] for a in best]).formats
     assert found.file_bytes <= budget
 
@@ -261,7 +264,7 @@ def test_a_policy_trained_on_one_model_beats_uniform_on_another(prepared, untied
     levels = (4, 5, 6, 8)
     folded, stats = prepared
     loss = exact_sensitivity(folded, windows, levels, "sliding").kld
-    task = Task(rollout.problem(folded, stats, levels), jnp.asarray(loss, jnp.float32))
+    task = Task(inference.problem(folded, stats, levels), jnp.asarray(loss, jnp.float32))
     short = TrainConfig(iterations=20, episodes=8, updates=8, seeds=1, sac=SacConfig(hidden=(32,), batch_size=64))
     with jax.numpy_dtype_promotion("standard"):
         actor = train.run(jax.random.key(0), (task,), short).actor
