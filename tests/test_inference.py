@@ -29,9 +29,9 @@ LEVELS, HIDDEN = (4, 5, 8), (16,)
 
 def policy_of(seed):
     """An actor that nobody trained, with opinions strong enough to use every level, whatever the estimate says."""
-    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(seed), jnp.zeros((1, 11 + CONTEXT + len(LEVELS))))
+    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(seed), 11 + CONTEXT + len(LEVELS))
     actor = jax.tree.map(lambda leaf: leaf * 50, actor)
-    actor["params"]["trust"] = jnp.float32(0.0)
+    actor["trust"] = jnp.float32(0.0)
     return Policy(actor, HIDDEN, LEVELS, 4, ("tiny",))
 
 
@@ -177,7 +177,7 @@ def test_what_is_left_is_spent_where_it_saves_most():
         jnp.array([[1.0, 0.25, 0.004], [10.0, 2.5, 0.04]]),
     )
     actor = jax.tree.map(jnp.zeros_like, policy_of(0).actor)
-    actor["params"]["Dense_1"]["bias"] = jnp.array([2.0, 1.0, 0.0])
+    actor["head"]["bias"] = jnp.array([2.0, 1.0, 0.0])
     policy = dataclasses.replace(policy_of(0), actor=actor)
     assert inference.choose(policy, known, 9).tolist() == [0, 0]
     assert inference.choose(policy, known, 10).tolist() == [0, 1]
@@ -187,9 +187,9 @@ def test_what_is_left_is_spent_where_it_saves_most():
 
 
 def test_policy_of_another_observation_is_refused(tmp_path):
-    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), jnp.zeros((1, 15)))
+    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), 15)
     dataclasses.replace(policy_of(0), actor=actor).save(tmp_path)
-    with pytest.raises(ValueError, match=r"observes 15 numbers, this program shows 20; train it again"):
+    with pytest.raises(ValueError, match=r"is no network of the 20 numbers that this program shows it; train it again"):
         load_policy(tmp_path)
 
 

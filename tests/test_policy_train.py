@@ -209,7 +209,7 @@ def test_score_by_hand(task):
     hidden = (8,)
     state = initial(task, jax.random.split(jax.random.key(0), 2))
     actor = jax.tree.map(jnp.zeros_like, state.learner.actor)
-    actor["params"]["Dense_1"]["bias"] = jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], jnp.float32)
+    actor["head"]["bias"] = jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], jnp.float32)
     cost, loss = np.asarray(task.problem.cost), np.asarray(task.loss)
     budgets = np.asarray(train.probe_budgets(task.problem))
     logs = []

@@ -17,8 +17,9 @@ from ramp_jax.baselines import Actions
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import LEVELS
 from ramp_jax.models import Model, allocatable
-from ramp_jax.policy import embedding
+from ramp_jax.policy import embedding, networks
 from ramp_jax.policy.env import CONTEXT, Problem
+from ramp_jax.policy.networks import Params
 from ramp_jax.policy.search import search
 from ramp_jax.policy.train import greedy, sample
 from ramp_jax.quantization import Stats
@@ -35,7 +36,7 @@ PRETRAINED = "pretrained"
 class Policy:
     """An actor and what it was trained for. `trained_on` names the models, `fold_level` the level of Scale Folding."""
 
-    actor: Any
+    actor: Params
     hidden: tuple[int, ...]
     levels: tuple[float, ...]
     fold_level: float
@@ -69,13 +70,18 @@ def load_policy(source: str | Path) -> Policy:
             f"the policy in {source} was trained on version {policy.embedding_version} of the embedding, this program "
             f"computes version {embedding.VERSION}; train it again."
         )
-    seen, shown = (
-        policy.actor["params"]["Dense_0"]["kernel"].shape[0],
-        len(embedding.NAMES) + CONTEXT + len(policy.levels),
-    )
-    if seen != shown:
-        raise ValueError(f"the policy in {source} observes {seen} numbers, this program shows {shown}; train it again.")
+    shown = len(embedding.NAMES) + CONTEXT + len(policy.levels)
+    network = networks.actor(policy.hidden, len(policy.levels))
+    expected = jax.eval_shape(lambda: network.init(jax.random.key(0), shown))
+    if _shapes(policy.actor) != _shapes(expected):
+        raise ValueError(
+            f"the policy in {source} is no network of the {shown} numbers that this program shows it; train it again."
+        )
     return policy
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def problem(model: Model, stats: Stats, levels: tuple[float, ...], table: Costs | None = None) -> Problem:

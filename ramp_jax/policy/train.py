@@ -18,7 +18,7 @@ from ramp_jax import checkpoint
 from ramp_jax.policy import networks, replay, reward, sac
 from ramp_jax.policy.env import Choose, Episode, Problem, budget_range, rollout
 from ramp_jax.policy.lagrangian import lagrangian_bound, select, symlog, uniform_loss, unit_of_loss
-from ramp_jax.policy.networks import masked_log_softmax
+from ramp_jax.policy.networks import Params, masked_log_softmax
 from ramp_jax.policy.reward import NO_PENALTY, Penalty
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.table_correction import Evidence, add_evidence, correct_table, empty_evidence
@@ -188,7 +188,7 @@ def _losses(task: Task, action: Int[Array, "N T"], *, true: bool) -> Float[Array
     return jax.vmap(lambda a: jnp.sum(select(task.loss, a)))(action)
 
 
-def _drawing(actor: Any, hidden: tuple[int, ...], n_levels: int) -> Choose:
+def _drawing(actor: Params, hidden: tuple[int, ...], n_levels: int) -> Choose:
     network = networks.actor(hidden, n_levels)
 
     def draw(key: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
@@ -228,7 +228,7 @@ def probe_budgets(problem: Problem) -> Int[Array, " PROBES"]:
 
 @functools.partial(jax.jit, static_argnames=("hidden", "soft"))
 def greedy(
-    actor: Any, problem: Problem, budget: Int[Array, ""], hidden: tuple[int, ...], *, soft: bool = False
+    actor: Params, problem: Problem, budget: Int[Array, ""], hidden: tuple[int, ...], *, soft: bool = False
 ) -> Int[Array, " T"]:
     """Level indices of the actor's most probable actions; with a `soft` budget they may not fit."""
     network = networks.actor(hidden, problem.bits.shape[0])
@@ -241,7 +241,7 @@ def greedy(
 
 @functools.partial(jax.jit, static_argnames="hidden")
 def sample(
-    actor: Any, problem: Problem, budget: Int[Array, ""], keys: Key[Array, " N"], hidden: tuple[int, ...]
+    actor: Params, problem: Problem, budget: Int[Array, ""], keys: Key[Array, " N"], hidden: tuple[int, ...]
 ) -> Int[Array, "N T"]:
     """Level indices drawn from the actor's probabilities, one allocation per key."""
     draw = _drawing(actor, hidden, problem.bits.shape[0])
@@ -249,7 +249,7 @@ def sample(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def score(actors: Any, tasks: Tasks, config: TrainConfig) -> tuple[Float[Array, " S"], tuple[Evidence, ...]]:
+def score(actors: Params, tasks: Tasks, config: TrainConfig) -> tuple[Float[Array, " S"], tuple[Evidence, ...]]:
     """Per seed: loss of greedy allocations over the predicted one of uniform ones, the geometric mean over tasks and
     `probe_budgets`; and these allocations with their losses, S · PROBES per task.
 
@@ -271,7 +271,7 @@ def score(actors: Any, tasks: Tasks, config: TrainConfig) -> tuple[Float[Array, 
 class Best(NamedTuple):
     """The best-scoring actor so far, of any seed."""
 
-    actor: Any
+    actor: Params
     score: Float[Array, ""]
 
 
