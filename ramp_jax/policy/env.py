@@ -1,7 +1,9 @@
 """The decision process: one step per weight matrix in forward order, the action is its level.
 
-Everything is an array; nothing here knows a model. T tensors, A levels, O numbers in an observation. Sizes are in units
-of a GGUF file's alignment (32 bytes; every tensor's data is padded to it), so int32 holds files of 64 GiB exactly.
+Everything is an array; nothing here knows a model. T tensors, A levels, O numbers in an observation. Sizes are int32
+counts of a problem's unit: 32 bytes, the alignment to which a GGUF file pads every tensor, so files of up to 64 GiB are
+counted exactly; larger ones in a multiple of it, such that the largest allocation is below 2³¹ units
+(`allocation.Costs`). Every sum and difference here then lies between −2³¹ and 2³¹.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ramp_jax.policy.lagrangian import from_here_on, lagrangian_bound, lookahead, symlog, unit_of_loss
 
 UNIT_BYTES = 32
+"""Bytes of a unit of files below 64 GiB."""
 CONTEXT = 6
 """Numbers of an observation between the embedding and the regrets: of the whole budget and of what is left of it the
 bits per weight and the place between the smallest and the largest completion, the last level and the progress."""
@@ -35,6 +38,8 @@ class Problem(NamedTuple):
     """What each level is estimated to lose, up to one factor for the whole model."""
     pairs: Float[Array, "T A T A"] | None = None
     """What two tensors at two levels are estimated to lose beyond that; no observation shows it, repair looks at it."""
+    unit: Float[Array, ""] | float = float(UNIT_BYTES)
+    """Bytes of a unit."""
 
 
 class Episode(NamedTuple):
@@ -85,7 +90,8 @@ def rollout(
 
     def budget_context(left: jax.Array, t: jax.Array | int) -> list[jax.Array]:
         slack = (left - completion[t]) / jnp.maximum(costliest[t] - completion[t], 1)  # float32
-        return [_bits_per_weight(left, weights_left[t]), 2 * jnp.clip(slack, 0.0, 1.0) - 1]
+        bits = left.astype(jnp.float32) * (8 * problem.unit) / weights_left[t]
+        return [_centered(bits), 2 * jnp.clip(slack, 0.0, 1.0) - 1]
 
     budget = jnp.asarray(budget, jnp.int32)
     target, bound = budget_context(budget, 0), lagrangian_bound(problem.expected, problem.cost)
@@ -108,10 +114,6 @@ def rollout(
     start = (budget, jnp.float32(0.0))
     (left, _), (observation, mask, action) = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
     return Episode(observation, mask, action, left)
-
-
-def _bits_per_weight(units: jax.Array, weights: jax.Array) -> jax.Array:
-    return _centered(units.astype(jnp.float32) * (8 * UNIT_BYTES) / weights)
 
 
 def _centered(bits: jax.Array) -> jax.Array:

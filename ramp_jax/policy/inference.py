@@ -97,6 +97,7 @@ def problem(model: Model, stats: Stats, levels: tuple[float, ...], table: Costs 
         jnp.asarray(levels, jnp.float32),
         jnp.asarray(loss[:, mine], jnp.float32),
         jnp.asarray(estimate.pairs[:, mine][..., mine]),
+        float(table.unit),
     )
 
 
