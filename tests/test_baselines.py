@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import OptimizeResult
 
 from ramp_jax import baselines
 
@@ -58,8 +59,34 @@ def test_knapsack_resolves_small_losses_beside_large_ones():
 
 
 def test_knapsack_that_nothing_fits():
-    with pytest.raises(ValueError, match=r"no allocation fits the budget .* choose a larger one"):
+    with pytest.raises(ValueError, match=r"no allocation fits the budget; choose a larger one"):
         baselines.knapsack(np.array([[2, 5], [2, 3]]), np.ones((2, 2)), 3)
+
+
+def test_knapsack_without_time_takes_exchanges_and_says_so(caplog):
+    """A budget that has a solution is not called too small where the solver finds none in time."""
+    cost, loss = sized_problem(0, tensors=40)
+    budget = int(cost[:, 0].sum() * 1.3)
+    actions = baselines.knapsack(cost, loss, budget, time_limit=0.0)
+    assert "is not solved (Time limit reached" in caplog.text
+    assert total(cost, actions) <= budget
+    assert total(loss, actions) < 1.05 * total(loss, baselines.knapsack(cost, loss, budget))
+
+
+@pytest.mark.parametrize("better", ["incumbent", "exchanges"])
+def test_knapsack_takes_the_better_of_a_timed_out_incumbent_and_exchanges(monkeypatch, caplog, better):
+    """No incumbent passes as exact: the cheapest levels lose to exchanges, the optimum does not."""
+    cost, loss = sized_problem(1, tensors=20)
+    budget = int(cost[:, 0].sum() * 1.3)
+    optimum = baselines.knapsack(cost, loss, budget)
+    assert caplog.text == ""
+    incumbent = optimum if better == "incumbent" else baselines.cheapest(cost, budget)
+    late = OptimizeResult(x=np.eye(cost.shape[1])[incumbent].ravel(), status=1, message="Time limit reached.")
+    monkeypatch.setattr(baselines, "milp", lambda *_, **__: late)
+    actions = baselines.knapsack(cost, loss, budget)
+    assert "not exact" in caplog.text
+    assert total(cost, actions) <= budget
+    assert total(loss, actions) < 1.05 * total(loss, optimum) < 0.9 * total(loss, baselines.cheapest(cost, budget))
 
 
 def test_uniform_takes_the_highest_level_that_fits():
