@@ -16,10 +16,10 @@ from jaxtyping import Array, Float
 from measuring import Numbers, medians, said
 from transfer_suite import geometric_mean, judge_of, totals
 
+from ramp_jax.allocators.allocator import UNIT_BYTES, Problem, estimated_optimum
 from ramp_jax.formats import LEVELS
 from ramp_jax.policy import train
-from ramp_jax.policy.env import UNIT_BYTES, Problem
-from ramp_jax.policy.inference import Policy, choose, estimated_optimum
+from ramp_jax.policy.inference import Policy, choose
 from ramp_jax.policy.train import Task, TrainConfig
 
 _LAYERS, _D, _F, _V = 30, 576, 1536, 49_152

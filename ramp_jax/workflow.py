@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ramp_jax import data as texts
 from ramp_jax import encoders
 from ramp_jax.allocation import Allocation, read_saved
-from ramp_jax.baselines import Actions
+from ramp_jax.allocators import Actions, Allocator
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
 from ramp_jax.evaluation import perplexity, variants
@@ -25,7 +25,6 @@ from ramp_jax.evaluation.perplexity import Protocol
 from ramp_jax.evaluation.scores import numbers
 from ramp_jax.evaluation.sensitivity import exact_sensitivity
 from ramp_jax.evaluation.table import Sensitivity
-from ramp_jax.formats import LEVELS
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
@@ -44,9 +43,6 @@ from ramp_jax.quantization import (
     refold,
 )
 from ramp_jax.quantization.calibrate import second_moments
-
-ESTIMATE = "fisher"
-"""What stands for a policy where the Fisher estimate allocates."""
 
 _REFINE_WINDOWS = 2  # of a true evaluation
 
@@ -250,36 +246,31 @@ def sensitivity(model: Model, config: RunConfig, path: Path, say: Say, encoder: 
 
 def allocate(
     model: Model,
-    policy: Policy | None,
+    allocator: Allocator,
     budget_bytes: int,
     calibration: WindowsConfig,
     output: Path,
     ref: str,
     encoder: EncoderName = encoders.DEFAULT,
-    refine_evals: int = 0,
 ) -> Allocation:
-    """Calibrate, fold and allocate, and save the allocation.
+    """Calibrate, fold, allocate, and save the allocation.
 
-    Without a policy the Fisher estimate decides, of every tensor at every level and of pairs. No quantized model is
-    run, but for `refine_evals` of them on calibration text.
+    No quantized model is run, but for as many of them on calibration text as the allocator evaluates.
     """
     check_writable(output)
     started = time.monotonic()
-    folded, stats = prepare(model, calibration, RunConfig.fold_level if policy is None else policy.fold_level)
-    levels = LEVELS if policy is None else policy.levels
-    evaluate = _true_loss(model, folded, stats, calibration, levels) if refine_evals else None
-    allocation = inference.allocate(
-        policy, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate, evaluations=refine_evals
-    )
+    folded, stats = prepare(model, calibration, allocator.fold_level)
+    evaluate = _true_loss(model, folded, stats, calibration, allocator.levels) if allocator.evaluations else None
+    allocation = inference.allocate(allocator, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate)
     allocation.save(
         output,
         model=ref,
         budget_bytes=budget_bytes,
         calibration=as_dict(calibration),
         encoder=encoder,
-        trained_on=[] if policy is None else list(policy.trained_on),
-        refine_evals=refine_evals,
-        seconds=time.monotonic() - started,
+        allocator=allocator.name,
+        refine_evals=allocator.evaluations,
+        seconds=allocator.seconds + time.monotonic() - started,
     )
     return allocation
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,21 @@ from flax import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramp_jax import baselines, data
+from ramp_jax import data
 from ramp_jax.allocation import ALIGNMENT, costs, from_levels
+from ramp_jax.allocators.allocator import UNIT_BYTES, Problem, estimated_optimum, expected_loss
+from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.allocators.tables import total
 from ramp_jax.evaluation.perplexity import evaluate
 from ramp_jax.evaluation.sensitivity import exact_sensitivity
+from ramp_jax.evaluation.table import Sensitivity
 from ramp_jax.formats import LEVELS as FORMAT_LEVELS
 from ramp_jax.models import allocatable
 from ramp_jax.policy import embedding, inference, networks, train
-from ramp_jax.policy.env import CONTEXT, UNIT_BYTES, Problem
-from ramp_jax.policy.inference import POLICY_FILE, Policy, allocate, check_levels, load_policy
+from ramp_jax.policy.env import CONTEXT
+from ramp_jax.policy.inference import POLICY_FILE, Policy, allocate, check_levels, find_allocator, load_policy
 from ramp_jax.policy.sac import SacConfig
+from ramp_jax.policy.search import refine
 from ramp_jax.policy.train import Task, TrainConfig
 from ramp_jax.quantization import calibrate, fake_quantize, fold
 
@@ -86,7 +92,7 @@ def test_folder_without_a_policy(tmp_path):
 def test_levels_must_be_the_policy_s():
     check_levels(policy_of(0), LEVELS)
     for other in [(4, 5), (4, 5, 6), (8, 5, 4)]:
-        with pytest.raises(ValueError, match="was trained for levels 4,5,8, not"):
+        with pytest.raises(ValueError, match="was made for levels 4,5,8, not"):
             check_levels(policy_of(0), other)
 
 
@@ -137,12 +143,9 @@ def test_no_choice_is_expected_to_lose_far_more_than_the_optimum(prepared):
     folded, stats = prepared
     table = costs(folded, LEVELS)
     known, units = inference.problem(folded, stats, LEVELS, table), table.units((table.smallest + table.largest) // 2)
-    least = inference._expected(known, inference.estimated_optimum(known, units))
+    least = expected_loss(known, estimated_optimum(known, units))
     losses = [
-        [
-            inference._expected(known, inference.choose(policy_of(seed), known, units, repair=repair))
-            for seed in range(4)
-        ]
+        [expected_loss(known, inference.choose(policy_of(seed), known, units, repair=repair)) for seed in range(4)]
         for repair in (False, True)
     ]
     assert max(losses[0]) > 2.3 * least
@@ -214,12 +217,14 @@ def test_refinement_keeps_to_its_evaluations_and_never_loses(evaluations):
 
     policy = policy_of(0)
     first = inference.choose(policy, known, 170)
-    found = inference.refine(policy, known, 170, evaluate, evaluations)
+    refined = refine(policy.allocator(), evaluations)
+    found = refined.choose(known._replace(evaluate=evaluate), 170)
+    assert refined.evaluations == evaluations
     assert len(calls) <= evaluations
     assert np.asarray(known.cost)[np.arange(3), found].sum() <= 170
     assert true[np.arange(3), found].sum() == min(calls) <= calls[0] == true[np.arange(3), first].sum()
     if evaluations == 40:
-        best = baselines.knapsack(np.asarray(known.cost), true, 170)
+        best = knapsack(np.asarray(known.cost), true, 170)
         assert min(calls) == pytest.approx(true[np.arange(3), best].sum())
 
 
@@ -240,22 +245,80 @@ def test_pairs_decide_where_they_are_known():
     pairs = np.zeros((3, 3, 3, 3), np.float32)
     pairs[0, 1, 1, 1] = pairs[1, 1, 0, 1] = -4.0
     policy = policy_of(0)
-    for choose in (inference.estimated_optimum, lambda known, units: inference.choose(policy, known, units)):
+    for choose in (estimated_optimum, lambda known, units: inference.choose(policy, known, units)):
         plain, aware = choose(known, 170), choose(known._replace(pairs=jnp.asarray(pairs)), 170)
         assert tuple(plain[:2]) != (1, 1)
         assert tuple(aware[:2]) == (1, 1)
         assert np.asarray(known.cost)[np.arange(3), aware].sum() <= 170
 
 
-def test_without_a_policy_the_estimate_s_optimum_is_taken(prepared):
+def test_fisher_is_the_estimate_s_optimum_over_all_levels(prepared):
     folded, stats = prepared
     table = costs(folded, FORMAT_LEVELS)
     budget = (table.smallest + table.largest) // 2
-    found = allocate(None, folded, stats, budget_bytes=budget)
+    found = allocate(find_allocator("fisher"), folded, stats, budget_bytes=budget)
     known = inference.problem(folded, stats, FORMAT_LEVELS)
-    best = inference.estimated_optimum(known, table.units(budget))
+    best = estimated_optimum(known, table.units(budget))
     assert found.formats == from_levels(folded, [FORMAT_LEVELS[a] for a in best]).formats
     assert found.file_bytes <= budget
+
+
+@pytest.mark.parametrize("name", ["fisher", "greedy", "uniform", "random", "evolution", "pretrained", "tiny.npz"])
+@pytest.mark.parametrize("evaluations", [0, 20])
+def test_every_name_is_an_allocator(tmp_path, name, evaluations):
+    """Three tensors at a policy's levels: choices fit, ask as often as they may, and those that ask lose least."""
+    known, true = three_tensors()
+    levels = LEVELS
+    if name == "pretrained":
+        name, levels = tmp_path, None
+        policy_of(0).save(tmp_path)
+    if name == "tiny.npz":
+        name = tmp_path / name
+        Sensitivity(("a", "b", "c"), LEVELS, true, np.zeros(3), 5.0).save(name)
+    if name == "evolution" and not evaluations:
+        with pytest.raises(ValueError, match=r"say how many with --refine_evals=N\.$"):
+            find_allocator(name, levels=levels)
+        return
+    asked = []
+
+    def evaluate(actions):
+        asked.append(total(true, actions))
+        return asked[-1]
+
+    found = find_allocator(name, levels=levels, evaluations=evaluations)
+    assert found.levels == LEVELS
+    assert found.evaluations == evaluations
+    if evaluations:
+        with pytest.raises(ValueError, match="needs true evaluations of the model"):
+            found.choose(known, 170)
+    actions = found.choose(known._replace(evaluate=evaluate), 170)
+    assert total(np.asarray(known.cost), actions) <= 170
+    assert len(asked) <= evaluations
+    optimum = total(true, knapsack(np.asarray(known.cost), true, 170))
+    assert total(true, actions) == pytest.approx(min(asked) if evaluations else total(true, actions))
+    if evaluations or Path(name).suffix:
+        assert total(true, actions) < 1.3 * optimum
+    assert found.seconds == (5.0 if Path(name).suffix else 0.0)
+
+
+def test_allocators_without_a_policy_choose_their_levels():
+    assert find_allocator("greedy", levels=(8, 4, 5, 4)).levels == (4, 5, 8)
+    assert find_allocator("uniform").levels == FORMAT_LEVELS
+
+
+def test_levels_of_a_policy_and_of_a_table_are_theirs(tmp_path):
+    policy_of(0).save(tmp_path)
+    Sensitivity(("a",), LEVELS, np.ones((1, 3)), np.zeros(1)).save(tmp_path / "table.npz")
+    for source in (tmp_path, tmp_path / "table.npz"):
+        assert find_allocator(source, levels=LEVELS).levels == LEVELS
+        with pytest.raises(ValueError, match="was made for levels 4,5,8, not 4,6"):
+            find_allocator(source, levels=(4, 6))
+
+
+def test_table_of_another_model_is_refused(tmp_path):
+    Sensitivity(("a",), LEVELS, np.ones((1, 3)), np.zeros(1)).save(tmp_path / "table.npz")
+    with pytest.raises(ValueError, match="the table holds 1 tensors, the model 3"):
+        find_allocator(tmp_path / "table.npz").choose(three_tensors()[0], 170)
 
 
 def test_a_policy_trained_on_one_model_beats_uniform_on_another(prepared, untied, tied, windows):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import COST, LOSS, TENSORS, random_table
 
-from ramp_jax.baselines import knapsack
+from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.policy.lagrangian import lagrangian_bound, least_loss, lookahead, symlog, uniform_loss, unit_of_loss
 
 BOUND = lagrangian_bound(LOSS, COST)

@@ -448,7 +448,7 @@ def test_output_that_cannot_be_written(fails, allocate, whole, tmp_path):
 def test_policy_that_does_not_serve(fails, allocate, whole, tmp_path):
     output = tmp_path / "alloc.json"
     error = fails("allocate", *allocate(levels="4,6,8", output=output))
-    assert "trained for levels 4,5,8, not 4,6,8" in error
+    assert "made for levels 4,5,8, not 4,6,8" in error
     policy = dataclasses.replace(load_policy(whole.workdir), embedding_version=embedding.VERSION + 1)
     (tmp_path / "newer").mkdir()
     policy.save(tmp_path / "newer")

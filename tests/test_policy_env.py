@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramp_jax import baselines
 from ramp_jax.allocation import Costs
+from ramp_jax.allocators.allocator import UNIT_BYTES, Problem
+from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.allocators.simple import greedy
 from ramp_jax.policy.env import (
     CONTEXT,
-    UNIT_BYTES,
-    Problem,
     budget_range,
     cheapest_completion,
     rollout,
@@ -218,7 +218,7 @@ def test_files_beyond_64_gib_keep_their_budget_in_bytes(table):
         assert np.isfinite(episode.observation).all()
         bpw = 8 * (budget - table.fixed) / weights.sum()
         assert episode.observation[0, 1] == pytest.approx(np.clip((bpw - 5) / 2, -2, 2), abs=1e-3)
-        choices = [choose(table.in_units, loss, units) for choose in (baselines.greedy, baselines.knapsack)]
+        choices = [choose(table.in_units, loss, units) for choose in (greedy, knapsack)]
         for actions in (np.asarray(episode.action), *choices):
             size = table.fixed + int(table.per_level[rows, actions].sum())
             assert size <= budget

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ramp_jax import baselines
+from ramp_jax.allocators import Problem
+from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.allocators.simple import uniform
 from ramp_jax.policy import train
-from ramp_jax.policy.env import Problem, budget_range
+from ramp_jax.policy.env import budget_range
 from ramp_jax.policy.reward import Penalty
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import Task, TrainConfig
@@ -82,7 +84,7 @@ def test_probe_is_solved():
     def total(actions):
         return loss[np.arange(len(loss)), np.asarray(actions)].sum()
 
-    best = np.asarray([total(baselines.knapsack(cost, loss, budget)) for budget in budgets])
+    best = np.asarray([total(knapsack(cost, loss, budget)) for budget in budgets])
 
     def over_optimum(actor):
         played = [train.greedy(actor, task.problem, jnp.int32(budget), SOLVER.sac.hidden) for budget in budgets]
@@ -98,7 +100,7 @@ def test_probe_is_solved():
     assert over_optimum(found.actor).min() > 1 - 1e-5
     assert over_optimum(untrained).mean() > 1.4
     assert over_optimum(found.actor).mean() < 1.15
-    assert np.mean([total(baselines.uniform(cost, loss, budget)) for budget in budgets] / best) > 4
+    assert np.mean([total(uniform(cost, loss, budget)) for budget in budgets] / best) > 4
 
 
 def test_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path, task):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ramp_jax import baselines
+from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.policy import search as searching
 from ramp_jax.policy.search import search
 
@@ -27,7 +27,7 @@ def searched(evaluations, seed=0):
         asked.append(tuple(actions))
         return together(actions)
 
-    start = baselines.knapsack(COST, LOSS, BUDGET)
+    start = knapsack(COST, LOSS, BUDGET)
     found = search(COST, LOSS, BUDGET, evaluate=evaluate, evaluations=evaluations, start=[start, start], seed=seed)
     return found, asked
 
@@ -44,7 +44,7 @@ def test_finds_the_optimum_that_the_table_cannot_see():
     """Of 2,187 allocations the best one, with 100 evaluations; the knapsack of the table loses more."""
     every = (np.asarray(a) for a in itertools.product(range(3), repeat=7))
     best = min(together(a) for a in every if COST[np.arange(7), a].sum() <= BUDGET)
-    assert together(baselines.knapsack(COST, LOSS, BUDGET)) > 1.01 * best
+    assert together(knapsack(COST, LOSS, BUDGET)) > 1.01 * best
     assert together(searched(100)[0]) == pytest.approx(best)
 
 
@@ -59,7 +59,7 @@ def test_a_corrected_table_finds_more_than_one_that_stays(monkeypatch):
         return true[np.arange(30), actions].sum()
 
     def mean_loss():
-        start = [baselines.knapsack(cost, table, 120)]
+        start = [knapsack(cost, table, 120)]
         found = (search(cost, table, 120, evaluate=evaluate, evaluations=60, start=start, seed=s) for s in range(5))
         return np.mean([evaluate(actions) for actions in found])
 

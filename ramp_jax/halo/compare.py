@@ -11,8 +11,9 @@ import gguf
 import numpy as np
 from jaxtyping import Int
 
-from ramp_jax import baselines, encoders
+from ramp_jax import encoders
 from ramp_jax.allocation import Allocation, costs, from_levels, read_saved
+from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.evaluation.perplexity import Reference, evaluate, evaluate_reference, reference_of
 from ramp_jax.evaluation.scores import Evaluation
@@ -184,7 +185,7 @@ def _knapsack(model: Model, table: Sensitivity, budget_bytes: int) -> tuple[Allo
     """The best allocation by the sensitivity table, and the seconds that table and search took."""
     started = time.monotonic()
     sizes = costs(model, table.levels)
-    actions = baselines.knapsack(sizes.in_units, table.kld, sizes.units(budget_bytes))
+    actions = knapsack(sizes.in_units, table.kld, sizes.units(budget_bytes))
     allocation = from_levels(model, [table.levels[a] for a in actions])
     return allocation, table.seconds + time.monotonic() - started
 

@@ -13,33 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ramp_jax.allocators import Problem
 from ramp_jax.policy.lagrangian import from_here_on, lagrangian_bound, lookahead, symlog, unit_of_loss
 
-UNIT_BYTES = 32
-"""Bytes of a unit of files below 64 GiB."""
 CONTEXT = 6
 """Numbers of an observation between the embedding and the regrets: of the whole budget and of what is left of it the
 bits per weight and the place between the smallest and the largest completion, the last level and the progress."""
 
 _MOST_REGRET = 10.0
-
-
-class Problem(NamedTuple):
-    """What the policy may know of a model, plus nothing that needs an evaluation of it."""
-
-    embedding: Float[Array, "T E"]
-    weights: Float[Array, " T"]
-    """Weights per tensor."""
-    cost: Int[Array, "T A"]
-    """Units of the tensor's data at each level, 0 where the level is masked."""
-    bits: Float[Array, " A"]
-    """Nominal bits of each level."""
-    expected: Float[Array, "T A"]
-    """What each level is estimated to lose, up to one factor for the whole model."""
-    pairs: Float[Array, "T A T A"] | None = None
-    """What two tensors at two levels are estimated to lose beyond that; no observation shows it, repair looks at it."""
-    unit: Float[Array, ""] | float = float(UNIT_BYTES)
-    """Bytes of a unit."""
 
 
 class Episode(NamedTuple):

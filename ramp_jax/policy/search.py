@@ -5,17 +5,38 @@ allocations to measure next: the optimum that exchanges reach under it, and the 
 far. Some mutants are measured whatever it says of them, since it knows nothing of errors that meet.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from ramp_jax import baselines
-from ramp_jax.baselines import Actions, Cost, Loss
+from ramp_jax.allocators import Actions, Allocator, Cost, Loss, Problem
+from ramp_jax.allocators.allocator import estimated_optimum, tables, true_loss
+from ramp_jax.allocators.evolution import mutate
+from ramp_jax.allocators.tables import exchange, total
 from ramp_jax.policy.table_correction import Evidence, correct_table
 
 _EVIDENCE = 256  # best allocations that correct the table
 _GENERATION, _FREE, _MUTANTS = 4, 2, 32  # evaluations at a time, how many of them go unscreened, mutants to choose from
+_DRAWN = 16  # of so many true evaluations, one goes to a draw
+
+
+def refine(allocator: Allocator, evaluations: int) -> Allocator:
+    """The allocator whose choice goes on by up to `evaluations` true evaluations, its own choice the first of them.
+
+    The optimum of the estimate and some of what the allocator draws come next, then `search` goes on. Its choice raises
+    `ValueError` where a problem cannot be evaluated.
+    """
+
+    def choose(problem: Problem, budget: int) -> Actions:
+        first = [allocator.choose(problem, budget), estimated_optimum(problem, budget)]
+        start = [*first, *allocator.draw(problem, budget, evaluations // _DRAWN)]
+        evaluate = true_loss(problem)
+        return search(*tables(problem), budget, evaluate=evaluate, evaluations=evaluations, start=start)
+
+    name, spent = f"{allocator.name}, refined", allocator.evaluations + evaluations
+    return dataclasses.replace(allocator, name=name, choose=choose, evaluations=spent)
 
 
 def search(
@@ -51,10 +72,10 @@ def _propose(
     cost: Cost, table: Loss, budget: int, best: Actions, found: dict[tuple[int, ...], float], rng: np.random.Generator
 ) -> list[Actions]:
     """One generation: the exchanged optimum of the table, some mutants as they come, and those that it likes best."""
-    mutants = [baselines.mutant(cost, budget, best, rng) for _ in range(_MUTANTS)]
+    mutants = [mutate(cost, budget, best, rng) for _ in range(_MUTANTS)]
     fresh = list({key: m for m in mutants if (key := tuple(map(int, m))) not in found}.values())
-    liked = sorted(fresh[_FREE:], key=lambda m: table[np.arange(len(table)), m].sum())
-    optimum = baselines.exchanged(cost, table, budget, best)
+    liked = sorted(fresh[_FREE:], key=lambda m: total(table, m))
+    optimum = exchange(cost, table, budget, best)
     first = [optimum] if tuple(map(int, optimum)) not in found else []
     return (first + fresh[:_FREE] + liked)[:_GENERATION]
 

@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ramp_jax import checkpoint
+from ramp_jax.allocators import Problem
 from ramp_jax.policy import networks, replay, reward, sac
-from ramp_jax.policy.env import Choose, Episode, Problem, budget_range, rollout
+from ramp_jax.policy.env import Choose, Episode, budget_range, rollout
 from ramp_jax.policy.lagrangian import lagrangian_bound, select, symlog, uniform_loss, unit_of_loss
 from ramp_jax.policy.networks import Params, masked_log_softmax
 from ramp_jax.policy.reward import NO_PENALTY, Penalty
