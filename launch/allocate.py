@@ -1,14 +1,15 @@
-"""Choose a format for every weight matrix with a trained policy.
+"""Choose a format for every weight matrix, with a trained policy or any other allocator.
 
     python launch/allocate.py --model=REF --source_policy=DIR --budget_bytes=92000000 --output=alloc.json
 
 REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on other
 models; `pretrained` is the one of this package. Needs one calibration pass over the model and one backward pass over a
-few tokens, nothing else. `--source_policy=fisher` does without a policy: the optimum of what that backward pass says
-of every format, alone and in pairs. `--refine_evals=N` spends N evaluations of quantized models on calibration text,
-each of them proposed by a table that the ones before corrected; the weights then lie in memory once per level. The
-allocation records --encoder for whoever evaluates or exports it. `--dry_run` prints what sizes can be reached and, with
---fit_memory, what fits.
+few tokens, nothing else. Other names do without a policy, over --levels: `fisher` is the optimum of what that backward
+pass says of every format, alone and in pairs; `greedy`, `uniform` and `random` are rules; `evolution` searches by
+--refine_evals true evaluations alone; an .npz that launch/train.py measured on this model gives its table's knapsack.
+`--refine_evals=N` spends N evaluations of quantized models on calibration text, each of them proposed by a table that
+the ones before corrected; the weights then lie in memory once per level. The allocation records --encoder for whoever
+evaluates or exports it. `--dry_run` prints what sizes can be reached and, with --fit_memory, what fits.
 """
 
 from pathlib import Path
@@ -18,13 +19,12 @@ from absl import flags
 from ramp_jax import cli, workflow
 from ramp_jax.allocation import costs
 from ramp_jax.config import WindowsConfig
-from ramp_jax.formats import LEVELS
-from ramp_jax.policy.rollout import check_levels, load_policy
+from ramp_jax.policy.inference import find_allocator
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
-_POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run, `pretrained` or `fisher`.")
+_POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run, or a name of those above.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the allocation goes (.json).")
-_LEVELS = flags.DEFINE_list("levels", None, "Levels that must be the policy's; default: whatever it was trained for.")
+_LEVELS = flags.DEFINE_list("levels", None, "Levels to choose among; a policy's and a table's must be these.")
 flags.register_validator(
     "levels",
     lambda levels: not levels or all(level.replace(".", "", 1).isdigit() for level in levels),
@@ -42,14 +42,13 @@ flags.mark_flags_as_required(["model", "source_policy"])
 
 
 def main() -> None:
-    policy = None if _POLICY.value == workflow.ESTIMATE else load_policy(_POLICY.value)
-    if _LEVELS.value and policy:
-        check_levels(policy, tuple(map(float, _LEVELS.value)))
+    levels = tuple(map(float, _LEVELS.value)) if _LEVELS.value else None
+    allocator = find_allocator(_POLICY.value, levels=levels, evaluations=_REFINE_EVALS.value)
     cli.check_budget_flags(required=not _DRY_RUN.value)
     if not _DRY_RUN.value and not _OUTPUT.value:
         raise ValueError("--output is missing; name the file that receives the allocation.")
     model = cli.load(_MODEL.value, _DTYPE.value)
-    table = costs(model, policy.levels if policy else LEVELS)
+    table = costs(model, allocator.levels)
     print(f"Reachable files of {_MODEL.value}: {table.smallest:,} to {table.largest:,} bytes")
     size = cli.budget(model, table)
     if size is not None:
@@ -57,9 +56,8 @@ def main() -> None:
     if size is None or _DRY_RUN.value:
         return
     windows = WindowsConfig(_DATA.value, _CONTEXT.value, _COUNT.value)
-    allocation = workflow.allocate(
-        model, policy, size, windows, Path(_OUTPUT.value), _MODEL.value, _ENCODER.value, _REFINE_EVALS.value
-    )
+    output = Path(_OUTPUT.value)
+    allocation = workflow.allocate(model, allocator, size, windows, output, _MODEL.value, _ENCODER.value)
     print(
         f"{allocation.file_bytes:,} of {size:,} bytes ({size - allocation.file_bytes:,} unused), "
         f"{allocation.linear_bpw:.3f} bits per weight: {_OUTPUT.value}"

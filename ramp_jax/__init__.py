@@ -16,9 +16,10 @@ from ramp_jax import xla  # noqa: F401, I001  (before JAX meets its first device
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation
+from ramp_jax.allocators import Allocator
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, load_model, save_model
-from ramp_jax.policy.rollout import Policy, allocate, load_policy
+from ramp_jax.policy.inference import Policy, allocate, find_allocator, load_policy
 from ramp_jax.quantization import Encoder, Stats, calibrate, calibrated_encoder, fake_quantize, fold, refold
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.workflow import evaluate
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Allocation",
+    "Allocator",
     "Encoder",
     "Model",
     "Policy",
@@ -38,6 +40,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "fake_quantize",
+    "find_allocator",
     "fold",
     "load_model",
     "load_policy",

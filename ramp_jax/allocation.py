@@ -123,7 +123,11 @@ def read_saved(path: str | Path) -> dict[str, Any]:
 
 
 class Costs(NamedTuple):
-    """What each level costs: `fixed` bytes, and per allocatable tensor and level the padded bytes, 0 where masked."""
+    """What each level costs: `fixed` bytes, and per allocatable tensor and level the padded bytes, 0 where masked.
+
+    Searches count in units, so that every sum over tensors is an int32: costs are rounded up to whole units and budgets
+    down, so nothing that fits in units exceeds its budget in bytes. Below 64 GiB a unit is the alignment, and exact.
+    """
 
     fixed: int
     per_level: Int[np.ndarray, "T A"]
@@ -134,23 +138,35 @@ class Costs(NamedTuple):
         return self.per_level > 0
 
     @property
+    def unit(self) -> int:
+        """Bytes of a unit: the alignment times the least power of two with which the largest allocation is an int32."""
+        unit = ALIGNMENT
+        while int(self._in(unit).max(axis=1).sum()) > np.iinfo(np.int32).max:
+            unit *= 2
+        return unit
+
+    @property
     def in_units(self) -> Int[np.ndarray, "T A"]:
-        """What each level costs in units of the alignment, in which `units` counts budgets."""
-        return self.per_level // ALIGNMENT
+        """What each level costs in units, in which `units` counts budgets; 0 where masked."""
+        return self._in(self.unit)
 
     @property
     def smallest(self) -> int:
-        """Bytes of the smallest reachable file."""
-        return self.fixed + int(np.where(self.valid, self.per_level, np.iinfo(np.int64).max).min(axis=1).sum())
+        """Bytes of the smallest budget that can be kept: the smallest file, each of its tensors in whole units."""
+        units = np.where(self.valid, self.in_units, np.iinfo(np.int64).max).min(axis=1).sum()
+        return self.fixed + self.unit * int(units)
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest reachable file."""
-        return self.fixed + int(self.per_level.max(axis=1).sum())
+        """Bytes of the largest budget that can be used: the largest file, each of its tensors in whole units."""
+        return self.fixed + self.unit * int(self.in_units.max(axis=1).sum())
 
     def units(self, budget_bytes: int) -> int:
-        """Units of 32 bytes that a file of `budget_bytes` leaves for allocated tensors, at most what they can use."""
-        return (min(budget_bytes, self.largest) - self.fixed) // ALIGNMENT
+        """Units that a file of `budget_bytes` leaves for allocated tensors, at most what they can use."""
+        return (min(budget_bytes, self.largest) - self.fixed) // self.unit
+
+    def _in(self, unit: int) -> Int[np.ndarray, "T A"]:
+        return -(-self.per_level // unit)
 
 
 def from_levels(model: Model, levels: Iterable[float]) -> Allocation:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ramp_jax.allocators.allocator import FOLD_LEVEL
 from ramp_jax.formats.registry import Effort
 from ramp_jax.policy.train import TrainConfig
 
@@ -33,7 +34,7 @@ class RunConfig:
     dtype: str = "auto"
     seed: int = 0
     levels: tuple[float, ...] = (4, 5, 8)
-    fold_level: float = 4.5
+    fold_level: float = FOLD_LEVEL
     encoder: Effort = "best"
     calibration: WindowsConfig = dataclasses.field(default_factory=WindowsConfig)
     sensitivity: WindowsConfig = dataclasses.field(default_factory=lambda: WindowsConfig(context=64, count=2))

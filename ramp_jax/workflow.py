@@ -15,17 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ramp_jax import data as texts
 from ramp_jax.allocation import Allocation, calibration_text, read_saved
-from ramp_jax.baselines import Actions
+from ramp_jax.allocators import Actions, Allocator
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
-from ramp_jax.formats import LEVELS
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
 from ramp_jax.models.load import read_description
 from ramp_jax.models.metadata import Metadata
-from ramp_jax.policy import rollout, train
-from ramp_jax.policy.rollout import Policy, load_policy
+from ramp_jax.policy import inference, train
+from ramp_jax.policy.inference import Policy, load_policy
 from ramp_jax.quantization import (
     DEFAULT_ENCODER,
     REFERENCE,
@@ -46,9 +45,6 @@ from ramp_jax.scoring.scores import numbers
 from ramp_jax.sensitivity.exact import exact_sensitivity
 from ramp_jax.sensitivity.fisher import fisher_sensitivity
 from ramp_jax.sensitivity.table import Sensitivity
-
-ESTIMATE = "fisher"
-"""What stands for a policy where the Fisher estimate allocates."""
 
 _REFINE_WINDOWS = 2  # of a true evaluation
 
@@ -186,7 +182,7 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     Raises `ValueError` where `workdir` holds a run of another config.
     """
     claim(workdir, config)
-    if (workdir / rollout.POLICY_FILE).is_file():
+    if (workdir / inference.POLICY_FILE).is_file():
         say(f"{workdir} already holds the policy of this config.")
         return load_policy(workdir)
     models = [load_model(ref, config.dtype) for ref in config.models]
@@ -214,7 +210,7 @@ def prepare_task(ref: str, model: Model, config: RunConfig, workdir: Path, say: 
     folded, stats = prepare(model, config.calibration, config.fold_level)
     encoder = REFERENCE if config.encoder == "reference" else Encoder(config.encoder, importance_of(model.spec, stats))
     table = sensitivity(folded, config, table_path(workdir, ref), say, encoder)
-    task = train.Task(rollout.problem(folded, stats, config.levels), jnp.asarray(table.kld, jnp.float32))
+    task = train.Task(inference.problem(folded, stats, config.levels), jnp.asarray(table.kld, jnp.float32))
     if config.train.evaluator == "surrogate":
         return task
     windows = tokens(model, config.sensitivity, "calibration")
@@ -259,27 +255,22 @@ def sensitivity(model: Model, config: RunConfig, path: Path, say: Say, encoder: 
 
 def allocate(
     model: Model,
-    policy: Policy | None,
+    allocator: Allocator,
     budget_bytes: int,
     calibration: WindowsConfig,
     output: Path,
     ref: str,
     encoder: EncoderName = DEFAULT_ENCODER,
-    refine_evals: int = 0,
 ) -> Allocation:
-    """Calibrate, fold and allocate, and save the allocation.
+    """Calibrate, fold, allocate, and save the allocation.
 
-    Without a policy the Fisher estimate decides, of every tensor at every level and of pairs. No quantized model is
-    run, but for `refine_evals` of them on calibration text.
+    No quantized model is run, but for as many of them on calibration text as the allocator evaluates.
     """
     check_writable(output)
     started = time.monotonic()
-    folded, stats = prepare(model, calibration, RunConfig.fold_level if policy is None else policy.fold_level)
-    levels = LEVELS if policy is None else policy.levels
-    evaluate = _true_loss(model, folded, stats, calibration, levels) if refine_evals else None
-    allocation = rollout.allocate(
-        policy, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate, evaluations=refine_evals
-    )
+    folded, stats = prepare(model, calibration, allocator.fold_level)
+    evaluate = _true_loss(model, folded, stats, calibration, allocator.levels) if allocator.evaluations else None
+    allocation = inference.allocate(allocator, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate)
     calibrated_on = as_dict(calibration) | {"text": texts.fingerprint(calibration.data)}
     allocation = dataclasses.replace(allocation, calibration=calibrated_on)
     allocation.save(
@@ -287,9 +278,9 @@ def allocate(
         model=ref,
         budget_bytes=budget_bytes,
         encoder=encoder,
-        trained_on=[] if policy is None else list(policy.trained_on),
-        refine_evals=refine_evals,
-        seconds=time.monotonic() - started,
+        allocator=allocator.name,
+        refine_evals=allocator.evaluations,
+        seconds=allocator.seconds + time.monotonic() - started,
     )
     return allocation
 

@@ -18,7 +18,7 @@ from ramp_jax import cli, data, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.policy import embedding
-from ramp_jax.policy.rollout import load_policy
+from ramp_jax.policy.inference import load_policy
 from ramp_jax.quantization import DEFAULT_ENCODER
 
 ROOT = Path(__file__).parent.parent
@@ -410,7 +410,7 @@ def test_refined_allocation(call, allocate, whole, untied, tmp_path):
 
 
 def test_training_with_the_model_in_the_loop(call, whole, tmp_path):
-    """Tables anchored by true losses, through the script: the score is of true losses, and a policy comes out."""
+    """Tables corrected by true losses, through the script: the score is of true losses, and a policy comes out."""
     arguments = (f"--config={whole.config}", f"--workdir={tmp_path}", "--config.train.evaluator=mixed")
     code, _, errors = call("train", *arguments)
     assert code == 0, errors
@@ -470,7 +470,7 @@ def test_output_that_cannot_be_written(fails, allocate, whole, tmp_path):
 def test_policy_that_does_not_serve(fails, allocate, whole, tmp_path):
     output = tmp_path / "alloc.json"
     error = fails("allocate", *allocate(levels="4,6,8", output=output))
-    assert "trained for levels 4,5,8, not 4,6,8" in error
+    assert "made for levels 4,5,8, not 4,6,8" in error
     policy = dataclasses.replace(load_policy(whole.workdir), embedding_version=embedding.VERSION + 1)
     (tmp_path / "newer").mkdir()
     policy.save(tmp_path / "newer")

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ramp_jax.allocation import Costs
+from ramp_jax.allocators.allocator import UNIT_BYTES, Problem
+from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.allocators.simple import greedy
 from ramp_jax.policy.env import (
     CONTEXT,
-    UNIT_BYTES,
-    Problem,
     budget_range,
     cheapest_completion,
     rollout,
@@ -161,7 +163,7 @@ def test_regrets_in_observations_follow_what_is_left():
 
 
 @pytest.mark.parametrize(("budget", "bits", "place"), [(1, -2.0, -1.0), (10_000, 2.0, 1.0)])
-def test_wealth_in_observations_is_clipped(budget, bits, place):
+def test_budget_in_observations_is_clipped(budget, bits, place):
     episode = rollout(TWO, jnp.int32(budget), lambda *_: jnp.int32(0), jax.random.key(0))
     np.testing.assert_array_equal(episode.observation[0, 2:6], [bits, place, bits, place])
 
@@ -174,6 +176,60 @@ def test_files_of_64_gib_are_counted_exactly():
     assert episode.left == 1
     assert episode.mask.all()
     assert not rollout(problem, jnp.int32(2 * half), lambda *_: jnp.int32(0), jax.random.key(0)).mask[:, 1].any()
+
+
+def costs_of(weights, bits):
+    """What tensors of so many weights take at so many bits, beside 10 MB of header; padded to 32 bytes."""
+    return Costs(10_000_000, -(-np.asarray(weights, np.int64)[:, None] * np.asarray(bits) // 256) * 32)
+
+
+D, F = 8192, 28672
+LAYER = [D * D, D * D // 8, D * D // 8, D * D, D * F, D * F, D * F]
+BEYOND_64_GIB = {
+    "70B at up to 16 bits": costs_of([128_256 * D, *LAYER * 80, 128_256 * D], (2, 4, 5, 8, 16)),
+    "2^52 bytes": costs_of([64, *[2**47] * 15, 2**48], (2, 4, 8, 16)),
+}
+
+
+@pytest.mark.parametrize("table", BEYOND_64_GIB.values(), ids=BEYOND_64_GIB)
+def test_files_beyond_64_gib_keep_their_budget_in_bytes(table):
+    """Episodes, greedy steps and the knapsack, at budgets over the whole range; no sum leaves int32."""
+    weights = table.per_level[:, -1] / 2
+    bits = np.array([2, 4, 5, 8, 16][: table.per_level.shape[1]], np.float64)
+    loss = weights[:, None] / weights.sum() * 4.0**-bits
+    problem = Problem(
+        jnp.zeros((len(weights), 1)),
+        *(jnp.asarray(values, kind) for values, kind in ((weights, jnp.float32), (table.in_units, jnp.int32))),
+        *(jnp.asarray(values, jnp.float32) for values in (bits, loss)),
+        unit=float(table.unit),
+    )
+    lowest, highest = (int(x) for x in budget_range(problem))
+    assert 0 < lowest < highest < 2**31
+    assert 2 * (highest + len(weights)) > 2**31  # as fine as an int32 allows
+    assert (np.asarray(cheapest_completion(problem)) >= 0).all()
+    rows = np.arange(len(weights))
+
+    def small_regret(key, observation, mask):
+        return jnp.argmin(jnp.where(mask, observation[-len(bits) :], jnp.inf)).astype(jnp.int32)
+
+    for budget in np.linspace(table.smallest, table.largest, 5).astype(int).tolist():
+        units = table.units(budget)
+        episode = rollout(problem, jnp.int32(units), small_regret, jax.random.key(0))
+        assert np.isfinite(episode.observation).all()
+        bpw = 8 * (budget - table.fixed) / weights.sum()
+        assert episode.observation[0, 1] == pytest.approx(np.clip((bpw - 5) / 2, -2, 2), abs=1e-3)
+        choices = [choose(table.in_units, loss, units) for choose in (greedy, knapsack)]
+        for actions in (np.asarray(episode.action), *choices):
+            size = table.fixed + int(table.per_level[rows, actions].sum())
+            assert size <= budget
+            assert size > 0.9 * budget
+
+
+def test_smaller_files_are_counted_in_the_alignment():
+    table = costs_of([2**34, 2**35], (4, 8))
+    assert table.unit == UNIT_BYTES
+    np.testing.assert_array_equal(table.in_units * UNIT_BYTES, table.per_level)
+    assert table.smallest == table.fixed + table.per_level[:, 0].sum()
 
 
 def test_levels_without_loss_leave_observations_finite(rng):

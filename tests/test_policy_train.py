@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ramp_jax import baselines
+from ramp_jax.allocators import Problem
+from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.allocators.simple import uniform
 from ramp_jax.policy import train
-from ramp_jax.policy.env import Problem, budget_range
+from ramp_jax.policy.env import budget_range
 from ramp_jax.policy.reward import Penalty
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import Task, TrainConfig
@@ -82,7 +84,7 @@ def test_probe_is_solved():
     def total(actions):
         return loss[np.arange(len(loss)), np.asarray(actions)].sum()
 
-    best = np.asarray([total(baselines.knapsack(cost, loss, budget)) for budget in budgets])
+    best = np.asarray([total(knapsack(cost, loss, budget)) for budget in budgets])
 
     def over_optimum(actor):
         played = [train.greedy(actor, task.problem, jnp.int32(budget), SOLVER.sac.hidden) for budget in budgets]
@@ -98,7 +100,7 @@ def test_probe_is_solved():
     assert over_optimum(found.actor).min() > 1 - 1e-5
     assert over_optimum(untrained).mean() > 1.4
     assert over_optimum(found.actor).mean() < 1.15
-    assert np.mean([total(baselines.uniform(cost, loss, budget)) for budget in budgets] / best) > 4
+    assert np.mean([total(uniform(cost, loss, budget)) for budget in budgets] / best) > 4
 
 
 def test_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path, task):
@@ -209,7 +211,7 @@ def test_score_by_hand(task):
     hidden = (8,)
     state = initial(task, jax.random.split(jax.random.key(0), 2))
     actor = jax.tree.map(jnp.zeros_like, state.learner.actor)
-    actor["params"]["Dense_1"]["bias"] = jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], jnp.float32)
+    actor["head"]["bias"] = jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], jnp.float32)
     cost, loss = np.asarray(task.problem.cost), np.asarray(task.loss)
     budgets = np.asarray(train.probe_budgets(task.problem))
     logs = []
@@ -243,11 +245,11 @@ def test_evaluators_judge_by_the_true_loss(tmp_path, task, evaluator):
     config = dataclasses.replace(SHORT, evaluator=evaluator)
     measured, whole, resumed = interacting(task), [], []
     expected = train.run(jax.random.key(1), (measured,), config, log=whole.append, checkpoint_path=tmp_path / "whole")
-    yard = train.yardstick(task.loss, task.problem.cost)
+    bound = train.lagrangian_bound(task.loss, task.problem.cost)
     logs = []
     for budget in train.probe_budgets(task.problem):
         action = train.greedy(expected.actor, task.problem, budget, config.sac.hidden)
-        logs.append(np.log(measured.true_loss(action) / train.reference_loss(yard, budget)))
+        logs.append(np.log(measured.true_loss(action) / train.uniform_loss(bound, budget)))
     assert float(expected.score) == pytest.approx(np.exp(np.mean(logs)), rel=1e-4)
 
     def until_the_second(row):
@@ -265,7 +267,7 @@ def test_evaluators_judge_by_the_true_loss(tmp_path, task, evaluator):
     plain = []
     train.run(jax.random.key(1), (task,), SHORT, log=plain.append)
     returns = [[row["return"] for row in rows] for rows in (whole, plain)]
-    assert (returns[0][0] == returns[1][0]) == (evaluator == "mixed")  # its first scan has nothing to anchor by
+    assert (returns[0][0] == returns[1][0]) == (evaluator == "mixed")  # its first scan has nothing to correct by
     assert returns[0][1] != returns[1][1]
 
 
@@ -278,14 +280,14 @@ def test_true_losses_are_what_perplexity_rewards(task):
     actions = steps.action.reshape(config.episodes, -1)
     cost = np.asarray(task.problem.cost)
     lowest, highest = budget_range(task.problem)
-    yard = train.yardstick(task.loss, task.problem.cost)
+    bound = train.lagrangian_bound(task.loss, task.problem.cost)
     keys = jax.random.split(jax.random.split(jax.random.key(1), 1)[0], config.episodes)
     rewarded = steps.reward.reshape(actions.shape).sum(axis=1) / len(cost)
     for key, action, found, total in zip(keys, actions, returns, rewarded, strict=True):
         share = jax.random.uniform(jax.random.split(key, 4)[2]) ** 2
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
         assert cost[np.arange(len(cost)), np.asarray(action)].sum() <= budget
-        expected = -measured.true_loss(action) / train.unit_of_loss(yard, budget)
+        expected = -measured.true_loss(action) / train.unit_of_loss(bound, budget)
         assert float(found) == pytest.approx(float(expected), rel=1e-4)
         assert float(total) == pytest.approx(float(expected), rel=1e-4)
 
@@ -306,10 +308,10 @@ def test_evaluator_without_a_model_is_refused(task):
         train.run(jax.random.key(0), (task,), dataclasses.replace(SHORT, evaluator="mixed"))
 
 
-def test_soft_budgets_mask_nothing_but_fine_what_is_over(task):
-    """The fine of the smallest excess, uncompressed, exactly where an episode is over its budget."""
-    fine = Penalty(cliff=1000.0, c_over=0.0, c_under=0.0)
-    config = dataclasses.replace(SHORT, episodes=32, soft=True, penalty=fine)
+def test_soft_budgets_mask_nothing_but_penalize_what_is_over(task):
+    """The penalty of the smallest excess, uncompressed, exactly where an episode is over its budget."""
+    penalty = Penalty(cliff=1000.0, c_over=0.0, c_under=0.0)
+    config = dataclasses.replace(SHORT, episodes=32, soft=True, penalty=penalty)
     learner = train.initial_state(jax.random.key(0), (task,), config).learner
     steps, returns = train.interact((task,), config, learner, jax.random.key(1))
     assert steps.mask.all()
@@ -328,8 +330,8 @@ def test_soft_budgets_mask_nothing_but_fine_what_is_over(task):
 
 def test_narrowed_episodes_lack_the_lowest_levels_of_some_tensors(task):
     """Never the highest level, never all of a tensor; nothing changes where no episode is narrowed."""
-    assert train._narrowed(task.problem, jax.random.key(0), 0.0) is task.problem
-    costs = [np.asarray(train._narrowed(task.problem, jax.random.key(i), 0.5).cost) for i in range(100)]
+    assert train._narrow(task.problem, jax.random.key(0), 0.0) is task.problem
+    costs = [np.asarray(train._narrow(task.problem, jax.random.key(i), 0.5).cost) for i in range(100)]
     full = np.asarray(task.problem.cost)
     for cost in costs:
         lacking = cost == 0
@@ -342,10 +344,8 @@ def test_narrowed_episodes_lack_the_lowest_levels_of_some_tensors(task):
 
 
 def test_shifts_move_all_tensors_of_an_episode_alike(task):
-    moved = [np.asarray(train._shifted(task.problem, jax.random.key(i), 0.5).embedding) for i in range(200)]
+    moved = [np.asarray(train._shift(task.problem, jax.random.key(i), 0.5).embedding) for i in range(200)]
     offsets = np.asarray(moved) - np.asarray(task.problem.embedding)
     np.testing.assert_allclose(offsets, np.broadcast_to(offsets[:, :1], offsets.shape), atol=1e-6)
     assert offsets[:, 0].std(axis=0) == pytest.approx(0.5, abs=0.1)
-    np.testing.assert_array_equal(
-        train._shifted(task.problem, jax.random.key(0), 0.0).embedding, task.problem.embedding
-    )
+    np.testing.assert_array_equal(train._shift(task.problem, jax.random.key(0), 0.0).embedding, task.problem.embedding)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tables import COST, LOSS, random_table
 
 from ramp_jax.policy import reward
+from ramp_jax.policy.lagrangian import lagrangian_bound, least_loss
 from ramp_jax.policy.reward import NO_PENALTY, Penalty
-from ramp_jax.policy.yardstick import least_loss, yardstick
 
-YARD = yardstick(LOSS, COST)
-FINES = Penalty(cliff=1.0, c_over=10.0, c_under=0.1)
+BOUND = lagrangian_bound(LOSS, COST)
+PENALTY = Penalty(cliff=1.0, c_over=10.0, c_under=0.1)
 
 
 def random_actions(rng, cost):
@@ -26,13 +26,13 @@ def taken(table, action):
     return np.asarray(table)[np.arange(len(action)), action]
 
 
-measured_by = jax.jit(yardstick)
+bound_of = jax.jit(lagrangian_bound)
 rewards = jax.jit(reward.step_rewards, static_argnames="potential")
 
 
 @pytest.mark.parametrize(("used", "expected"), [(12, 1 + 10 * 0.2), (11, 1 + 10 * 0.1), (10, 0), (5, 0.1 * 0.5)])
 def test_penalty_by_hand(used, expected):
-    assert reward.penalty(jnp.int32(used), jnp.int32(10), FINES) == pytest.approx(expected, rel=1e-6)
+    assert reward.penalty(jnp.int32(used), jnp.int32(10), PENALTY) == pytest.approx(expected, rel=1e-6)
     assert reward.penalty(jnp.int32(used), jnp.int32(10), NO_PENALTY) == 0
 
 
@@ -44,11 +44,11 @@ def test_step_rewards_by_hand():
     """Budget 8: 2.5 is the bound, 1 + 2 is lost and one unit left; the evaluator found 0.5 more than the table."""
     q_ref = 2.5
     action = jnp.array([1, 0], jnp.int32)
-    plain = reward.step_rewards(LOSS, COST, YARD, action, jnp.int32(8), potential=False)
+    plain = reward.step_rewards(LOSS, COST, BOUND, action, jnp.int32(8), potential=False)
     np.testing.assert_allclose(plain, [-1 / q_ref, -2 / q_ref], rtol=1e-6)
-    measured = reward.step_rewards(LOSS, COST, YARD, action, jnp.int32(8), true_loss=jnp.float32(3.5), potential=False)
+    measured = reward.step_rewards(LOSS, COST, BOUND, action, jnp.int32(8), true_loss=jnp.float32(3.5), potential=False)
     np.testing.assert_allclose(measured, [-1 / q_ref, -2.5 / q_ref], rtol=1e-6)
-    shaped = reward.step_rewards(LOSS, COST, YARD, action, jnp.int32(8))
+    shaped = reward.step_rewards(LOSS, COST, BOUND, action, jnp.int32(8))
     np.testing.assert_allclose(shaped, [-(1 + 1.5 - 2.5) / q_ref, -(2 - 1.5) / q_ref], atol=1e-6)
 
 
@@ -57,13 +57,13 @@ def test_step_rewards_by_hand():
 def test_plain_rewards_sum_to_the_terminal_reward(seed, room, measured):
     rng = np.random.default_rng(seed)
     loss, cost = random_table(rng)
-    yard, action = measured_by(loss, cost), random_actions(rng, cost)
+    bound, action = bound_of(loss, cost), random_actions(rng, cost)
     used = int(taken(cost, action).sum())
     budget = jnp.int32(max(1, int(room * used)))
     q = float(rng.uniform(0.1, 2) * taken(loss, action).sum()) if measured else float(taken(loss, action).sum())
     true = jnp.float32(q) if measured else None
-    steps = rewards(loss, cost, yard, action, budget, true_loss=true, potential=False)
-    expected = reward.terminal_reward(q, least_loss(yard, budget, 0), jnp.float32(0.0))
+    steps = rewards(loss, cost, bound, action, budget, true_loss=true, potential=False)
+    expected = reward.terminal_reward(q, least_loss(bound, budget, 0), jnp.float32(0.0))
     assert steps.sum() == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
 
 
@@ -73,14 +73,14 @@ def test_potential_telescopes_and_leaves_regrets(seed, share):
     """Rewards with Φ sum to those without minus Φ₀ = −1, and no step gains but for the chords of the price grid."""
     rng = np.random.default_rng(seed)
     loss, cost = random_table(rng)
-    yard, action = measured_by(loss, cost), random_actions(rng, cost)
+    bound, action = bound_of(loss, cost), random_actions(rng, cost)
     lowest = np.where(np.asarray(cost) > 0, cost, 2**30).min(axis=1).sum()
     spent = int(taken(cost, action).sum())
     budget = jnp.int32(max(lowest + share * (np.asarray(cost).max(axis=1).sum() - lowest), spent))
-    scale = float(loss.sum() / least_loss(yard, budget, 0))  # what f32 subtracts
+    scale = float(loss.sum() / least_loss(bound, budget, 0))  # what f32 subtracts
 
-    shaped = np.asarray(rewards(loss, cost, yard, action, budget), np.float64)
-    plain = np.asarray(rewards(loss, cost, yard, action, budget, potential=False), np.float64)
+    shaped = np.asarray(rewards(loss, cost, bound, action, budget), np.float64)
+    plain = np.asarray(rewards(loss, cost, bound, action, budget, potential=False), np.float64)
     assert shaped.sum() == pytest.approx(plain.sum() + 1, abs=1e-5 * scale)
     assert (shaped <= 0.02 + 1e-5 * scale).all()
 
@@ -88,9 +88,11 @@ def test_potential_telescopes_and_leaves_regrets(seed, share):
 def test_rewards_can_be_batched(rng):
     """As the trainer does: many episodes at many budgets under one table."""
     loss, cost = random_table(rng)
-    yard = measured_by(loss, cost)
+    bound = bound_of(loss, cost)
     actions = jnp.stack([random_actions(rng, cost) for _ in range(5)])
     budgets = jnp.asarray(rng.integers(500, 3000, 5), jnp.int32)
-    together = jax.vmap(functools.partial(reward.step_rewards, loss, cost, yard))(actions, budgets)
+    together = jax.vmap(functools.partial(reward.step_rewards, loss, cost, bound))(actions, budgets)
     for i in range(5):
-        np.testing.assert_allclose(together[i], rewards(loss, cost, yard, actions[i], budgets[i]), rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(
+            together[i], rewards(loss, cost, bound, actions[i], budgets[i]), rtol=1e-4, atol=1e-3
+        )

@@ -172,9 +172,8 @@ def test_temperature_steers_entropy_to_its_aim(confident, direction):
     """A fresh actor is nearly uniform, far above the aim; one that is sure of its action is below."""
     learner = fresh()
     if confident:
-        layers = dict(learner.actor["params"])
-        layers["Dense_1"] = layers["Dense_1"] | {"bias": jnp.array([20.0, 0.0, 0.0])}
-        learner = learner._replace(actor={"params": layers})
+        head = learner.actor["head"] | {"bias": jnp.array([20.0, 0.0, 0.0])}
+        learner = learner._replace(actor=learner.actor | {"head": head})
     new, metrics = update(learner, batch_of(mask=((True,) * 3,) * 2), CONFIG)
     assert (metrics["entropy"] > CONFIG.entropy_share * np.log(3)) == (not confident)
     assert np.sign(new.log_alpha - learner.log_alpha) == direction

@@ -203,7 +203,7 @@ def test_text_that_the_allocation_was_calibrated_on(untied, tmp_path):
         calibrated.save(path)
         for source in ("builtin", str(copy)):
             sentence = (
-                f"alloc.json was calibrated on the first four fifths of '{source}'; score it with --split=heldout"
+                f"alloc.json was calibrated on the first four fifths of '{source}'; score it with --split=hel"
             )
             with pytest.raises(ValueError, match=sentence):
                 ramp_jax.evaluate(untied, allocation=path, data=source, split="all", **SHORT)

@@ -19,7 +19,7 @@ from ramp_jax.halo.torch_model import token_losses, torch_model
 from ramp_jax.models import load_model
 from ramp_jax.policy import embedding, networks
 from ramp_jax.policy.env import CONTEXT
-from ramp_jax.policy.rollout import Policy
+from ramp_jax.policy.inference import Policy
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import TrainConfig
 from ramp_jax.scoring.perplexity import evaluate

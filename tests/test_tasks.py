@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 
 from ramp_jax import data, workflow
 from ramp_jax.allocation import from_levels
-from ramp_jax.models.decoder import hidden_states
+from ramp_jax.models.decoder import block_forward
 from ramp_jax.scoring import likelihood, questions
 from ramp_jax.scoring.likelihood import bucket, log_likelihoods
 from ramp_jax.scoring.tasks import JaxLM, accuracies, compared, text_table
@@ -38,11 +38,11 @@ def test_log_likelihoods_equal_transformers(untied, rng):
     pairs += [(pairs[0][0], np.append(pairs[0][1][:-1], token)) for token in (5, 6, 7)]
     pairs += [(rng.integers(0, 320, LIMIT + 40), rng.integers(0, 320, 20)), ([3], rng.integers(0, 320, LIMIT))]
     pairs = [(list(map(int, context)), list(map(int, continuation))) for context, continuation in pairs]
-    hidden_states.clear_cache()
+    block_forward.clear_cache()
     likelihood._rows.clear_cache()
     answers = log_likelihoods(untied, pairs)
     lengths = [min(len(context) + len(continuation) - 1, LIMIT) for context, continuation in pairs]
-    assert hidden_states._cache_size() == len({bucket(n, LIMIT) for n in lengths}) == 4
+    assert block_forward._cache_size() == len({bucket(n, LIMIT) for n in lengths}) == 4
     assert likelihood._rows._cache_size() == 1
     for (log_p, greedy), (context, continuation) in zip(answers, pairs, strict=True):
         expected, expected_greedy = in_torch(context, continuation)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from ramp_jax import data
 from ramp_jax.allocation import costs, from_levels
-from ramp_jax.baselines import filled as fill
+from ramp_jax.allocators.tables import fill
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup, tensors
 from ramp_jax.models.attention import Attention

@@ -22,15 +22,18 @@ from jaxtyping import Int
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from ramp_jax import baselines, data
+from ramp_jax import data
 from ramp_jax.allocation import Allocation, Costs, costs, from_levels
+from ramp_jax.allocators import Problem, simple
+from ramp_jax.allocators.allocator import by_evolution, estimated_optimum, tables
+from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, allocatable, load_model
-from ramp_jax.policy import rollout
-from ramp_jax.policy.env import Problem
-from ramp_jax.policy.rollout import Policy, check_levels, load_policy
+from ramp_jax.policy import inference
+from ramp_jax.policy.inference import Policy, check_levels, load_policy
+from ramp_jax.policy.search import refine
 from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, importance_of
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.scoring import variants
@@ -98,7 +101,7 @@ def policy(repeats: int) -> Numbers:
     encoder = Encoder("best", importance_of(model.spec, stats), EncodeCache(1 << 33))
     bench = Bench(model, folded, first.levels, costs(folded, first.levels), encoder)
     started = time.monotonic()
-    known = rollout.problem(folded, stats, first.levels, bench.sizes)
+    known = inference.problem(folded, stats, first.levels, bench.sizes)
     methods = list(_methods(bench, known, time.monotonic() - started, calibration, policies))
     rows = []
     for mix, budget, kld in _mixes(model, stats, heldout, reference):
@@ -118,30 +121,32 @@ def _methods(
     bench: Bench, known: Problem, seconds: float, calibration: Int[np.ndarray, "W T"], policies: dict[str, Policy]
 ) -> Iterator[Method]:
     """Rules, searches and policies; `seconds` is what the estimated losses and the embedding took."""
-    cost, estimate = np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64)
-    yield Method("uniform", lambda units: baselines.uniform(cost, estimate, units), 0.0)
+    cost, estimate = tables(known)
+    yield Method("uniform", lambda units: simple.uniform(cost, estimate, units), 0.0)
     for seed in range(_RANDOM_SEEDS):
-        yield Method(f"random {seed}", lambda units, s=seed: baselines.random(cost, estimate, units, seed=s), 0.0)
-    yield Method("estimate, greedy", lambda units: baselines.greedy(cost, estimate, units), seconds)
-    yield Method("estimate, knapsack", lambda units: baselines.knapsack(cost, estimate, units), seconds)
-    yield Method("estimate, pairs", lambda units: rollout.estimated_optimum(known, units), seconds)
+        yield Method(f"random {seed}", lambda units, s=seed: simple.random(cost, estimate, units, seed=s), 0.0)
+    yield Method("estimate, greedy", lambda units: simple.greedy(cost, estimate, units), seconds)
+    yield Method("estimate, knapsack", lambda units: knapsack(cost, estimate, units), seconds)
+    yield Method("estimate, pairs", lambda units: estimated_optimum(known, units), seconds)
     if _TABLE.value:
         table = Sensitivity.load(_TABLE.value)
-        yield Method("exact knapsack", lambda units: baselines.knapsack(cost, table.kld, units), table.seconds)
+        yield Method("exact knapsack", lambda units: knapsack(cost, table.kld, units), table.seconds)
     for name, found in policies.items():
         short = f"policy {Path(name).name}"
-        alone = functools.partial(rollout.choose, found, known, repair=False)
+        alone = functools.partial(inference.choose, found, known, repair=False)
         yield Method(f"{short}, no repair", alone, seconds)
-        yield Method(short, functools.partial(rollout.choose, found, known), seconds)
+        yield Method(short, functools.partial(inference.choose, found, known), seconds)
     if _EVOLUTION.value:
         started = time.monotonic()
         choices = variants.prepare(bench.model, bench.unfolded, calibration[:1], bench.levels, encoder=bench.encoder)
         quantizing = time.monotonic() - started
-        spent = {"evaluate": variants.measuring(choices), "evaluations": _EVOLUTION.value}
-        yield Method("evolution", functools.partial(baselines.evolution, cost, estimate, **spent), quantizing)
+        measured = known._replace(evaluate=variants.measuring(choices))
+        evolution = by_evolution(bench.levels, _EVOLUTION.value)
+        yield Method("evolution", functools.partial(evolution.choose, measured), quantizing)
         for name, found in policies.items():
-            refine = functools.partial(rollout.refined, found, known, **spent)
-            yield Method(f"policy {Path(name).name}, refined", refine, seconds + quantizing)
+            refined = refine(found.allocator(), _EVOLUTION.value)
+            choose = functools.partial(refined.choose, measured)
+            yield Method(f"policy {Path(name).name}, refined", choose, seconds + quantizing)
 
 
 def _mixes(

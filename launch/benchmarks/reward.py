@@ -20,9 +20,9 @@ from benchmarks.transfer import SEEDS, Judge, Tasks, geometric_mean, judge_of, r
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from ramp_jax.policy import rollout, train
+from ramp_jax.policy import inference, train
+from ramp_jax.policy.inference import Policy
 from ramp_jax.policy.reward import Penalty
-from ramp_jax.policy.rollout import Policy
 from ramp_jax.policy.train import TrainConfig
 
 _EVERY = 10  # iterations between two judgements
@@ -81,7 +81,7 @@ def _judged(actor: Any, config: TrainConfig, tasks: Tasks, judges: list[Judge]) 
     ratios, excess = [], []
     for judge in judges:
         known = tasks[judge.model].problem
-        choose = functools.partial(rollout.choose, policy, known, repair=False)
+        choose = functools.partial(inference.choose, policy, known, repair=False)
         ratios.append(totals(judge.loss, judge.budgets, choose) / judge.best)
         free = functools.partial(train.greedy, actor, known, hidden=config.sac.hidden, soft=True)
         chosen = [np.asarray(free(budget=jnp.int32(budget))) for budget in judge.budgets]

@@ -16,10 +16,10 @@ from benchmarks.measuring import Numbers, medians, said
 from benchmarks.transfer import geometric_mean, judge_of, totals
 from jaxtyping import Array, Float
 
+from ramp_jax.allocators.allocator import UNIT_BYTES, Problem, estimated_optimum
 from ramp_jax.formats import LEVELS
 from ramp_jax.policy import train
-from ramp_jax.policy.env import UNIT_BYTES, Problem
-from ramp_jax.policy.rollout import Policy, choose, estimated_optimum
+from ramp_jax.policy.inference import Policy, choose
 from ramp_jax.policy.train import Task, TrainConfig
 
 _LAYERS, _D, _F, _V = 30, 576, 1536, 49_152

@@ -24,12 +24,14 @@ from benchmarks.measuring import Numbers, save_plots
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from ramp_jax import baselines, workflow
+from ramp_jax import workflow
+from ramp_jax.allocators import simple
+from ramp_jax.allocators.allocator import UNIT_BYTES
+from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.config import RunConfig, from_dict
 from ramp_jax.models import load_model
-from ramp_jax.policy import embedding, rollout, train
-from ramp_jax.policy.env import UNIT_BYTES
-from ramp_jax.policy.rollout import Policy
+from ramp_jax.policy import embedding, inference, train
+from ramp_jax.policy.inference import Policy
 from ramp_jax.policy.train import Task, TrainConfig
 
 _RUN = flags.DEFINE_string("suite_run", "runs/pretrained", "Training run whose models the suite `transfer` takes.")
@@ -102,8 +104,7 @@ def judge_of(name: str, task: Task) -> Judge:
     cost, loss = np.asarray(task.problem.cost, np.int64), np.asarray(task.loss, np.float64)
     budgets = np.asarray(train.probe_budgets(task.problem)).tolist()
     best, uniform = (
-        totals(loss, budgets, functools.partial(method, cost, loss))
-        for method in (baselines.knapsack, baselines.uniform)
+        totals(loss, budgets, functools.partial(method, cost, loss)) for method in (knapsack, simple.uniform)
     )
     return Judge(name, cost, loss, np.asarray(task.problem.expected, np.float64), budgets, best, uniform)
 
@@ -130,11 +131,11 @@ def _blanked(task: Task, column: int) -> Task:
 
 def _without_training(judge: Judge) -> Iterator[Numbers]:
     for table, values in {"estimate": judge.estimate, "exact table": judge.loss}.items():
-        for method in (baselines.knapsack, baselines.greedy):
+        for method in (knapsack, simple.greedy):
             yield judge.row(f"{table}, {method.__name__}", 0, functools.partial(method, judge.cost, values))
-    yield judge.row("uniform", 0, functools.partial(baselines.uniform, judge.cost, judge.loss))
+    yield judge.row("uniform", 0, functools.partial(simple.uniform, judge.cost, judge.loss))
     for seed in range(SEEDS):
-        yield judge.row("random", seed, functools.partial(baselines.random, judge.cost, judge.loss, seed=seed))
+        yield judge.row("random", seed, functools.partial(simple.random, judge.cost, judge.loss, seed=seed))
 
 
 def _rows(
@@ -149,7 +150,7 @@ def _rows(
         actor = jax.tree.map(lambda leaf, s=seed: leaf[s], state.learner.actor)
         policy = Policy(actor, config.sac.hidden, (), 0, sources)
         for how in ("rollout", "repaired"):
-            choose = functools.partial(rollout.choose, policy, tasks[judge.model].problem, repair=how == "repaired")
+            choose = functools.partial(inference.choose, policy, tasks[judge.model].problem, repair=how == "repaired")
             yield judge.row(method, seed, choose, how)
 
 

@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 from jaxtyping import Int
 
-from ramp_jax import baselines
 from ramp_jax.allocation import Allocation, costs, from_levels, read_saved
+from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
@@ -172,7 +172,7 @@ def _knapsack(model: Model, table: Sensitivity, budget_bytes: int) -> tuple[Allo
     """The best allocation by the sensitivity table, and the seconds that table and search took."""
     started = time.monotonic()
     sizes = costs(model, table.levels)
-    actions = baselines.knapsack(sizes.in_units, table.kld, sizes.units(budget_bytes))
+    actions = knapsack(sizes.in_units, table.kld, sizes.units(budget_bytes))
     allocation = from_levels(model, [table.levels[a] for a in actions])
     return allocation, table.seconds + time.monotonic() - started
 

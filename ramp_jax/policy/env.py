@@ -1,7 +1,9 @@
 """The decision process: one step per weight matrix in forward order, the action is its level.
 
-Everything is an array; nothing here knows a model. T tensors, A levels, O numbers in an observation. Sizes are in units
-of a GGUF file's alignment (32 bytes; every tensor's data is padded to it), so int32 holds files of 64 GiB exactly.
+Everything is an array; nothing here knows a model. T tensors, A levels, O numbers in an observation. Sizes are int32
+counts of a problem's unit: 32 bytes, the alignment to which a GGUF file pads every tensor, so files of up to 64 GiB are
+counted exactly; larger ones in a multiple of it, such that the largest allocation is below 2³¹ units
+(`allocation.Costs`). Every sum and difference here then lies between −2³¹ and 2³¹.
 """
 
 from collections.abc import Callable
@@ -11,30 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ramp_jax.policy.yardstick import from_here_on, lookahead, symlog, unit_of_loss, yardstick
+from ramp_jax.allocators import Problem
+from ramp_jax.policy.lagrangian import from_here_on, lagrangian_bound, lookahead, symlog, unit_of_loss
 
-UNIT_BYTES = 32
 CONTEXT = 6
 """Numbers of an observation between the embedding and the regrets: of the whole budget and of what is left of it the
 bits per weight and the place between the smallest and the largest completion, the last level and the progress."""
 
 _MOST_REGRET = 10.0
-
-
-class Problem(NamedTuple):
-    """What the policy may know of a model, plus nothing that needs an evaluation of it."""
-
-    embedding: Float[Array, "T E"]
-    weights: Float[Array, " T"]
-    """Weights per tensor."""
-    cost: Int[Array, "T A"]
-    """Units of the tensor's data at each level, 0 where the level is masked."""
-    bits: Float[Array, " A"]
-    """Nominal bits of each level."""
-    expected: Float[Array, "T A"]
-    """What each level is estimated to lose, up to one factor for the whole model."""
-    pairs: Float[Array, "T A T A"] | None = None
-    """What two tensors at two levels are estimated to lose beyond that; no observation shows it, repair looks at it."""
 
 
 class Episode(NamedTuple):
@@ -59,14 +45,14 @@ def cheapest_completion(problem: Problem) -> Int[Array, "T+1"]:
     return from_here_on(jnp.min(jnp.where(valid_levels(problem), problem.cost, jnp.iinfo(jnp.int32).max), axis=1))
 
 
-def dearest_completion(problem: Problem) -> Int[Array, "T+1"]:
+def costliest_completion(problem: Problem) -> Int[Array, "T+1"]:
     """Units of the largest completion from each step on; 0 at the end."""
     return from_here_on(jnp.max(problem.cost, axis=1))
 
 
 def budget_range(problem: Problem) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """Units of the smallest and of the largest allocation."""
-    return cheapest_completion(problem)[0], dearest_completion(problem)[0]
+    return cheapest_completion(problem)[0], costliest_completion(problem)[0]
 
 
 def rollout(
@@ -80,19 +66,20 @@ def rollout(
     loss that is estimated to be reachable after it exceeds that after the best one, compressed as rewards are.
     """
     steps = problem.cost.shape[0]
-    completion, dearest = cheapest_completion(problem), dearest_completion(problem)
+    completion, costliest = cheapest_completion(problem), costliest_completion(problem)
     weights_left = from_here_on(problem.weights)
 
-    def wealth(left: jax.Array, t: jax.Array | int) -> list[jax.Array]:
-        slack = (left - completion[t]) / jnp.maximum(dearest[t] - completion[t], 1)  # float32
-        return [_bits_per_weight(left, weights_left[t]), 2 * jnp.clip(slack, 0.0, 1.0) - 1]
+    def budget_context(left: jax.Array, t: jax.Array | int) -> list[jax.Array]:
+        slack = (left - completion[t]) / jnp.maximum(costliest[t] - completion[t], 1)  # float32
+        bits = left.astype(jnp.float32) * (8 * problem.unit) / weights_left[t]
+        return [_centered(bits), 2 * jnp.clip(slack, 0.0, 1.0) - 1]
 
     budget = jnp.asarray(budget, jnp.int32)
-    target, yard = wealth(budget, 0), yardstick(problem.expected, problem.cost)
-    scale = steps / unit_of_loss(yard, budget)
+    target, bound = budget_context(budget, 0), lagrangian_bound(problem.expected, problem.cost)
+    scale = steps / unit_of_loss(bound, budget)
 
     def regrets(left: jax.Array, t: jax.Array, mask: Bool[Array, " A"]) -> Float[Array, " A"]:
-        reachable = lookahead(yard, problem.expected[t], problem.cost[t], left, t)
+        reachable = lookahead(bound, problem.expected[t], problem.cost[t], left, t)
         best = jnp.min(jnp.where(mask, reachable, jnp.inf))
         return jnp.where(mask, jnp.minimum(symlog(scale * (reachable - best)), _MOST_REGRET), 0.0)
 
@@ -100,7 +87,7 @@ def rollout(
         left, last = carry
         cost = problem.cost[t]
         mask = (cost > 0) & (soft | (cost <= left - completion[t + 1]))
-        context = [*target, *wealth(left, t), last, 2 * t.astype(jnp.float32) / steps - 1]
+        context = [*target, *budget_context(left, t), last, 2 * t.astype(jnp.float32) / steps - 1]
         observation = jnp.concatenate([problem.embedding[t], jnp.stack(context), regrets(left, t, mask)])
         action = choose(jax.random.fold_in(key, t), observation, mask)
         return (left - cost[action], _centered(problem.bits[action])), (observation, mask, action)
@@ -108,10 +95,6 @@ def rollout(
     start = (budget, jnp.float32(0.0))
     (left, _), (observation, mask, action) = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
     return Episode(observation, mask, action, left)
-
-
-def _bits_per_weight(units: jax.Array, weights: jax.Array) -> jax.Array:
-    return _centered(units.astype(jnp.float32) * (8 * UNIT_BYTES) / weights)
 
 
 def _centered(bits: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ moves the optimum by itself:
 1. r_t = −s[t, a_t] / q_ref from the sensitivity table s; the last step adds predicted minus true loss. The penalty of
    a soft budget comes on top of the last step as it is, since a compressed one would be worth paying.
 2. A potential (Ng, Harada and Russell 1999): minus the bound on what the remaining steps must lose with the units that
-   are left, Φ_t = −L_t(left_t) / q_ref and Φ_T = 0 (`yardstick.least_loss`). What remains of a step is its regret: by
+   are left, Φ_t = −L_t(left_t) / q_ref and Φ_T = 0 (`lagrangian.least_loss`). What remains of a step is its regret: by
    how much it and the best possible rest lose more than was possible before it. Credit for a choice arrives at the
    choice itself instead of up to T steps later.
 
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.policy.yardstick import Yardstick, least_loss, taken, unit_of_loss
+from ramp_jax.policy.lagrangian import LagrangianBound, least_loss, select, unit_of_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +49,15 @@ def penalty(used: Int[Array, ""], budget: Int[Array, ""], terms: Penalty) -> Flo
     return jnp.where(over > 0, terms.cliff + terms.c_over * over, -terms.c_under * over)
 
 
-def terminal_reward(q: Float[Array, ""], q_ref: Float[Array, ""], fine: Float[Array, ""]) -> Float[Array, ""]:
+def terminal_reward(q: Float[Array, ""], q_ref: Float[Array, ""], penalty: Float[Array, ""]) -> Float[Array, ""]:
     """−q / q_ref − penalty."""
-    return -q / q_ref - fine
+    return -q / q_ref - penalty
 
 
 def step_rewards(
     loss: Float[Array, "T A"],
     cost: Int[Array, "T A"],
-    yard: Yardstick,
+    bound: LagrangianBound,
     action: Int[Array, " T"],
     budget: Int[Array, ""],
     *,
@@ -68,12 +68,12 @@ def step_rewards(
 
     `true_loss` is the evaluator's; None trusts the table.
     """
-    q_ref = unit_of_loss(yard, budget)
-    predicted, spent = taken(loss, action), taken(cost, action)
+    q_ref = unit_of_loss(bound, budget)
+    predicted, spent = select(loss, action), select(cost, action)
     correction = 0.0 if true_loss is None else jnp.sum(predicted) - true_loss
     if potential:
         left = budget - jnp.cumsum(spent)
-        bound = jax.vmap(functools.partial(least_loss, yard))
+        least = jax.vmap(functools.partial(least_loss, bound))
         steps = jnp.arange(len(action))
-        predicted += bound(left, steps + 1) - bound(left + spent, steps)
+        predicted += least(left, steps + 1) - least(left + spent, steps)
     return (-predicted / q_ref).at[-1].add(correction / q_ref)

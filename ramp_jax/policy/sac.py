@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ramp_jax.policy import networks
-from ramp_jax.policy.networks import masked_log_softmax
+from ramp_jax.policy.networks import Params, masked_log_softmax
 from ramp_jax.policy.replay import Batch
 
 
@@ -42,9 +42,9 @@ class SacConfig:
 class Learner(NamedTuple):
     """Everything an update reads and writes."""
 
-    actor: Any
-    critic: Any
-    target: Any
+    actor: Params
+    critic: Params
+    target: Params
     log_alpha: Float[Array, ""]
     actor_opt: optax.OptState
     critic_opt: optax.OptState
@@ -54,9 +54,8 @@ class Learner(NamedTuple):
 def init(key: PRNGKeyArray, config: SacConfig, n_observation: int, n_actions: int) -> Learner:
     """A fresh learner."""
     actor_key, critic_key = jax.random.split(key)
-    observation = jnp.zeros((1, n_observation))
-    actor = networks.actor(config.hidden, n_actions).init(actor_key, observation)
-    critic = networks.critic(config.hidden, n_actions).init(critic_key, observation)
+    actor = networks.actor(config.hidden, n_actions).init(actor_key, n_observation)
+    critic = networks.critic(config.hidden, n_actions).init(critic_key, n_observation)
     log_alpha = jnp.log(jnp.float32(config.initial_alpha))
     return Learner(
         actor,
@@ -116,10 +115,10 @@ def update(learner: Learner, batch: Batch, config: SacConfig) -> tuple[Learner, 
     next_q = critic.apply(learner.target, batch.next_observation)
     target = td_target(batch, next_log_pi, next_q, alpha, config.discount)
 
-    def loss_of_critic(params: Any) -> jax.Array:
+    def loss_of_critic(params: Params) -> jax.Array:
         return critic_loss(critic.apply(params, batch.observation), batch, target)
 
-    def loss_of_actor(params: Any) -> tuple[jax.Array, jax.Array]:
+    def loss_of_actor(params: Params) -> tuple[jax.Array, jax.Array]:
         log_pi = masked_log_softmax(actor.apply(params, batch.observation), batch.mask)
         return actor_loss(log_pi, q, alpha), log_pi
 

@@ -15,20 +15,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ramp_jax import checkpoint
+from ramp_jax.allocators import Problem
 from ramp_jax.policy import networks, replay, reward, sac
-from ramp_jax.policy.anchor import Evidence, anchored, no_evidence, noted
-from ramp_jax.policy.env import Choose, Episode, Problem, budget_range, rollout
-from ramp_jax.policy.networks import masked_log_softmax
+from ramp_jax.policy.env import Choose, Episode, budget_range, rollout
+from ramp_jax.policy.lagrangian import lagrangian_bound, select, symlog, uniform_loss, unit_of_loss
+from ramp_jax.policy.networks import Params, masked_log_softmax
 from ramp_jax.policy.reward import NO_PENALTY, Penalty
 from ramp_jax.policy.sac import SacConfig
-from ramp_jax.policy.yardstick import reference_loss, symlog, taken, unit_of_loss, yardstick
+from ramp_jax.policy.table_correction import Evidence, add_evidence, correct_table, empty_evidence
 from ramp_jax.progress import track
 
 Metrics = dict[str, Float[Array, " S"]]
 
 Evaluator = Literal["surrogate", "perplexity", "mixed"]
 """What says how good a finished allocation is. `surrogate`: the sensitivity table. `perplexity`: the model, one forward
-pass per episode. `mixed`: the table, anchored between scans by what the policies' allocations truly lose."""
+pass per episode. `mixed`: the table, corrected between scans by what the policies' allocations truly lose."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TrainConfig:
     """How long the policy learns: each iteration plays `episodes` per task and makes `updates` gradient steps.
 
     Seeds learn side by side, each on its own episodes; the last `replay_iterations` iterations are replayed. Under the
-    evaluator `mixed` they share one anchored table, and what is replayed keeps the rewards of the table of its time.
+    evaluator `mixed` they share one corrected table, and what is replayed keeps the rewards of the table of its time.
     `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`). A share `narrowed`
     of the episodes lacks the lowest levels of some tensors, as a model does whose rows no superblock divides.
     Every episode moves each number of all its embeddings by one normal offset of standard deviation `shift`: models
@@ -156,21 +157,21 @@ def _play(
 
     def episode(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
         level_key, shift_key, budget_key, play_key = jax.random.split(key, 4)
-        problem = _shifted(_narrowed(task.problem, level_key, config.narrowed), shift_key, config.shift)
+        problem = _shift(_narrow(task.problem, level_key, config.narrowed), shift_key, config.shift)
         lowest, highest = budget_range(problem)
         share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
         return rollout(problem, budget, draw, play_key, soft=config.soft), problem.cost, budget
 
     def rewarded(played: Episode, cost: jax.Array, budget: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-        yard = yardstick(loss, cost)
+        bound = lagrangian_bound(loss, cost)
         terms = config.penalty if config.soft else NO_PENALTY
-        fine = reward.penalty(budget - played.left, budget, terms)
-        shaped = functools.partial(reward.step_rewards, loss, cost, yard, played.action, budget)
+        penalty = reward.penalty(budget - played.left, budget, terms)
+        shaped = functools.partial(reward.step_rewards, loss, cost, bound, played.action, budget)
         rewards = steps * shaped(true_loss=q, potential=config.potential)  # in units of the mean loss of a tensor
         rewards = symlog(rewards) if config.potential else rewards
-        terminal = reward.terminal_reward(q, unit_of_loss(yard, budget), fine)
-        return rewards.at[-1].add(-steps * fine), terminal
+        terminal = reward.terminal_reward(q, unit_of_loss(bound, budget), penalty)
+        return rewards.at[-1].add(-steps * penalty), terminal
 
     played, cost, budget = jax.vmap(episode)(jax.random.split(key, config.episodes))
     q = _losses(task, played.action, true=config.evaluator == "perplexity")
@@ -185,10 +186,10 @@ def _losses(task: Task, action: Int[Array, "N T"], *, true: bool) -> Float[Array
     """
     if true and task.true_loss is not None:
         return jnp.minimum(jax.lax.map(task.true_loss, action), 10 * jnp.sum(jnp.max(task.loss, axis=1)))
-    return jax.vmap(lambda a: jnp.sum(taken(task.loss, a)))(action)
+    return jax.vmap(lambda a: jnp.sum(select(task.loss, a)))(action)
 
 
-def _drawing(actor: Any, hidden: tuple[int, ...], n_levels: int) -> Choose:
+def _drawing(actor: Params, hidden: tuple[int, ...], n_levels: int) -> Choose:
     network = networks.actor(hidden, n_levels)
 
     def draw(key: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
@@ -198,7 +199,7 @@ def _drawing(actor: Any, hidden: tuple[int, ...], n_levels: int) -> Choose:
     return draw
 
 
-def _narrowed(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
+def _narrow(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
     """With probability `share`, a random part of the tensors lacks the levels below a random one, if it has others.
 
     Rows of a real model differ: those of one width hold superblocks, those of another do not.
@@ -213,7 +214,7 @@ def _narrowed(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
     return problem._replace(cost=jnp.where(jnp.any(cost > 0, axis=1, keepdims=True), cost, problem.cost))
 
 
-def _shifted(problem: Problem, key: PRNGKeyArray, deviation: float) -> Problem:
+def _shift(problem: Problem, key: PRNGKeyArray, deviation: float) -> Problem:
     """All embeddings moved by the same offset."""
     offset = deviation * jax.random.normal(key, (1, problem.embedding.shape[1]))
     return problem._replace(embedding=problem.embedding + offset)
@@ -228,7 +229,7 @@ def probe_budgets(problem: Problem) -> Int[Array, " PROBES"]:
 
 @functools.partial(jax.jit, static_argnames=("hidden", "soft"))
 def greedy(
-    actor: Any, problem: Problem, budget: Int[Array, ""], hidden: tuple[int, ...], *, soft: bool = False
+    actor: Params, problem: Problem, budget: Int[Array, ""], hidden: tuple[int, ...], *, soft: bool = False
 ) -> Int[Array, " T"]:
     """Level indices of the actor's most probable actions; with a `soft` budget they may not fit."""
     network = networks.actor(hidden, problem.bits.shape[0])
@@ -240,8 +241,8 @@ def greedy(
 
 
 @functools.partial(jax.jit, static_argnames="hidden")
-def sampled(
-    actor: Any, problem: Problem, budget: Int[Array, ""], keys: Key[Array, " N"], hidden: tuple[int, ...]
+def sample(
+    actor: Params, problem: Problem, budget: Int[Array, ""], keys: Key[Array, " N"], hidden: tuple[int, ...]
 ) -> Int[Array, "N T"]:
     """Level indices drawn from the actor's probabilities, one allocation per key."""
     draw = _drawing(actor, hidden, problem.bits.shape[0])
@@ -249,7 +250,7 @@ def sampled(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def score(actors: Any, tasks: Tasks, config: TrainConfig) -> tuple[Float[Array, " S"], tuple[Evidence, ...]]:
+def score(actors: Params, tasks: Tasks, config: TrainConfig) -> tuple[Float[Array, " S"], tuple[Evidence, ...]]:
     """Per seed: loss of greedy allocations over the predicted one of uniform ones, the geometric mean over tasks and
     `probe_budgets`; and these allocations with their losses, S · PROBES per task.
 
@@ -257,12 +258,12 @@ def score(actors: Any, tasks: Tasks, config: TrainConfig) -> tuple[Float[Array, 
     """
     logs, found = [], []
     for task in tasks:
-        budgets, yard = probe_budgets(task.problem), yardstick(task.loss, task.problem.cost)
+        budgets, bound = probe_budgets(task.problem), lagrangian_bound(task.loss, task.problem.cost)
         played = functools.partial(greedy, problem=task.problem, hidden=config.sac.hidden)
         at_budgets = jax.vmap(lambda actor, budget, play=played: play(actor, budget=budget), (None, 0))
         action = jax.vmap(at_budgets, (0, None))(actors, budgets).reshape(-1, len(task.loss))
         loss = _losses(task, action, true=config.evaluator != "surrogate")
-        uniform = jax.vmap(functools.partial(reference_loss, yard))(budgets)
+        uniform = jax.vmap(functools.partial(uniform_loss, bound))(budgets)
         logs.append(jnp.log(jnp.maximum(loss.reshape(-1, PROBES), 1e-12) / uniform[None]))
         found.append(Evidence(action, loss))
     return jnp.exp(jnp.mean(jnp.concatenate(logs, axis=1), axis=1)), tuple(found)
@@ -271,7 +272,7 @@ def score(actors: Any, tasks: Tasks, config: TrainConfig) -> tuple[Float[Array, 
 class Best(NamedTuple):
     """The best-scoring actor so far, of any seed."""
 
-    actor: Any
+    actor: Params
     score: Float[Array, ""]
 
 
@@ -294,19 +295,19 @@ def run(
     best = Best(_member(state.learner.actor, 0), jnp.float32(jnp.inf))
     per_scan = config.seeds * PROBES
     places = per_scan * -(-config.iterations // config.log_every) if config.evaluator == "mixed" else 0
-    evidence = tuple(no_evidence(places, len(task.loss)) for task in tasks)
+    evidence = tuple(empty_evidence(places, len(task.loss)) for task in tasks)
     if checkpoint_path is not None and checkpoint_path.exists():
         state, best, evidence = checkpoint.load(checkpoint_path, (state, best, evidence))
     done = int(state.iteration[0])
     chunks = range(done, config.iterations, config.log_every)
     for start in track(chunks, f"training {config.seeds} policies", "scan"):
         iterations = min(config.log_every, config.iterations - start)
-        learned_on = _anchored(tasks, evidence) if places else tasks
+        learned_on = _correct_tables(tasks, evidence) if places else tasks
         state, metrics = learn(state, learned_on, config, iterations)
         scores, found = score(state.learner.actor, tasks, config)
         if places:
             place = jnp.int32(start // config.log_every * per_scan)
-            evidence = tuple(noted(*pair, place) for pair in zip(evidence, found, strict=True))
+            evidence = tuple(add_evidence(*pair, place) for pair in zip(evidence, found, strict=True))
         leader = int(jnp.argmin(scores))
         if scores[leader] < best.score:
             best = Best(_member(state.learner.actor, leader), scores[leader])
@@ -316,9 +317,9 @@ def run(
     return best
 
 
-def _anchored(tasks: Tasks, evidence: tuple[Evidence, ...]) -> Tasks:
+def _correct_tables(tasks: Tasks, evidence: tuple[Evidence, ...]) -> Tasks:
     pairs = zip(tasks, evidence, strict=True)
-    return tuple(task._replace(loss=anchored(task.loss, known)) for task, known in pairs)
+    return tuple(task._replace(loss=correct_table(task.loss, known)) for task, known in pairs)
 
 
 def _member(tree: Any, seed: int) -> Any:

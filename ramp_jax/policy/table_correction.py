@@ -23,18 +23,18 @@ class Evidence(NamedTuple):
     loss: Float[Array, " E"]
 
 
-def no_evidence(places: int, tensors: int) -> Evidence:
+def empty_evidence(places: int, tensors: int) -> Evidence:
     """Room for `places` measurements."""
     return Evidence(jnp.zeros((places, tensors), jnp.int32), jnp.zeros(places))
 
 
-def noted(evidence: Evidence, new: Evidence, start: Int[Array, ""]) -> Evidence:
+def add_evidence(evidence: Evidence, new: Evidence, start: Int[Array, ""]) -> Evidence:
     """With the measurements `new` from place `start` on."""
     return jax.tree.map(lambda old, leaf: jax.lax.dynamic_update_slice_in_dim(old, leaf, start, 0), evidence, new)
 
 
 @jax.jit
-def anchored(table: Float[Array, "T A"], evidence: Evidence) -> Float[Array, "T A"]:
+def correct_table(table: Float[Array, "T A"], evidence: Evidence) -> Float[Array, "T A"]:
     """The table after the measurements, each allocation counted once; without any it is the same."""
     places = jnp.arange(len(evidence.loss))
     same = jnp.all(evidence.action[:, None] == evidence.action[None], axis=-1) & (evidence.loss > 0)[None]

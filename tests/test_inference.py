@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,18 @@ from flax import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramp_jax import baselines, data
+from ramp_jax import data
 from ramp_jax.allocation import ALIGNMENT, costs, from_levels
+from ramp_jax.allocators.allocator import UNIT_BYTES, Problem, estimated_optimum, expected_loss
+from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.allocators.tables import total
 from ramp_jax.formats import LEVELS as FORMAT_LEVELS
 from ramp_jax.models import allocatable
-from ramp_jax.policy import embedding, networks, rollout, train
-from ramp_jax.policy.env import CONTEXT, UNIT_BYTES, Problem
-from ramp_jax.policy.rollout import POLICY_FILE, Policy, allocate, check_levels, load_policy
+from ramp_jax.policy import embedding, inference, networks, train
+from ramp_jax.policy.env import CONTEXT
+from ramp_jax.policy.inference import POLICY_FILE, Policy, allocate, check_levels, find_allocator, load_policy
 from ramp_jax.policy.sac import SacConfig
+from ramp_jax.policy.search import refine
 from ramp_jax.policy.train import Task, TrainConfig
 from ramp_jax.quantization import calibrate, fake_quantize, fold
 from ramp_jax.scoring.perplexity import evaluate
@@ -29,9 +34,9 @@ LEVELS, HIDDEN = (4, 5, 8), (16,)
 
 def policy_of(seed):
     """An actor that nobody trained, with opinions strong enough to use every level, whatever the estimate says."""
-    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(seed), jnp.zeros((1, 11 + CONTEXT + len(LEVELS))))
+    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(seed), 11 + CONTEXT + len(LEVELS))
     actor = jax.tree.map(lambda leaf: leaf * 50, actor)
-    actor["params"]["trust"] = jnp.float32(0.0)
+    actor["trust"] = jnp.float32(0.0)
     return Policy(actor, HIDDEN, LEVELS, 4, ("tiny",))
 
 
@@ -86,7 +91,7 @@ def test_folder_without_a_policy(tmp_path):
 def test_levels_must_be_the_policy_s():
     check_levels(policy_of(0), LEVELS)
     for other in [(4, 5), (4, 5, 6), (8, 5, 4)]:
-        with pytest.raises(ValueError, match="was trained for levels 4,5,8, not"):
+        with pytest.raises(ValueError, match="was made for levels 4,5,8, not"):
             check_levels(policy_of(0), other)
 
 
@@ -96,7 +101,7 @@ def test_units_of_the_environment_are_the_file_s():
 
 def test_problem_holds_sizes_and_weights(prepared):
     folded, stats = prepared
-    problem = rollout.problem(folded, stats, LEVELS)
+    problem = inference.problem(folded, stats, LEVELS)
     members = allocatable(folded.spec)
     np.testing.assert_array_equal(problem.weights, [t.size for t in members])
     np.testing.assert_array_equal(problem.cost * ALIGNMENT, [[t.size // 32 * b for b in (18, 22, 34)] for t in members])
@@ -106,7 +111,7 @@ def test_problem_holds_sizes_and_weights(prepared):
 
 
 def test_masked_levels_cost_nothing_in_the_problem(prepared):
-    np.testing.assert_array_equal(rollout.problem(*prepared, (7, 8)).cost[:, 0], 0)
+    np.testing.assert_array_equal(inference.problem(*prepared, (7, 8)).cost[:, 0], 0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -127,8 +132,8 @@ def test_allocation_is_deterministic_and_policies_differ(prepared):
     budget = (table.smallest + table.largest) // 2
     first, again = (allocate(policy_of(0), folded, stats, budget_bytes=budget).formats for _ in range(2))
     assert first == again
-    known, units = rollout.problem(folded, stats, LEVELS, table), table.units(budget)
-    played = [rollout.choose(policy_of(seed), known, units, repair=False).tolist() for seed in range(4)]
+    known, units = inference.problem(folded, stats, LEVELS, table), table.units(budget)
+    played = [inference.choose(policy_of(seed), known, units, repair=False).tolist() for seed in range(4)]
     assert any(played[0] != other for other in played[1:])
 
 
@@ -136,10 +141,10 @@ def test_no_choice_is_expected_to_lose_far_more_than_the_optimum(prepared):
     """Policies that nobody trained: played as they are they lose more than twice what repaired ones may at most."""
     folded, stats = prepared
     table = costs(folded, LEVELS)
-    known, units = rollout.problem(folded, stats, LEVELS, table), table.units((table.smallest + table.largest) // 2)
-    least = rollout._expected(known, rollout.estimated_optimum(known, units))
+    known, units = inference.problem(folded, stats, LEVELS, table), table.units((table.smallest + table.largest) // 2)
+    least = expected_loss(known, estimated_optimum(known, units))
     losses = [
-        [rollout._expected(known, rollout.choose(policy_of(seed), known, units, repair=repair)) for seed in range(4)]
+        [expected_loss(known, inference.choose(policy_of(seed), known, units, repair=repair)) for seed in range(4)]
         for repair in (False, True)
     ]
     assert max(losses[0]) > 2.3 * least
@@ -174,19 +179,19 @@ def test_what_is_left_is_spent_where_it_saves_most():
         jnp.array([[1.0, 0.25, 0.004], [10.0, 2.5, 0.04]]),
     )
     actor = jax.tree.map(jnp.zeros_like, policy_of(0).actor)
-    actor["params"]["Dense_1"]["bias"] = jnp.array([2.0, 1.0, 0.0])
+    actor["head"]["bias"] = jnp.array([2.0, 1.0, 0.0])
     policy = dataclasses.replace(policy_of(0), actor=actor)
-    assert rollout.choose(policy, known, 9).tolist() == [0, 0]
-    assert rollout.choose(policy, known, 10).tolist() == [0, 1]
-    assert rollout.choose(policy, known, 12).tolist() == [0, 2]
-    assert rollout.choose(policy, known, 14).tolist() == [1, 2]
-    assert rollout.choose(policy, known, 16).tolist() == [2, 2]
+    assert inference.choose(policy, known, 9).tolist() == [0, 0]
+    assert inference.choose(policy, known, 10).tolist() == [0, 1]
+    assert inference.choose(policy, known, 12).tolist() == [0, 2]
+    assert inference.choose(policy, known, 14).tolist() == [1, 2]
+    assert inference.choose(policy, known, 16).tolist() == [2, 2]
 
 
 def test_policy_of_another_observation_is_refused(tmp_path):
-    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), jnp.zeros((1, 15)))
+    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), 15)
     dataclasses.replace(policy_of(0), actor=actor).save(tmp_path)
-    with pytest.raises(ValueError, match=r"observes 15 numbers, this program shows 20; train it again"):
+    with pytest.raises(ValueError, match=r"is no network of the 20 numbers that this program shows it; train it again"):
         load_policy(tmp_path)
 
 
@@ -210,23 +215,25 @@ def test_refinement_keeps_to_its_evaluations_and_never_loses(evaluations):
         return calls[-1]
 
     policy = policy_of(0)
-    first = rollout.choose(policy, known, 170)
-    found = rollout.refined(policy, known, 170, evaluate, evaluations)
+    first = inference.choose(policy, known, 170)
+    refined = refine(policy.allocator(), evaluations)
+    found = refined.choose(known._replace(evaluate=evaluate), 170)
+    assert refined.evaluations == evaluations
     assert len(calls) <= evaluations
     assert np.asarray(known.cost)[np.arange(3), found].sum() <= 170
     assert true[np.arange(3), found].sum() == min(calls) <= calls[0] == true[np.arange(3), first].sum()
     if evaluations == 40:
-        best = baselines.knapsack(np.asarray(known.cost), true, 170)
+        best = knapsack(np.asarray(known.cost), true, 170)
         assert min(calls) == pytest.approx(true[np.arange(3), best].sum())
 
 
 def test_draws_fit_and_differ():
     known, _ = three_tensors()
     policy = dataclasses.replace(policy_of(0), actor=jax.tree.map(jnp.zeros_like, policy_of(0).actor))
-    drawn = rollout.draws(policy, known, 170, 20)
+    drawn = inference.draw(policy, known, 170, 20)
     assert all(np.asarray(known.cost)[np.arange(3), action].sum() <= 170 for action in drawn)
     assert len({tuple(action) for action in drawn}) > 1
-    np.testing.assert_array_equal(drawn, rollout.draws(policy, known, 170, 20))
+    np.testing.assert_array_equal(drawn, inference.draw(policy, known, 170, 20))
 
 
 def test_pairs_decide_where_they_are_known():
@@ -237,22 +244,80 @@ def test_pairs_decide_where_they_are_known():
     pairs = np.zeros((3, 3, 3, 3), np.float32)
     pairs[0, 1, 1, 1] = pairs[1, 1, 0, 1] = -4.0
     policy = policy_of(0)
-    for choose in (rollout.estimated_optimum, lambda known, units: rollout.choose(policy, known, units)):
+    for choose in (estimated_optimum, lambda known, units: inference.choose(policy, known, units)):
         plain, aware = choose(known, 170), choose(known._replace(pairs=jnp.asarray(pairs)), 170)
         assert tuple(plain[:2]) != (1, 1)
         assert tuple(aware[:2]) == (1, 1)
         assert np.asarray(known.cost)[np.arange(3), aware].sum() <= 170
 
 
-def test_without_a_policy_the_estimate_s_optimum_is_taken(prepared):
+def test_fisher_is_the_estimate_s_optimum_over_all_levels(prepared):
     folded, stats = prepared
     table = costs(folded, FORMAT_LEVELS)
     budget = (table.smallest + table.largest) // 2
-    found = allocate(None, folded, stats, budget_bytes=budget)
-    known = rollout.problem(folded, stats, FORMAT_LEVELS)
-    best = rollout.estimated_optimum(known, table.units(budget))
+    found = allocate(find_allocator("fisher"), folded, stats, budget_bytes=budget)
+    known = inference.problem(folded, stats, FORMAT_LEVELS)
+    best = estimated_optimum(known, table.units(budget))
     assert found.formats == from_levels(folded, [FORMAT_LEVELS[a] for a in best]).formats
     assert found.file_bytes <= budget
+
+
+@pytest.mark.parametrize("name", ["fisher", "greedy", "uniform", "random", "evolution", "pretrained", "tiny.npz"])
+@pytest.mark.parametrize("evaluations", [0, 20])
+def test_every_name_is_an_allocator(tmp_path, name, evaluations):
+    """Three tensors at a policy's levels: choices fit, ask as often as they may, and those that ask lose least."""
+    known, true = three_tensors()
+    levels = LEVELS
+    if name == "pretrained":
+        name, levels = tmp_path, None
+        policy_of(0).save(tmp_path)
+    if name == "tiny.npz":
+        name = tmp_path / name
+        Sensitivity(("a", "b", "c"), LEVELS, true, np.zeros(3), 5.0).save(name)
+    if name == "evolution" and not evaluations:
+        with pytest.raises(ValueError, match=r"say how many with --refine_evals=N\.$"):
+            find_allocator(name, levels=levels)
+        return
+    asked = []
+
+    def evaluate(actions):
+        asked.append(total(true, actions))
+        return asked[-1]
+
+    found = find_allocator(name, levels=levels, evaluations=evaluations)
+    assert found.levels == LEVELS
+    assert found.evaluations == evaluations
+    if evaluations:
+        with pytest.raises(ValueError, match="needs true evaluations of the model"):
+            found.choose(known, 170)
+    actions = found.choose(known._replace(evaluate=evaluate), 170)
+    assert total(np.asarray(known.cost), actions) <= 170
+    assert len(asked) <= evaluations
+    optimum = total(true, knapsack(np.asarray(known.cost), true, 170))
+    assert total(true, actions) == pytest.approx(min(asked) if evaluations else total(true, actions))
+    if evaluations or Path(name).suffix:
+        assert total(true, actions) < 1.3 * optimum
+    assert found.seconds == (5.0 if Path(name).suffix else 0.0)
+
+
+def test_allocators_without_a_policy_choose_their_levels():
+    assert find_allocator("greedy", levels=(8, 4, 5, 4)).levels == (4, 5, 8)
+    assert find_allocator("uniform").levels == FORMAT_LEVELS
+
+
+def test_levels_of_a_policy_and_of_a_table_are_theirs(tmp_path):
+    policy_of(0).save(tmp_path)
+    Sensitivity(("a",), LEVELS, np.ones((1, 3)), np.zeros(1)).save(tmp_path / "table.npz")
+    for source in (tmp_path, tmp_path / "table.npz"):
+        assert find_allocator(source, levels=LEVELS).levels == LEVELS
+        with pytest.raises(ValueError, match="was made for levels 4,5,8, not 4,6"):
+            find_allocator(source, levels=(4, 6))
+
+
+def test_table_of_another_model_is_refused(tmp_path):
+    Sensitivity(("a",), LEVELS, np.ones((1, 3)), np.zeros(1)).save(tmp_path / "table.npz")
+    with pytest.raises(ValueError, match="the table holds 1 tensors, the model 3"):
+        find_allocator(tmp_path / "table.npz").choose(three_tensors()[0], 170)
 
 
 def test_a_policy_trained_on_one_model_beats_uniform_on_another(prepared, untied, tied, windows):
@@ -261,7 +326,7 @@ def test_a_policy_trained_on_one_model_beats_uniform_on_another(prepared, untied
     levels = (4, 5, 6, 8)
     folded, stats = prepared
     loss = exact_sensitivity(folded, windows, levels, "sliding").kld
-    task = Task(rollout.problem(folded, stats, levels), jnp.asarray(loss, jnp.float32))
+    task = Task(inference.problem(folded, stats, levels), jnp.asarray(loss, jnp.float32))
     short = TrainConfig(iterations=20, episodes=8, updates=8, seeds=1, sac=SacConfig(hidden=(32,), batch_size=64))
     with jax.numpy_dtype_promotion("standard"):
         actor = train.run(jax.random.key(0), (task,), short).actor

@@ -1,4 +1,4 @@
-"""Baselines against brute force over all allocations of small problems."""
+"""Allocators against brute force over all allocations of small problems."""
 
 import itertools
 
@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import OptimizeResult
 
-from ramp_jax import baselines
+from ramp_jax.allocators import knapsack as knapsack_module
+from ramp_jax.allocators.evolution import evolution
+from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.allocators.simple import greedy, random, uniform
+from ramp_jax.allocators.tables import _saved, _saved_together, cheapest, exchange, fill, total
 
 
 def random_problem(seed, tensors=4, levels=3):
@@ -19,10 +24,6 @@ def random_problem(seed, tensors=4, levels=3):
     return cost * valid, np.exp(rng.normal(-4, 2, cost.shape)) * valid
 
 
-def total(table, actions):
-    return table[np.arange(len(table)), list(actions)].sum()
-
-
 def feasible(cost, budget):
     choices = itertools.product(*(np.flatnonzero(row) for row in cost))
     return [actions for actions in choices if total(cost, actions) <= budget]
@@ -32,9 +33,9 @@ def feasible(cost, budget):
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
 def test_knapsack_equals_brute_force(seed, share):
     cost, loss = random_problem(seed)
-    cheapest = np.where(cost > 0, cost, 10**6).min(axis=1).sum()
-    budget = int(cheapest + share * (cost.max(axis=1).sum() - cheapest))
-    actions = baselines.knapsack(cost, loss, budget)
+    smallest = np.where(cost > 0, cost, 10**6).min(axis=1).sum()
+    budget = int(smallest + share * (cost.max(axis=1).sum() - smallest))
+    actions = knapsack(cost, loss, budget)
     assert (np.take_along_axis(cost, actions[:, None], 1) > 0).all()
     assert total(cost, actions) <= budget
     best = min(total(loss, choice) for choice in feasible(cost, budget))
@@ -45,47 +46,73 @@ def test_knapsack_by_hand():
     """Ten units: the first tensor earns 5 for 3 more, the second 4 for 1 more, the third 1 for 3 more."""
     cost = np.array([[2, 5], [2, 3], [1, 4]])
     loss = np.array([[6.0, 1.0], [5.0, 1.0], [2.0, 1.0]])
-    assert baselines.knapsack(cost, loss, 10).tolist() == [1, 1, 0]
-    assert baselines.knapsack(cost, loss, 8).tolist() == [1, 0, 0]
-    assert baselines.knapsack(cost, loss, 12).tolist() == [1, 1, 1]
+    assert knapsack(cost, loss, 10).tolist() == [1, 1, 0]
+    assert knapsack(cost, loss, 8).tolist() == [1, 0, 0]
+    assert knapsack(cost, loss, 12).tolist() == [1, 1, 1]
 
 
 def test_knapsack_resolves_small_losses_beside_large_ones():
     """As in a real table: one tensor loses 10⁴ times what the others do."""
     cost = np.array([[10, 20], [10, 20], [10, 20]])
     loss = np.array([[1.0, 0.9], [2e-4, 1e-4], [3e-4, 1e-4]])
-    assert baselines.knapsack(cost, loss, 50).tolist() == [1, 0, 1]
+    assert knapsack(cost, loss, 50).tolist() == [1, 0, 1]
 
 
 def test_knapsack_that_nothing_fits():
-    with pytest.raises(ValueError, match=r"no allocation fits the budget .* choose a larger one"):
-        baselines.knapsack(np.array([[2, 5], [2, 3]]), np.ones((2, 2)), 3)
+    with pytest.raises(ValueError, match=r"no allocation fits the budget; choose a larger one"):
+        knapsack(np.array([[2, 5], [2, 3]]), np.ones((2, 2)), 3)
+
+
+def test_knapsack_without_time_takes_exchanges_and_says_so(caplog):
+    """A budget that has a solution is not called too small where the solver finds none in time."""
+    cost, loss = sized_problem(0, tensors=40)
+    budget = int(cost[:, 0].sum() * 1.3)
+    actions = knapsack(cost, loss, budget, time_limit=0.0)
+    assert "is not solved (Time limit reached" in caplog.text
+    assert total(cost, actions) <= budget
+    assert total(loss, actions) < 1.05 * total(loss, knapsack(cost, loss, budget))
+
+
+@pytest.mark.parametrize("better", ["incumbent", "exchanges"])
+def test_knapsack_takes_the_better_of_a_timed_out_incumbent_and_exchanges(monkeypatch, caplog, better):
+    """No incumbent passes as exact: the cheapest levels lose to exchanges, the optimum does not."""
+    cost, loss = sized_problem(1, tensors=20)
+    budget = int(cost[:, 0].sum() * 1.3)
+    optimum = knapsack(cost, loss, budget)
+    assert caplog.text == ""
+    incumbent = optimum if better == "incumbent" else cheapest(cost, budget)
+    late = OptimizeResult(x=np.eye(cost.shape[1])[incumbent].ravel(), status=1, message="Time limit reached.")
+    monkeypatch.setattr(knapsack_module, "milp", lambda *_, **__: late)
+    actions = knapsack(cost, loss, budget)
+    assert "not exact" in caplog.text
+    assert total(cost, actions) <= budget
+    assert total(loss, actions) < 1.05 * total(loss, optimum) < 0.9 * total(loss, cheapest(cost, budget))
 
 
 def test_uniform_takes_the_highest_level_that_fits():
     cost, loss = np.array([[2, 5, 8], [2, 3, 9]]), np.zeros((2, 3))
-    assert baselines.uniform(cost, loss, 17).tolist() == [2, 2]
-    assert baselines.uniform(cost, loss, 16).tolist() == [1, 1]
-    assert baselines.uniform(cost, loss, 4).tolist() == [0, 0]
+    assert uniform(cost, loss, 17).tolist() == [2, 2]
+    assert uniform(cost, loss, 16).tolist() == [1, 1]
+    assert uniform(cost, loss, 4).tolist() == [0, 0]
     with pytest.raises(ValueError, match="no uniform level fits the budget"):
-        baselines.uniform(cost, loss, 3)
+        uniform(cost, loss, 3)
 
 
 def test_uniform_where_levels_are_masked():
     """The next one below, else above."""
     cost = np.array([[2, 0, 8], [0, 3, 9], [4, 5, 0]])
-    assert baselines.uniform(cost, np.zeros((3, 3)), 22).tolist() == [2, 2, 1]
-    assert baselines.uniform(cost, np.zeros((3, 3)), 21).tolist() == [0, 1, 1]
-    assert baselines.uniform(cost, np.zeros((3, 3)), 9).tolist() == [0, 1, 0]
+    assert uniform(cost, np.zeros((3, 3)), 22).tolist() == [2, 2, 1]
+    assert uniform(cost, np.zeros((3, 3)), 21).tolist() == [0, 1, 1]
+    assert uniform(cost, np.zeros((3, 3)), 9).tolist() == [0, 1, 0]
 
 
 METHODS = {
-    "greedy": baselines.greedy,
-    "random": baselines.random,
-    "evolution": lambda cost, loss, budget: baselines.evolution(
+    "greedy": greedy,
+    "random": random,
+    "evolution": lambda cost, loss, budget: evolution(
         cost, loss, budget, evaluate=lambda actions: total(loss, actions), evaluations=40
     ),
-    "exchanged": lambda cost, loss, budget: baselines.exchanged(cost, loss, budget, baselines.cheapest(cost, budget)),
+    "exchange": lambda cost, loss, budget: exchange(cost, loss, budget, cheapest(cost, budget)),
 }
 
 
@@ -114,10 +141,10 @@ def test_exchanges_are_close_to_the_optimum_and_never_worse_than_greedy():
     for seed in range(30):
         cost, loss = sized_problem(seed)
         budget = int(cost[:, 0].sum() * 1.3)
-        greedy = baselines.greedy(cost, loss, budget)
-        traded = baselines.exchanged(cost, loss, budget, greedy)
-        assert total(loss, traded) <= total(loss, greedy)
-        ratios.append(total(loss, traded) / total(loss, baselines.knapsack(cost, loss, budget)))
+        start = greedy(cost, loss, budget)
+        traded = exchange(cost, loss, budget, start)
+        assert total(loss, traded) <= total(loss, start)
+        ratios.append(total(loss, traded) / total(loss, knapsack(cost, loss, budget)))
     assert min(ratios) > 1 - 1e-5
     assert np.mean(ratios) < 1.02
 
@@ -126,8 +153,8 @@ def test_exchange_by_hand():
     """Nothing more fits; giving up what the second tensor has for the first one's step saves 4 for 1."""
     cost = np.array([[4, 6], [4, 6]])
     loss = np.array([[5.0, 1.0], [2.0, 1.0]])
-    assert baselines.filled(cost, loss, 10, np.array([0, 1])).tolist() == [0, 1]
-    assert baselines.exchanged(cost, loss, 10, np.array([0, 1])).tolist() == [1, 0]
+    assert fill(cost, loss, 10, np.array([0, 1])).tolist() == [0, 1]
+    assert exchange(cost, loss, 10, np.array([0, 1])).tolist() == [1, 0]
 
 
 def test_evolution_asks_as_often_as_it_may_and_improves():
@@ -138,7 +165,7 @@ def test_evolution_asks_as_often_as_it_may_and_improves():
         asked.append(total(loss, actions))
         return asked[-1]
 
-    found = baselines.evolution(cost, loss, budget, evaluate=evaluate, evaluations=203)
+    found = evolution(cost, loss, budget, evaluate=evaluate, evaluations=203)
     assert len(asked) == 203
     assert total(loss, found) == min(asked) < 0.9 * asked[0]
 
@@ -153,8 +180,8 @@ def test_evolution_leaves_a_uniform_allocation_behind(seed):
     cost = (8 * size * np.array([2.625, 3.4375, 4.25, 4.5, 5.5, 6.5625, 8.5])).astype(int)
     loss = scale * 4.0 ** -np.array([2.2, 3.2, 4.2, 4.21, 5.2, 6.2, 8.2])
     budget = int(1.01 * cost[:, 2].sum())
-    found = baselines.evolution(cost, loss, budget, evaluate=lambda a: total(loss, a), evaluations=1000)
-    assert total(loss, found) < 1.35 * total(loss, baselines.knapsack(cost, loss, budget))
+    found = evolution(cost, loss, budget, evaluate=lambda a: total(loss, a), evaluations=1000)
+    assert total(loss, found) < 1.35 * total(loss, knapsack(cost, loss, budget))
 
 
 def random_pairs(rng, cost):
@@ -177,8 +204,8 @@ def test_what_moves_save_counts_pairs(rng):
     pairs = random_pairs(rng, cost)
     actions = rng.integers(0, cost.shape[1], 6)
     before = total_of_pairs(loss, pairs, actions)
-    saved = baselines._saved(loss, actions, pairs)
-    together = baselines._saved_together(actions, pairs)
+    saved = _saved(loss, actions, pairs)
+    together = _saved_together(actions, pairs)
     for (t, a), (u, b) in itertools.permutations(np.ndindex(cost.shape), 2):
         if t != u:
             one, two = actions.copy(), actions.copy()
@@ -199,8 +226,8 @@ def test_exchanges_with_pairs_beat_the_knapsack_without():
         pairs = 0.2 * loss.mean() * random_pairs(rng, cost)
         budget = int(cost[:, 0].sum() * 1.3)
         lowest = min(total_of_pairs(loss, pairs, np.asarray(actions)) for actions in feasible(cost, budget))
-        start = baselines.knapsack(cost, loss, budget)
-        found = baselines.exchanged(cost, loss, budget, start, pairs)
+        start = knapsack(cost, loss, budget)
+        found = exchange(cost, loss, budget, start, pairs)
         assert total(cost, found) <= budget
         assert total_of_pairs(loss, pairs, found) <= total_of_pairs(loss, pairs, start) + 1e-9
         over.append(total_of_pairs(loss, pairs, found) - lowest)

@@ -18,7 +18,7 @@ _PRICES = 128
 _LARGE = 1e30
 
 
-class Yardstick(NamedTuple):
+class LagrangianBound(NamedTuple):
     """Curves over sizes, in units, ascending."""
 
     uniform_units: Float[Array, " A"]
@@ -29,10 +29,10 @@ class Yardstick(NamedTuple):
     """What it loses."""
 
 
-def yardstick(loss: Float[Array, "T A"], cost: Int[Array, "T A"]) -> Yardstick:
+def lagrangian_bound(loss: Float[Array, "T A"], cost: Int[Array, "T A"]) -> LagrangianBound:
     """Size and loss of the uniform allocations (a masked level is replaced by the nearest one above, else below), and
     the sizes of the relaxed solutions."""
-    every = jax.vmap(taken, (None, 0))
+    every = jax.vmap(select, (None, 0))
     valid = cost > 0
     size = cost.astype(jnp.float32)
     level = jnp.arange(loss.shape[1])
@@ -46,36 +46,36 @@ def yardstick(loss: Float[Array, "T A"], cost: Int[Array, "T A"]) -> Yardstick:
     lagrangian = jnp.where(valid, loss, _LARGE)[None] + prices[:, None, None] * size[None]
     chosen = jnp.argmin(lagrangian, axis=-1)  # [P, T]
     units, onward = (from_here_on(every(table, chosen)) for table in (size, loss))
-    return Yardstick(uniform_units[order], uniform_loss[order], units, onward)
+    return LagrangianBound(uniform_units[order], uniform_loss[order], units, onward)
 
 
-def reference_loss(yard: Yardstick, budget: Int[Array, ""]) -> Float[Array, ""]:
+def uniform_loss(bound: LagrangianBound, budget: Int[Array, ""]) -> Float[Array, ""]:
     """The loss of a uniform allocation of that size, log-linear between the levels."""
-    logs = jnp.log(jnp.maximum(yard.uniform_loss, 1e-12))
-    return jnp.exp(jnp.interp(budget.astype(jnp.float32), yard.uniform_units, logs))
+    logs = jnp.log(jnp.maximum(bound.uniform_loss, 1e-12))
+    return jnp.exp(jnp.interp(budget.astype(jnp.float32), bound.uniform_units, logs))
 
 
-def least_loss(yard: Yardstick, left: Int[Array, "*n"], step: Int[Array, ""]) -> Float[Array, "*n"]:
+def least_loss(bound: LagrangianBound, left: Int[Array, "*n"], step: Int[Array, ""]) -> Float[Array, "*n"]:
     """The bound on what the steps from `step` on lose with `left` units."""
-    return jnp.interp(left.astype(jnp.float32), yard.units[:, step], yard.loss[:, step])
+    return jnp.interp(left.astype(jnp.float32), bound.units[:, step], bound.loss[:, step])
 
 
-def unit_of_loss(yard: Yardstick, budget: Int[Array, ""]) -> Float[Array, ""]:
+def unit_of_loss(bound: LagrangianBound, budget: Int[Array, ""]) -> Float[Array, ""]:
     """q_ref: the bound for the whole budget, at least a millionth of what the smallest allocation loses.
 
     A model may hold the highest level without loss, as one that was stored in it.
     """
-    return jnp.maximum(least_loss(yard, budget, 0), 1e-6 * yard.loss[0, 0] + 1e-30)
+    return jnp.maximum(least_loss(bound, budget, 0), 1e-6 * bound.loss[0, 0] + 1e-30)
 
 
 def lookahead(
-    yard: Yardstick, loss: Float[Array, " A"], cost: Int[Array, " A"], left: Int[Array, ""], step: Int[Array, ""]
+    bound: LagrangianBound, loss: Float[Array, " A"], cost: Int[Array, " A"], left: Int[Array, ""], step: Int[Array, ""]
 ) -> Float[Array, " A"]:
     """What each level of step `step` loses, and all later steps at least, with `left` units before it."""
-    return loss + least_loss(yard, left - cost, step + 1)
+    return loss + least_loss(bound, left - cost, step + 1)
 
 
-def taken(table: Num[Array, "T A"], action: Int[Array, " T"]) -> Num[Array, " T"]:
+def select(table: Num[Array, "T A"], action: Int[Array, " T"]) -> Num[Array, " T"]:
     """The entry of each step's action."""
     return jnp.take_along_axis(table, action[:, None], axis=1)[:, 0]
 

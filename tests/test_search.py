@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from ramp_jax import baselines
-from ramp_jax.policy import refine
-from ramp_jax.policy.refine import refined
+from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.policy import search as searching
+from ramp_jax.policy.search import search
 
 COST = np.tile([3, 4, 6], (7, 1))
 LOSS = np.geomspace(1, 20, 7)[:, None] * np.array([1.0, 0.3, 0.02])[None]
@@ -20,21 +20,21 @@ def together(actions):
     return chosen.sum() + 1.5 * np.sqrt(chosen[1:] * chosen[:-1]).sum()
 
 
-def search(evaluations, seed=0):
+def searched(evaluations, seed=0):
     asked = []
 
     def evaluate(actions):
         asked.append(tuple(actions))
         return together(actions)
 
-    start = baselines.knapsack(COST, LOSS, BUDGET)
-    found = refined(COST, LOSS, BUDGET, evaluate=evaluate, evaluations=evaluations, start=[start, start], seed=seed)
+    start = knapsack(COST, LOSS, BUDGET)
+    found = search(COST, LOSS, BUDGET, evaluate=evaluate, evaluations=evaluations, start=[start, start], seed=seed)
     return found, asked
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 7, 40])
 def test_asks_for_what_fits_never_twice_and_keeps_the_best(evaluations):
-    found, asked = search(evaluations)
+    found, asked = searched(evaluations)
     assert len(asked) == len(set(asked)) == evaluations
     assert all(COST[np.arange(7), list(actions)].sum() <= BUDGET for actions in asked)
     assert together(found) == min(together(np.asarray(actions)) for actions in asked)
@@ -44,11 +44,11 @@ def test_finds_the_optimum_that_the_table_cannot_see():
     """Of 2,187 allocations the best one, with 100 evaluations; the knapsack of the table loses more."""
     every = (np.asarray(a) for a in itertools.product(range(3), repeat=7))
     best = min(together(a) for a in every if COST[np.arange(7), a].sum() <= BUDGET)
-    assert together(baselines.knapsack(COST, LOSS, BUDGET)) > 1.01 * best
-    assert together(search(100)[0]) == pytest.approx(best)
+    assert together(knapsack(COST, LOSS, BUDGET)) > 1.01 * best
+    assert together(searched(100)[0]) == pytest.approx(best)
 
 
-def test_an_anchored_table_finds_more_than_one_that_stays(monkeypatch):
+def test_a_corrected_table_finds_more_than_one_that_stays(monkeypatch):
     """30 tensors whose losses the table gets wrong by factors of up to ten: 60 evaluations, mean over 5 seeds."""
     rng = np.random.default_rng(0)
     cost = np.tile([3, 4, 6], (30, 1))
@@ -59,18 +59,18 @@ def test_an_anchored_table_finds_more_than_one_that_stays(monkeypatch):
         return true[np.arange(30), actions].sum()
 
     def mean_loss():
-        start = [baselines.knapsack(cost, table, 120)]
-        found = (refined(cost, table, 120, evaluate=evaluate, evaluations=60, start=start, seed=s) for s in range(5))
+        start = [knapsack(cost, table, 120)]
+        found = (search(cost, table, 120, evaluate=evaluate, evaluations=60, start=start, seed=s) for s in range(5))
         return np.mean([evaluate(actions) for actions in found])
 
-    anchored = mean_loss()
-    monkeypatch.setattr(refine, "anchored", lambda table, evidence: table)
-    assert anchored < 0.95 * mean_loss()
+    corrected = mean_loss()
+    monkeypatch.setattr(searching, "correct_table", lambda table, evidence: table)
+    assert corrected < 0.95 * mean_loss()
 
 
 def test_ends_where_nothing_is_new():
     """Two tensors, nine allocations of which some never come up: the search stops by itself."""
-    found = refined(
+    found = search(
         COST[:2], LOSS[:2], 12, evaluate=lambda a: LOSS[[0, 1], a].sum(), evaluations=1000, start=[np.array([0, 0])]
     )
     assert found.tolist() == [2, 2]

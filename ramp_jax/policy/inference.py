@@ -1,6 +1,7 @@
 """A trained policy: how it is saved, and how it allocates for a model it may never have seen."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,32 +10,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization
-from jaxtyping import Float, Int
 
-from ramp_jax import baselines
 from ramp_jax.allocation import Allocation, Costs, check_budget, costs, from_levels
-from ramp_jax.baselines import Actions
+from ramp_jax.allocators import Actions, Allocator, Problem
+from ramp_jax.allocators.allocator import (
+    RULES,
+    by_evolution,
+    by_rule,
+    by_table,
+    estimated_optimum,
+    expected_loss,
+    pairs_of,
+    tables,
+)
+from ramp_jax.allocators.tables import exchange, fill
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import LEVELS
 from ramp_jax.models import Model, allocatable
-from ramp_jax.policy import embedding, refine
-from ramp_jax.policy.env import CONTEXT, Problem
-from ramp_jax.policy.train import greedy, sampled
+from ramp_jax.policy import embedding, networks
+from ramp_jax.policy.env import CONTEXT
+from ramp_jax.policy.networks import Params
+from ramp_jax.policy.search import refine
+from ramp_jax.policy.train import greedy, sample
 from ramp_jax.quantization import Stats
+from ramp_jax.sensitivity.table import Sensitivity
 
 POLICY_FILE = "policy.msgpack"
 _MOST_DOUBT = 1.15  # of its own optimum, that the estimate may expect a policy's choice to lose
-_DRAWN = 16  # of so many true evaluations, one goes to a draw
 
 PRETRAINED = "pretrained"
 """Name of the policy that comes with the package; configs/pretrained.py made it."""
+EVOLUTION = "evolution"
+"""Name of the allocator that knows nothing but true evaluations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """An actor and what it was trained for. `trained_on` names the models, `fold_level` the level of Scale Folding."""
 
-    actor: Any
+    actor: Params
     hidden: tuple[int, ...]
     levels: tuple[float, ...]
     fold_level: float
@@ -46,6 +60,12 @@ class Policy:
         content = {**vars(self), "actor": jax.tree.map(np.asarray, self.actor)}
         tuples = {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
         write_bytes(Path(folder) / POLICY_FILE, serialization.msgpack_serialize(content | tuples))
+
+    def allocator(self) -> Allocator:
+        """The policy as one way of choosing among others."""
+        name = f"policy trained on {' '.join(self.trained_on)}"
+        chosen, drawn = functools.partial(choose, self), functools.partial(draw, self)
+        return Allocator(name, self.levels, self.fold_level, chosen, draw=drawn)
 
 
 def load_policy(source: str | Path) -> Policy:
@@ -68,13 +88,18 @@ def load_policy(source: str | Path) -> Policy:
             f"the policy in {source} was trained on version {policy.embedding_version} of the embedding, this program "
             f"computes version {embedding.VERSION}; train it again."
         )
-    seen, shown = (
-        policy.actor["params"]["Dense_0"]["kernel"].shape[0],
-        len(embedding.NAMES) + CONTEXT + len(policy.levels),
-    )
-    if seen != shown:
-        raise ValueError(f"the policy in {source} observes {seen} numbers, this program shows {shown}; train it again.")
+    shown = len(embedding.NAMES) + CONTEXT + len(policy.levels)
+    network = networks.actor(policy.hidden, len(policy.levels))
+    expected = jax.eval_shape(lambda: network.init(jax.random.key(0), shown))
+    if _shapes(policy.actor) != _shapes(expected):
+        raise ValueError(
+            f"the policy in {source} is no network of the {shown} numbers that this program shows it; train it again."
+        )
     return policy
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def problem(model: Model, stats: Stats, levels: tuple[float, ...], table: Costs | None = None) -> Problem:
@@ -90,11 +115,37 @@ def problem(model: Model, stats: Stats, levels: tuple[float, ...], table: Costs 
         jnp.asarray(levels, jnp.float32),
         jnp.asarray(loss[:, mine], jnp.float32),
         jnp.asarray(estimate.pairs[:, mine][..., mine]),
+        float(table.unit),
     )
 
 
+def find_allocator(source: str | Path, *, levels: tuple[float, ...] | None = None, evaluations: int = 0) -> Allocator:
+    """The allocator that `source` names, refined by `evaluations` true evaluations where there are any.
+
+    `fisher`, `greedy`, `uniform` and `random` choose among `levels`, by default all, and so does `evolution`, which
+    spends the evaluations itself. An `.npz` is a sensitivity table of the model, of which the knapsack is taken. All
+    else is what `load_policy` finds. Raises `ValueError` for evolution without evaluations, and where a policy or a
+    table has other levels.
+    """
+    chosen = LEVELS if levels is None else tuple(sorted(set(levels)))
+    if source == EVOLUTION:
+        if not evaluations:
+            raise ValueError("evolution searches by true evaluations; say how many with --refine_evals=N.")
+        return by_evolution(chosen, evaluations)
+    if source in RULES:
+        found = by_rule(str(source), chosen)
+    elif Path(source).suffix == ".npz":
+        table = Sensitivity.load(source)
+        found = by_table(table.kld, table.levels, table.seconds)
+    else:
+        found = load_policy(source).allocator()
+    if levels is not None and source not in RULES:
+        check_levels(found, levels)
+    return refine(found, evaluations) if evaluations else found
+
+
 def allocate(
-    policy: Policy | None,
+    source: Policy | Allocator,
     model: Model,
     stats: Stats,
     *,
@@ -102,24 +153,18 @@ def allocate(
     evaluate: Callable[[Actions], float] | None = None,
     evaluations: int = 0,
 ) -> Allocation:
-    """The policy's allocation of `model` (folded as it is to be quantized) for a file of at most `budget_bytes`.
+    """What a policy or any other allocator chooses for `model` (folded as it is to be quantized) and `budget_bytes`.
 
-    Without a policy it is the optimum of the estimated losses over all levels (`estimated_optimum`). With
-    `evaluations`, that many calls of `evaluate` refine it, a loss of level indices in forward order (as of
-    `variants.measuring`); else nothing of the model is evaluated. Raises `ValueError` with the reachable range where no
-    file of that size exists.
+    With `evaluations`, that many calls of `evaluate` refine it, a loss of level indices in forward order (as of
+    `variants.measuring`); else nothing of the model is evaluated, unless the allocator does. Raises `ValueError` with
+    the reachable range where no file of that size exists, and where evaluations are needed and `evaluate` is missing.
     """
-    levels = LEVELS if policy is None else policy.levels
-    table = costs(model, levels)
+    allocator = source.allocator() if isinstance(source, Policy) else source
+    allocator = refine(allocator, evaluations) if evaluations else allocator
+    table = costs(model, allocator.levels)
     check_budget(table, budget_bytes)
-    known, units = problem(model, stats, levels, table), table.units(budget_bytes)
-
-    def allocation(action: Actions) -> Allocation:
-        return from_levels(model, [levels[a] for a in action])
-
-    if evaluations and evaluate is not None:
-        return allocation(refined(policy, known, units, evaluate, evaluations))
-    return allocation(estimated_optimum(known, units) if policy is None else choose(policy, known, units))
+    known = problem(model, stats, allocator.levels, table)._replace(evaluate=evaluate)
+    return from_levels(model, [allocator.levels[a] for a in allocator.choose(known, table.units(budget_bytes))])
 
 
 def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -> Actions:
@@ -130,57 +175,31 @@ def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -
     gives back what a large embedding took from all others, so where the estimate expects the end to lose far more than
     its own optimum does, that optimum is taken.
     """
-    action = np.asarray(greedy(policy.actor, known, jnp.int32(units), policy.hidden))
+    action = np.asarray(greedy(policy.actor, _arrays(known), jnp.int32(units), policy.hidden))
     if not repair:
         return action
-    repaired = baselines.exchanged(*_tables(known), units, action, _pairs(known))
+    repaired = exchange(*tables(known), units, action, pairs_of(known))
     optimum = estimated_optimum(known, units)
-    return repaired if _expected(known, repaired) <= _MOST_DOUBT * _expected(known, optimum) else optimum
+    return repaired if expected_loss(known, repaired) <= _MOST_DOUBT * expected_loss(known, optimum) else optimum
 
 
-def draws(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) -> list[Actions]:
+def draw(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) -> list[Actions]:
     """`count` allocations drawn from the actor's probabilities, what is left spent."""
     keys = jax.random.split(jax.random.key(seed), count)
-    actions = np.asarray(sampled(policy.actor, known, jnp.int32(units), keys, policy.hidden))
-    return [baselines.filled(*_tables(known), units, action) for action in actions]
+    actions = np.asarray(sample(policy.actor, _arrays(known), jnp.int32(units), keys, policy.hidden))
+    return [fill(*tables(known), units, action) for action in actions]
 
 
-def estimated_optimum(known: Problem, units: int) -> Actions:
-    """Least estimated loss: the exact knapsack of single losses and, where pairs are known, exchanges from there."""
-    optimum = baselines.knapsack(*_tables(known), units)
-    return optimum if known.pairs is None else baselines.exchanged(*_tables(known), units, optimum, _pairs(known))
+def _arrays(known: Problem) -> Problem:
+    """What jitted functions take of a problem."""
+    return known._replace(evaluate=None)
 
 
-def refined(
-    policy: Policy | None, known: Problem, units: int, evaluate: Callable[[Actions], float], evaluations: int
-) -> Actions:
-    """The least true loss that `evaluations` calls of `evaluate` find, the choice without them among them.
-
-    The optimum of the estimate and some allocations drawn from the policy come first, then `refine.refined` goes on.
-    """
-    start = [estimated_optimum(known, units)]
-    if policy is not None:
-        start = [choose(policy, known, units), *start, *draws(policy, known, units, evaluations // _DRAWN)]
-    return refine.refined(*_tables(known), units, evaluate=evaluate, evaluations=evaluations, start=start)
-
-
-def _tables(known: Problem) -> tuple[Int[np.ndarray, "T A"], Float[np.ndarray, "T A"]]:
-    return np.asarray(known.cost, np.int64), np.asarray(known.expected, np.float64)
-
-
-def _expected(known: Problem, action: Actions) -> float:
-    return baselines.total_loss(np.asarray(known.expected, np.float64), action, _pairs(known))
-
-
-def _pairs(known: Problem) -> Float[np.ndarray, "T A T A"] | None:
-    return None if known.pairs is None else np.asarray(known.pairs, np.float64)
-
-
-def check_levels(policy: Policy, levels: tuple[float, ...]) -> None:
-    """Raise `ValueError` where a policy chooses among other levels than those asked for."""
-    if policy.levels != levels:
+def check_levels(found: Policy | Allocator, levels: tuple[float, ...]) -> None:
+    """Raise `ValueError` where a policy, or a measured table's allocator, has other levels than those asked for."""
+    if found.levels != levels:
         raise ValueError(
-            f"the policy was trained for levels {_list(policy.levels)}, not {_list(levels)}; "
+            f"the policy or table was made for levels {_list(found.levels)}, not {_list(levels)}; "
             f"ask for its levels or train a policy with --config.levels={_list(levels)}."
         )
 

@@ -1,0 +1,125 @@
+"""What an allocator may know, and the record that all of them share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ramp_jax.allocators.evolution import evolution
+from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.allocators.simple import greedy, random, uniform
+from ramp_jax.allocators.tables import Actions, Cost, Loss, Pairs, exchange, total_loss
+
+UNIT_BYTES = 32
+"""Bytes of a unit of files below 64 GiB."""
+FOLD_LEVEL = 4.5
+"""Level of Scale Folding for whom no training decided it."""
+
+
+class Problem(NamedTuple):
+    """What an allocator may know of a model: nothing that needs an evaluation of it, but for `evaluate`."""
+
+    embedding: Float[Array, "T E"]
+    weights: Float[Array, " T"]
+    """Weights per tensor."""
+    cost: Int[Array, "T A"]
+    """Units of the tensor's data at each level, 0 where the level is masked."""
+    bits: Float[Array, " A"]
+    """Nominal bits of each level."""
+    expected: Float[Array, "T A"]
+    """What each level is estimated to lose, up to one factor for the whole model."""
+    pairs: Float[Array, "T A T A"] | None = None
+    """What two tensors at two levels are estimated to lose beyond that; no observation shows it, repair looks at it."""
+    unit: Float[Array, ""] | float = float(UNIT_BYTES)
+    """Bytes of a unit."""
+    evaluate: Callable[[Actions], float] | None = None
+    """What an allocation truly loses, for whoever may ask; a problem that has it is no argument of jitted functions."""
+
+
+def _draw_none(problem: Problem, budget: int, count: int) -> list[Actions]:
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocator:
+    """A way of choosing: `choose` maps a problem and a budget in its units to one index into `levels` per tensor.
+
+    The model is folded for `fold_level` first. `evaluations` counts the calls of `Problem.evaluate` that a choice may
+    make, `seconds` what it needed of the model beforehand (a measured table). `draw` proposes allocations that a
+    search may start from beside the choice. Who decides on formats, as llama.cpp's mixes do, names their levels.
+    """
+
+    name: str
+    levels: tuple[float, ...]
+    fold_level: float
+    choose: Callable[[Problem, int], Actions]
+    evaluations: int = 0
+    seconds: float = 0.0
+    draw: Callable[[Problem, int, int], list[Actions]] = _draw_none
+
+
+def estimated_optimum(problem: Problem, budget: int) -> Actions:
+    """Least estimated loss: the exact knapsack of single losses and, where pairs are known, exchanges from there."""
+    optimum, pairs = knapsack(*tables(problem), budget), pairs_of(problem)
+    return optimum if pairs is None else exchange(*tables(problem), budget, optimum, pairs)
+
+
+RULES: Mapping[str, Callable[[Problem, int], Actions]] = {
+    "fisher": estimated_optimum,
+    "greedy": lambda problem, budget: greedy(*tables(problem), budget),
+    "uniform": lambda problem, budget: uniform(*tables(problem), budget),
+    "random": lambda problem, budget: random(*tables(problem), budget),
+}
+"""Choices that need neither training nor evaluations, by name."""
+
+
+def by_rule(name: str, levels: tuple[float, ...]) -> Allocator:
+    """One of `RULES` over these levels."""
+    return Allocator(name, levels, FOLD_LEVEL, RULES[name])
+
+
+def by_evolution(levels: tuple[float, ...], evaluations: int) -> Allocator:
+    """Evolution from the uniform allocation; its choice raises `ValueError` where a problem cannot be evaluated."""
+
+    def choose(problem: Problem, budget: int) -> Actions:
+        return evolution(*tables(problem), budget, evaluate=true_loss(problem), evaluations=evaluations)
+
+    return Allocator("evolution", levels, FOLD_LEVEL, choose, evaluations)
+
+
+def by_table(loss: Loss, levels: tuple[float, ...], seconds: float) -> Allocator:
+    """The knapsack of a table that was measured on the model; its choice raises `ValueError` for another model's."""
+
+    def choose(problem: Problem, budget: int) -> Actions:
+        cost, _ = tables(problem)
+        if cost.shape != loss.shape:
+            raise ValueError(
+                f"the table holds {len(loss)} tensors, the model {len(cost)}; measure one with launch/train.py."
+            )
+        return knapsack(cost, loss, budget)
+
+    return Allocator("knapsack", levels, FOLD_LEVEL, choose, seconds=seconds)
+
+
+def tables(problem: Problem) -> tuple[Cost, Loss]:
+    """Units and estimated loss of each level, on the host."""
+    return np.asarray(problem.cost, np.int64), np.asarray(problem.expected, np.float64)
+
+
+def pairs_of(problem: Problem) -> Pairs | None:
+    """What pairs are estimated to lose, on the host."""
+    return None if problem.pairs is None else np.asarray(problem.pairs, np.float64)
+
+
+def expected_loss(problem: Problem, actions: Actions) -> float:
+    """What an allocation is estimated to lose, pairs included."""
+    return total_loss(tables(problem)[1], actions, pairs_of(problem))
+
+
+def true_loss(problem: Problem) -> Callable[[Actions], float]:
+    """`problem.evaluate`; raises `ValueError` where there is none."""
+    if problem.evaluate is None:
+        raise ValueError("the allocator needs true evaluations of the model; pass `evaluate`.")
+    return problem.evaluate
