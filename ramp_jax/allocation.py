@@ -54,6 +54,16 @@ class Allocation:
         for tensor in allocatable(self.spec):
             get_format(self.formats[tensor.name]).row_bytes(tensor.shape[-1])
 
+    @classmethod
+    def uniform(cls, model: Model, fmt: str) -> "Allocation":
+        """One format for all that is allocated of `model`, folded as it is.
+
+        Raises `ValueError` where it cannot hold a row.
+        """
+        return cls(
+            model.spec, model.metadata, dict.fromkeys((t.name for t in allocatable(model.spec)), fmt), _host(model)
+        )
+
     @functools.cached_property
     def file_bytes(self) -> int:
         """Size of the exported GGUF."""
@@ -177,7 +187,7 @@ def from_levels(model: Model, levels: Iterable[float]) -> Allocation:
         if fmt is None:
             raise ValueError(f"{tensor.name} has rows of {tensor.shape[-1]} weights, which level {level} cannot hold.")
         formats[tensor.name] = fmt.name
-    return Allocation(model.spec, model.metadata, formats, {name: np.asarray(s) for name, s in model.folding.items()})
+    return Allocation(model.spec, model.metadata, formats, _host(model))
 
 
 def costs(model: Model, levels: tuple[float, ...]) -> Costs:
@@ -253,6 +263,11 @@ def calibration_text(metadata: Metadata) -> str | None:
     """Fingerprint of the text that an exported file was calibrated on, None where it does not say."""
     pair = metadata.get(_CALIBRATION_TEXT)
     return None if pair is None or pair.value == _UNKNOWN_TEXT else str(pair.value)
+
+
+def _host(model: Model) -> dict[str, Float[np.ndarray, " C"]]:
+    """The model's folding as it is saved."""
+    return {name: np.asarray(s) for name, s in model.folding.items()}
 
 
 def _padded(size: int) -> int:

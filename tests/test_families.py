@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import uniform
 
 from ramp_jax import data
-from ramp_jax.allocation import from_levels
+from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import allocatable, load_model, tensors
@@ -75,7 +74,7 @@ def test_what_sets_the_families_apart(family, model):
 
 def test_gguf_holds_what_llama_cpp_reads(family, model, tmp_path):
     """Names by gguf's own table, rows in HF order, Gemma's gains with their 1."""
-    export_gguf(model, uniform(model, "F32"), tmp_path / "out.gguf")
+    export_gguf(model, Allocation.uniform(model, "F32"), tmp_path / "out.gguf")
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     stored = {t.name: t.data for t in reader.tensors}
     table = gguf.get_tensor_name_map(ARCHITECTURES[family], tiny.LAYERS)
@@ -93,7 +92,7 @@ def test_gguf_holds_what_llama_cpp_reads(family, model, tmp_path):
 
 
 def test_exported_file_is_the_same_model(model, windows, tmp_path):
-    export_gguf(model, uniform(model, "F32"), tmp_path / "out.gguf")
+    export_gguf(model, Allocation.uniform(model, "F32"), tmp_path / "out.gguf")
     loaded = load_model(str(tmp_path / "out.gguf"))
     assert close_specs(loaded.spec, model.spec)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.tree.map(np.asarray, model.params))
@@ -101,7 +100,7 @@ def test_exported_file_is_the_same_model(model, windows, tmp_path):
 
 
 def test_llama_cpp_agrees(model, windows, tmp_path):
-    export_gguf(model, uniform(model, "F32"), tmp_path / "out.gguf")
+    export_gguf(model, Allocation.uniform(model, "F32"), tmp_path / "out.gguf")
     ours = evaluate(model, windows, protocol="sliding")
     theirs = evaluate_gguf(tmp_path / "out.gguf", windows, reference=model, protocol="sliding")
     assert theirs.ppl == pytest.approx(ours.ppl, rel=1e-3)
@@ -136,7 +135,7 @@ def test_sensitivity_is_what_quantizing_one_tensor_costs(model, windows):
     assert chosen[0] == "token_embd.weight"
     table = exact_sensitivity(model, windows, (4,), "sliding", tensors=chosen)
     for name, (cost,) in zip(table.tensors, table.kld, strict=True):
-        allocation = uniform(model, "F32")
+        allocation = Allocation.uniform(model, "F32")
         allocation = dataclasses.replace(allocation, formats={**allocation.formats, name: "IQ4_NL"})
         changed = fake_quantize(model, allocation)
         expected = evaluate(model, windows, params=changed, reference=model, protocol="sliding").mean_kld

@@ -8,6 +8,7 @@ import llama_cpp
 import pytest
 import tiny
 
+from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.halo.llama_quantize import captured_log
@@ -24,7 +25,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def path(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    export_gguf(model, tiny.uniform(model, "Q8_0"), path)
+    export_gguf(model, Allocation.uniform(model, "Q8_0"), path)
     return path
 
 

@@ -14,7 +14,6 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import uniform
 
 from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.halo import export, llama_quantize, report
@@ -47,7 +46,7 @@ def folded(untied, stats):
 def reference(untied, tmp_path_factory):
     """The untied model as an F16 GGUF."""
     path = tmp_path_factory.mktemp("gguf") / "reference.gguf"
-    export_gguf(untied, uniform(untied, "F16"), path)
+    export_gguf(untied, Allocation.uniform(untied, "F16"), path)
     return path
 
 
@@ -118,11 +117,11 @@ def test_nothing_is_left_of_an_export_that_fails(untied, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(export, "_encoded", fail)
         with pytest.raises(RuntimeError, match="stopped"):
-            export_gguf(untied, uniform(untied, "Q4_0"), tmp_path / "out.gguf")
+            export_gguf(untied, Allocation.uniform(untied, "Q4_0"), tmp_path / "out.gguf")
     with monkeypatch.context() as patched:
         patched.setattr(Allocation, "file_bytes", 1)
         with pytest.raises(ValueError, match="1 were predicted"):
-            export_gguf(untied, uniform(untied, "Q4_0"), tmp_path / "out.gguf")
+            export_gguf(untied, Allocation.uniform(untied, "Q4_0"), tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     assert (tmp_path / "out.gguf").read_bytes() == b"old"
 
@@ -131,20 +130,20 @@ def test_folder_that_cannot_be_written(untied, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for output in (tmp_path / "file" / "out.gguf", tmp_path / "nowhere" / "out.gguf", tmp_path):
         with pytest.raises(OSError, match=r"cannot write .*; choose another output\.$"):
-            export_gguf(untied, uniform(untied, "Q4_0"), output)
+            export_gguf(untied, Allocation.uniform(untied, "Q4_0"), output)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_allocation_of_another_model_is_refused(untied, tied, tmp_path):
     with pytest.raises(ValueError, match="made for another model"):
-        export_gguf(untied, uniform(tied, "Q4_0"), tmp_path / "out.gguf")
+        export_gguf(untied, Allocation.uniform(tied, "Q4_0"), tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["F32", "F16"])
 def test_llama_cpp_agrees_on_floats(model, windows, tmp_path, name):
     """Same tokens, within 0.1 % of perplexity."""
-    allocation = uniform(model, name)
+    allocation = Allocation.uniform(model, name)
     export_gguf(model, allocation, tmp_path / "out.gguf")
     ours = evaluate(model, windows, params=fake_quantize(model, allocation), protocol="sliding")
     theirs = evaluate_gguf(tmp_path / "out.gguf", windows, protocol="sliding")
@@ -189,7 +188,7 @@ def test_llama_cpp_s_own_mixes(untied, stats, windows, reference, tmp_path):
     size = llama_quantize.quantize(reference, better_path, "Q4_0", importance_of(untied.spec, stats))
     assert size == better_path.stat().st_size
     plain_model, better = load_model(str(plain_path)), load_model(str(better_path))
-    rounded = fake_quantize(load_model(str(reference)), uniform(untied, "Q4_0"))
+    rounded = fake_quantize(load_model(str(reference)), Allocation.uniform(untied, "Q4_0"))
     equal(plain_model.params["blk"], jax.tree.map(np.asarray, rounded["blk"]))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (plain_model.params, better.params)), strict=True))
     klds = [evaluate(m, windows, reference=untied, protocol="sliding").mean_kld for m in (plain_model, better)]
@@ -304,7 +303,7 @@ def test_plot_shows_the_level_of_every_layer_and_module(untied):
 
 
 def test_plot_of_one_level_and_one_seed(tied):
-    assert report.png(report.plot_allocation(uniform(tied, "F16").summary())).startswith(b"\x89PNG")
+    assert report.png(report.plot_allocation(Allocation.uniform(tied, "F16").summary())).startswith(b"\x89PNG")
     rows = [{name: value[:1] if isinstance(value, list) else value for name, value in row.items()} for row in METRICS]
     figure = report.plot_training(rows)
     assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]

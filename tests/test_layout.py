@@ -128,7 +128,9 @@ def test_runs_cover_every_block_with_its_kind(seed):
     made = blocks(rng.choice(list("abc"), rng.integers(1, 14)))
     covered = [made[first] for run in runs(made) for _ in range(run.count) for first in run.firsts]
     assert tuple(covered) == made
-    indices = [range(first, run.first + run.period * run.count, run.period) for run in runs(made) for first in run.firsts]
+    indices = [
+        range(first, run.first + run.period * run.count, run.period) for run in runs(made) for first in run.firsts
+    ]
     assert sorted(index for part in indices for index in part) == list(range(len(made)))
     entries = by_run(made, list)
     assert [list(part) for run in entries for part in run] == [list(part) for part in indices]

@@ -202,9 +202,7 @@ def test_text_that_the_allocation_was_calibrated_on(untied, tmp_path):
         calibrated = dataclasses.replace(allocation, calibration=known)
         calibrated.save(path)
         for source in ("builtin", str(copy)):
-            sentence = (
-                f"alloc.json was calibrated on the first four fifths of '{source}'; score it with --split=hel"
-            )
+            sentence = f"alloc.json was calibrated on the first four fifths of '{source}'; score it with --split=hel"
             with pytest.raises(ValueError, match=sentence):
                 ramp_jax.evaluate(untied, allocation=path, data=source, split="all", **SHORT)
     assert ramp_jax.evaluate(untied, allocation=path, reference=untied, **SHORT)["kld"] > 0.01

@@ -18,9 +18,8 @@ from transformers import (
 )
 
 from ramp_jax import data
-from ramp_jax.allocation import Allocation
 from ramp_jax.halo import libggml
-from ramp_jax.models import allocatable, tensors
+from ramp_jax.models import tensors
 
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
 VOCABULARY = 320
@@ -69,11 +68,6 @@ def hf_model(tied):
         tie_word_embeddings=tied,
     )
     return drawn(LlamaForCausalLM(config), seed=int(tied))
-
-
-def uniform(model, name):
-    """One format for all that is allocated."""
-    return Allocation(model.spec, model.metadata, dict.fromkeys((t.name for t in allocatable(model.spec)), name))
 
 
 def tensor_of(model, name):

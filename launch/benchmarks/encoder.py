@@ -75,7 +75,7 @@ def encoder(repeats: int) -> dict[str, Any]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "F16.gguf"
-        export_gguf(model, _uniform(model, None), source)
+        export_gguf(model, Allocation.uniform(model, "F16"), source)
         for case in _CASES.value:
             rows += _case(bench, case, source, Path(folder))
     costs = {"calibration": cost, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -87,7 +87,8 @@ def encoder(repeats: int) -> dict[str, Any]:
 def _case(bench: Bench, case: str, source: Path, folder: Path) -> list[Row]:
     model, rows, path = bench.model, [], folder / "llama.gguf"
     importance = importance_of(model.spec, bench.stats)
-    uniform = _uniform(model, int(case)) if case.isdigit() else None
+    level = _level(case)
+    uniform = None if level is None else _uniform(model, level)
     base, types = ("Q4_0", uniform.formats) if uniform else (case, {"token_embd.weight": "F16"})
     cost, _ = _cost(lambda: llama_quantize.quantize(source, path, base, importance, types))
     stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
@@ -97,12 +98,16 @@ def _case(bench: Bench, case: str, source: Path, folder: Path) -> list[Row]:
     best = Encoder("best", importance)
     for column, encoder in {"plain": REFERENCE, "best": best}.items():
         rows.append(_rounded(bench, case, column, model, allocation, lambda _, e=encoder: e, {}))
-    level = int(case) if case.isdigit() else _FOLD_LEVEL
-    cost, folded = _cost(lambda: fold(model, bench.stats, level, second=bench.second))
+    cost, folded = _cost(lambda: fold(model, bench.stats, level or _FOLD_LEVEL, second=bench.second))
     rows.append(_rounded(bench, case, "best, folded", folded, allocation, lambda _: best, cost))
     make = lambda m: compensate(m, allocation, bench.fit, best)  # noqa: E731
     rows.append(_rounded(bench, case, "compensated, folded", folded, allocation, make, cost))
     return rows
+
+
+def _level(case: str) -> float | None:
+    """The level that a case names, None for a mix."""
+    return float(case) if case.replace(".", "", 1).isdigit() else None
 
 
 def _rounded(
@@ -118,11 +123,11 @@ def _rounded(
     return bench.scored(case, column, model, params, {name: cost[name] + before.get(name, 0.0) for name in cost})
 
 
-def _uniform(model: Model, level: float | None) -> Allocation:
+def _uniform(model: Model, level: float) -> Allocation:
     """Every block tensor at the level where it can hold the rows, all else F16."""
 
     def name(n_in: int) -> str:
-        fmt = None if level is None else format_for(level, n_in)
+        fmt = format_for(level, n_in)
         return "F16" if fmt is None else fmt.name
 
     formats = {t.name: "F16" if t.layer is None else name(t.shape[-1]) for t in allocatable(model.spec)}

@@ -30,7 +30,7 @@ from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
-from ramp_jax.models import Model, allocatable, load_model
+from ramp_jax.models import Model, load_model
 from ramp_jax.policy import inference
 from ramp_jax.policy.inference import Policy, check_levels, load_policy
 from ramp_jax.policy.search import refine
@@ -155,8 +155,7 @@ def _mixes(
     """llama.cpp's mixes: name, file bytes, mean KL divergence."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "F16.gguf"
-        plain = {tensor.name: "F16" for tensor in allocatable(model.spec)}
-        export_gguf(model, Allocation(model.spec, model.metadata, plain), source)
+        export_gguf(model, Allocation.uniform(model, "F16"), source)
         for mix in _MIXES.value:
             path = Path(folder) / f"{mix}.gguf"
             size = llama_quantize.quantize(source, path, mix, importance_of(model.spec, stats))

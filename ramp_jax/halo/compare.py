@@ -119,15 +119,16 @@ def compare(
     bench = Bench(model, heldout, reference, encoder, calibration, weighted, workdir, with_llama_cpp)
 
     source = workdir / "reference-F16.gguf"
-    export_gguf(model, Allocation(model.spec, model.metadata, dict.fromkeys(ours.formats, "F16")), source)
+    export_gguf(model, Allocation.uniform(model, "F16"), source)
     rows = [bench.row("reference F16", source, 0.0)]
-    uniform = dataclasses.replace(ours, formats=dict.fromkeys(ours.formats, UNIFORM))
+    folded = refold(model, ours.folding)
+    uniform = Allocation.uniform(folded, UNIFORM)
     rows.append(bench.row(f"uniform {UNIFORM}", bench.export(uniform, f"uniform-{UNIFORM}"), 0.0))
     started = time.monotonic()
     if with_llama_cpp and (mix := bench.mix(source, budget)):
         name, path = mix
         rows.append(bench.row(f"llama.cpp {name} + imatrix", path, time.monotonic() - started))
-    best, seconds = _knapsack(refold(model, ours.folding), Sensitivity.load(sensitivity_path), budget)
+    best, seconds = _knapsack(folded, Sensitivity.load(sensitivity_path), budget)
     rows.append(bench.row("knapsack", bench.export(best, f"knapsack-{budget}"), seconds))
     rows.append(bench.row("RAMP policy", gguf_path, notes["seconds"]))
     content = {
