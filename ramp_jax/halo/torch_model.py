@@ -27,7 +27,7 @@ def torch_model(model: Model) -> "PreTrainedModel":
         raise RuntimeError(f"torch is not installed ({error}); run `pip install 'ramp-jax[test]'`.") from error
     spec, family = model.spec, model.spec.family
     described = hf_config(spec)
-    config = transformers.AutoConfig.for_model(described["model_type"], **described)
+    config = transformers.AutoConfig.for_model(described.pop("model_type"), **described)
     with torch.device("meta"):
         made = getattr(transformers, family.hf)(config)
     made.to_empty(device="cpu")
