@@ -28,6 +28,7 @@ from ramp_jax.policy.train import Task, TrainConfig
 from ramp_jax.quantization import calibrate, fake_quantize, fold
 from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity.exact import exact_sensitivity
+from ramp_jax.sensitivity.table import Sensitivity
 
 LEVELS, HIDDEN = (4, 5, 8), (16,)
 
