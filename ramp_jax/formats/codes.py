@@ -1,6 +1,8 @@
 """What blocks hold between bytes: integer codes and f16 scales, and the weights that they stand for.
 
-Decoders are jittable and vmappable and equal ggml's dequantization of the same bytes.
+Decoders are jittable and vmappable and equal ggml's dequantization of the same bytes bit for bit: a scale in f16 times
+its integers has at most 24 bits, so only sums are rounded, whatever the compiler fuses. Products that are f32 denormals
+are zeros where a backend flushes them.
 """
 
 from typing import NamedTuple

@@ -18,7 +18,7 @@ a closed form, with it a search. Everything is jittable and vmappable.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ramp_jax.formats import search
 from ramp_jax.formats.codes import AffineCodes, ScaledCodes
@@ -88,7 +88,7 @@ def encode_iq4_nl(w: Weights, importance: Importance = None) -> ScaledCodes:
 def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes:
     blocks = blocks_of(w, BLOCK)
     if importance is None:
-        largest = _element(blocks, jnp.argmax(jnp.abs(blocks), axis=-1))
+        largest = search.first_largest(jnp.moveaxis(blocks, -1, 0))
         d = jnp.where(largest == 0, 0.0, largest) / -half  # C starts from +0, which no zero of a block replaces
         unsigned = truncate_sum(blocks * reciprocal(d)[..., None], half + 0.5)
         q = jnp.clip(unsigned, 0, 2 * half - 1) - half
@@ -102,8 +102,8 @@ def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes
 def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
     blocks = blocks_of(w, BLOCK)
     if importance is None:
-        low, high = (_element(blocks, find(blocks, axis=-1)) for find in (jnp.argmin, jnp.argmax))
-        d = divide(high - low, top)
+        low, high = search.first_smallest(jnp.moveaxis(blocks, -1, 0)), jnp.max(blocks, axis=-1)
+        d = divide(jnp.where(high > low, high - low, 0.0), top)
         q = jnp.minimum(truncate_sum((blocks - low[..., None]) * reciprocal(d)[..., None], 0.5), top)
         return AffineCodes(to_f16(d), to_f16(low), q.astype(jnp.uint8))
     one = opaque_one(w)
@@ -112,11 +112,6 @@ def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
     scale, low, q = map_lanes(lambda a, b: search.search_affine(a, b, grid, one), LANES, _lanes(blocks), weight)
     d, m = (to_f16(_rows(a, blocks)) for a in (scale, -low))
     return AffineCodes(d, m, _rows(q, blocks).astype(jnp.uint8))
-
-
-def _element(blocks: Float[Array, "*rows B 32"], index: Int[Array, "*rows B"]) -> Float[Array, "*rows B"]:
-    """One element per block: unlike a minimum, it keeps the sign of the zero that C's comparisons choose."""
-    return jnp.take_along_axis(blocks, index[..., None], axis=-1)[..., 0]
 
 
 def _row_weights(w: Weights, importance: Float[Array, " I"], one: jax.Array) -> Float[Array, "32 N"]:

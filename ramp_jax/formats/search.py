@@ -41,13 +41,13 @@ class AffineGrid(NamedTuple):
         return (np.float32(self.first) + np.float32(self.step) * i) + np.float32(self.top)
 
 
-def first_largest(x: Float[Array, "E N"]) -> Float[Array, " N"]:
-    """Per lane the element of largest magnitude, the first of equals, with its sign."""
+def first_largest(x: Float[Array, "E *n"]) -> Float[Array, "*n"]:
+    """Along the first axis the element of largest magnitude, the first of equals, with its sign."""
     return functools.reduce(lambda best, v: jnp.where(jnp.abs(v) > jnp.abs(best), v, best), list(x))
 
 
-def first_smallest(x: Float[Array, "E N"]) -> Float[Array, " N"]:
-    """Per lane the smallest element, the first of equals: of zeros of both signs the one that C's `<` keeps."""
+def first_smallest(x: Float[Array, "E *n"]) -> Float[Array, "*n"]:
+    """Along the first axis the smallest element, the first of equals: of zeros of both signs the one that C keeps."""
     return functools.reduce(lambda best, v: jnp.where(v < best, v, best), list(x))
 
 

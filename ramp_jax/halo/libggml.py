@@ -30,7 +30,10 @@ def _library() -> ctypes.CDLL:
 
 
 def quantize(name: str, w: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """Bytes `[rows, row_bytes]` of w `[rows, I]` by `ggml_quantize_chunk`; releases the GIL."""
+    """Bytes `[rows, row_bytes]` of w `[rows, I]`, weighted by `importance` `[I]`, by `ggml_quantize_chunk`.
+
+    Rows must be whole blocks, or ggml ends the process. Releases the GIL.
+    """
     kind = gguf.GGMLQuantizationType[name]
     size, size_bytes = gguf.GGML_QUANT_SIZES[kind]
     w = np.ascontiguousarray(w, np.float32)
