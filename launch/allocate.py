@@ -6,10 +6,11 @@ REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The p
 models; `pretrained` is the one of this package. Needs one calibration pass over the model and one backward pass over a
 few tokens, nothing else. Other names do without a policy, over --levels: `fisher` is the optimum of what that backward
 pass says of every format, alone and in pairs; `greedy`, `uniform` and `random` are rules; `evolution` searches by
---refine_evals true evaluations alone; an .npz that launch/train.py measured on this model gives its table's knapsack.
-`--refine_evals=N` spends N evaluations of quantized models on calibration text, each of them proposed by a table that
-the ones before corrected; the weights then lie in memory once per level. The allocation records --encoder for whoever
-evaluates or exports it. `--dry_run` prints what sizes can be reached and, with --fit_memory, what fits.
+--refine_evals true evaluations alone; `llama.cpp` takes the largest of its own mixes that fits; an .npz that
+launch/train.py measured on this model gives its table's knapsack. `--refine_evals=N` spends N evaluations of quantized
+models on calibration text, each of them proposed by a table that the ones before corrected; the weights then lie in
+memory once per level. The allocation records --encoder for whoever evaluates or exports it. `--dry_run` prints what
+sizes can be reached and, with --fit_memory, what fits.
 """
 
 from pathlib import Path

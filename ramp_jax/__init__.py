@@ -7,7 +7,7 @@ stats = ramp_jax.calibrate(model, windows)
 policy = ramp_jax.load_policy("runs/smollm2-135m")
 model = ramp_jax.fold(model, stats, policy.fold_level, second=ramp_jax.second_moments(model, windows))
 allocation = ramp_jax.allocate(policy, model, stats, budget_bytes=92_000_000)
-encoder = ramp_jax.calibrated_encoder("best", model, windows, allocation)
+encoder = ramp_jax.make_encoder("best", model, windows, allocation)
 ramp_jax.export_gguf(model, allocation, "model.gguf", encoder)
 ramp_jax.evaluate("model.gguf", reference="smollm2-135m", data="builtin")  # {"ppl": ..., "kld": ..., ...}
 """
@@ -20,7 +20,7 @@ from ramp_jax.allocators import Allocator
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, load_model, save_model
 from ramp_jax.policy.inference import Policy, allocate, find_allocator, load_policy
-from ramp_jax.quantization import Encoder, Stats, calibrate, calibrated_encoder, fake_quantize, fold, refold
+from ramp_jax.quantization import Encoder, Stats, calibrate, make_encoder, fake_quantize, fold, refold
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.workflow import evaluate
 
@@ -35,7 +35,6 @@ __all__ = [
     "Stats",
     "allocate",
     "calibrate",
-    "calibrated_encoder",
     "data",
     "evaluate",
     "export_gguf",
@@ -44,6 +43,7 @@ __all__ = [
     "fold",
     "load_model",
     "load_policy",
+    "make_encoder",
     "refold",
     "save_model",
     "second_moments",

@@ -12,7 +12,7 @@ from ramp_jax.allocation import from_levels
 from ramp_jax.formats import decode, encode, get_format
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup
-from ramp_jax.quantization import calibrate, calibrated_encoder, fake_quantize, fold, refold
+from ramp_jax.quantization import calibrate, fake_quantize, fold, make_encoder, refold
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.quantization.compensate import factor, in_parts, loss
 
@@ -95,7 +95,7 @@ def allocation(untied):
 
 @pytest.fixture(scope="module")
 def compensated(untied, windows, allocation):
-    return calibrated_encoder("compensated", untied, windows, allocation)
+    return make_encoder("compensated", untied, windows, allocation)
 
 
 def test_file_holds_exactly_what_was_evaluated(untied, allocation, compensated, tmp_path):
@@ -106,7 +106,7 @@ def test_file_holds_exactly_what_was_evaluated(untied, allocation, compensated, 
 
 def test_first_layer_loses_less_and_no_row_more(untied, windows, allocation, compensated):
     """Of the first linears, whose inputs no other tensor but the embedding changes."""
-    best = calibrated_encoder("best", untied, windows, allocation)
+    best = make_encoder("best", untied, windows, allocation)
     before, after = (fake_quantize(untied, allocation, encoder) for encoder in (best, compensated))
     again = tiny.changed(untied, "token_embd.weight", lambda _: before["token_embd"]["weight"])
     second = next(iter(second_moments(again, windows)))["attn_in"]
@@ -121,7 +121,7 @@ def test_first_layer_loses_less_and_no_row_more(untied, windows, allocation, com
 def test_singular_inputs_are_rounded_plainly(untied, windows, allocation, caplog):
     """A norm that puts out nothing: one message, and the rounding of `best`."""
     dead = tiny.changed(untied, "blk.1.ffn_norm.weight", jnp.zeros_like)
-    found = calibrated_encoder("compensated", dead, windows, allocation)
+    found = make_encoder("compensated", dead, windows, allocation)
     messages = [r.getMessage() for r in caplog.records if "no usable second moment" in r.getMessage()]
     assert len(messages) == 1
     assert "first blk.1.ffn_gate.weight" in messages[0]

@@ -18,10 +18,10 @@ from ramp_jax.quantization import (
     REFERENCE,
     Encoder,
     calibrate,
-    calibrated_encoder,
     fake_quantize,
     fold,
     importance_of,
+    make_encoder,
     read_imatrix,
     recorded_encoder,
     refold,
@@ -48,7 +48,7 @@ def allocation(untied, stats):
 
 def test_file_holds_exactly_what_was_evaluated(untied, windows, allocation, tmp_path):
     """Importance follows the folding, and the search is not ggml's own."""
-    encoder = calibrated_encoder("best", untied, windows, allocation)
+    encoder = make_encoder("best", untied, windows, allocation)
     export_gguf(untied, allocation, tmp_path / "out.gguf", encoder)
     params = fake_quantize(refold(untied, allocation.folding), allocation, encoder)
     jax.tree.map(np.testing.assert_array_equal, load_model(str(tmp_path / "out.gguf")).params, params)

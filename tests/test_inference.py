@@ -22,8 +22,8 @@ from ramp_jax.models import allocatable
 from ramp_jax.policy import embedding, inference, networks, train
 from ramp_jax.policy.env import CONTEXT
 from ramp_jax.policy.inference import POLICY_FILE, Policy, allocate, check_levels, find_allocator, load_policy
+from ramp_jax.policy.refinement import refine
 from ramp_jax.policy.sac import SacConfig
-from ramp_jax.policy.search import refine
 from ramp_jax.policy.train import Task, TrainConfig
 from ramp_jax.quantization import calibrate, fake_quantize, fold
 from ramp_jax.scoring.perplexity import evaluate

@@ -33,7 +33,7 @@ from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, load_model
 from ramp_jax.policy import inference
 from ramp_jax.policy.inference import Policy, check_levels, load_policy
-from ramp_jax.policy.search import refine
+from ramp_jax.policy.refinement import refine
 from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, importance_of
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.scoring import variants

@@ -11,6 +11,7 @@ from ramp_jax.allocators.evolution import evolution
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.simple import greedy, random, uniform
 from ramp_jax.allocators.tables import Actions, Cost, Loss, Pairs, exchange, total_loss
+from ramp_jax.models import Model
 
 UNIT_BYTES = 32
 """Bytes of a unit of files below 64 GiB."""
@@ -36,6 +37,8 @@ class Problem(NamedTuple):
     """Bytes of a unit."""
     evaluate: Callable[[Actions], float] | None = None
     """What an allocation truly loses, for whoever may ask; a problem that has it is no argument of jitted functions."""
+    model: Model | None = None
+    """Whose tensors these are, for whoever asks another program; likewise."""
 
 
 def _draw_none(problem: Problem, budget: int, count: int) -> list[Actions]:
@@ -48,13 +51,15 @@ class Allocator:
 
     The model is folded for `fold_level` first. `evaluations` counts the calls of `Problem.evaluate` that a choice may
     make, `seconds` what it needed of the model beforehand (a measured table). `draw` proposes allocations that a
-    search may start from beside the choice. Who decides on formats, as llama.cpp's mixes do, names their levels.
+    search may start from beside the choice. A level may be a format's name. Without `estimates` the choice does not
+    look at what levels are estimated to lose, and nobody has to find out.
     """
 
     name: str
-    levels: tuple[float, ...]
+    levels: tuple[float | str, ...]
     fold_level: float
     choose: Callable[[Problem, int], Actions]
+    estimates: bool = True
     evaluations: int = 0
     seconds: float = 0.0
     draw: Callable[[Problem, int, int], list[Actions]] = _draw_none
@@ -77,7 +82,7 @@ RULES: Mapping[str, Callable[[Problem, int], Actions]] = {
 
 def by_rule(name: str, levels: tuple[float, ...]) -> Allocator:
     """One of `RULES` over these levels."""
-    return Allocator(name, levels, FOLD_LEVEL, RULES[name])
+    return Allocator(name, levels, FOLD_LEVEL, RULES[name], estimates=name not in ("uniform", "random"))
 
 
 def by_evolution(levels: tuple[float, ...], evaluations: int) -> Allocator:
@@ -86,7 +91,7 @@ def by_evolution(levels: tuple[float, ...], evaluations: int) -> Allocator:
     def choose(problem: Problem, budget: int) -> Actions:
         return evolution(*tables(problem), budget, evaluate=true_loss(problem), evaluations=evaluations)
 
-    return Allocator("evolution", levels, FOLD_LEVEL, choose, evaluations)
+    return Allocator("evolution", levels, FOLD_LEVEL, choose, estimates=False, evaluations=evaluations)
 
 
 def by_table(loss: Loss, levels: tuple[float, ...], seconds: float) -> Allocator:
@@ -100,7 +105,7 @@ def by_table(loss: Loss, levels: tuple[float, ...], seconds: float) -> Allocator
             )
         return knapsack(cost, loss, budget)
 
-    return Allocator("knapsack", levels, FOLD_LEVEL, choose, seconds=seconds)
+    return Allocator("knapsack", levels, FOLD_LEVEL, choose, estimates=False, seconds=seconds)
 
 
 def tables(problem: Problem) -> tuple[Cost, Loss]:

@@ -202,9 +202,17 @@ def get_format(name: str) -> Format:
     return _FORMATS[name]
 
 
-def format_for(level: float, n_in: int) -> Format | None:
-    """The exportable format that `level` means for rows of `n_in` weights, or None where the level is masked."""
-    fitting = (fmt for fmt in _ACTIONS if fmt.level == level and n_in % fmt.block_size == 0)
+EXPORTABLE = tuple(fmt.name for fmt in _FORMATS.values() if fmt.exportable)
+"""Names of the formats that a GGUF can hold; `format_for` takes them in place of levels."""
+
+
+def format_for(level: float | str, n_in: int) -> Format | None:
+    """The exportable format that `level` means for rows of `n_in` weights, or None where the level is masked.
+
+    A format's own name means that format and no other.
+    """
+    known = [get_format(level)] if isinstance(level, str) else [fmt for fmt in _ACTIONS if fmt.level == level]
+    fitting = (fmt for fmt in known if n_in % fmt.block_size == 0)
     return max(fitting, key=lambda fmt: fmt.block_size, default=None)
 
 

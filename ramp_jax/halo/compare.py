@@ -18,8 +18,8 @@ from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model, tensors
-from ramp_jax.quantization import Encoder, EncoderName, calibrated_encoder, refold
-from ramp_jax.quantization.calibrated import best_encoder, calibration_windows
+from ramp_jax.quantization import Encoder, EncoderName, make_encoder, refold
+from ramp_jax.quantization.encoder_factory import best_encoder, calibration_windows
 from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
 from ramp_jax.sensitivity.table import Sensitivity
 
@@ -64,7 +64,7 @@ class Bench:
     def export(self, allocation: Allocation, name: str) -> Path:
         """The allocation's file, rounded as all others."""
         path = self.workdir / f"{name}.gguf"
-        encoder = calibrated_encoder(self.encoder, self.model, self.calibration, allocation, self.weighted)
+        encoder = make_encoder(self.encoder, self.model, self.calibration, allocation, self.weighted)
         export_gguf(self.model, allocation, path, encoder)
         return path
 

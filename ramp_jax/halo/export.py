@@ -1,6 +1,8 @@
 """Folded weights and an allocation → a GGUF that stock llama.cpp runs."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -50,13 +52,27 @@ def check_writable(path: Path) -> None:
         raise OSError(f"cannot write {path}: {path.parent} is not a writable folder; choose another output.")
 
 
+def write_skeleton(model: Model, allocation: Allocation, path: Path) -> None:
+    """A file of the right size whose weights are holes: all that a program needs which asks for shapes alone."""
+    with _begun(model, allocation, path):
+        pass
+    os.truncate(path, allocation.file_bytes)
+
+
 def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder) -> None:
+    with _begun(model, allocation, path) as writer:
+        for tensor in track(tensors(model.spec), f"writing {path.stem}", "tensor"):
+            writer.write_tensor_data(_encoded(model, tensor, allocation.format_of(tensor), encoder))
+
+
+@contextlib.contextmanager
+def _begun(model: Model, allocation: Allocation, path: Path) -> Iterator[gguf.GGUFWriter]:
+    """A writer behind everything that comes before the first tensor's data."""
     writer = gguf.GGUFWriter(path, model.spec.architecture)
     for name, pair in export_metadata(allocation).items():
         if name != _ARCHITECTURE:  # the writer's constructor adds it
             writer.add_key_value(name, pair.value, pair.type, pair.sub_type)
-    members = tensors(model.spec)
-    for tensor in members:
+    for tensor in tensors(model.spec):
         fmt = get_format(allocation.format_of(tensor))
         size = tensor.size // tensor.shape[-1] * fmt.row_bytes(tensor.shape[-1])
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=fmt.ggml_type)
@@ -64,8 +80,7 @@ def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder) -
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in track(members, f"writing {path.stem}", "tensor"):
-            writer.write_tensor_data(_encoded(model, tensor, allocation.format_of(tensor), encoder))
+        yield writer
     finally:
         writer.close()
 

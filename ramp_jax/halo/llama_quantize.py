@@ -7,13 +7,20 @@ import contextlib
 import ctypes
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
-from ramp_jax.formats import get_format
+from ramp_jax.allocation import Allocation
+from ramp_jax.allocators import Actions, Allocator, Problem
+from ramp_jax.allocators.allocator import FOLD_LEVEL
+from ramp_jax.formats import EXPORTABLE, get_format
+from ramp_jax.halo.export import write_skeleton
+from ramp_jax.models import allocatable
 from ramp_jax.quantization.importance import Importance
 
 _NAMES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M")
@@ -72,6 +79,42 @@ def mix_below(source: Path, budget_bytes: int) -> str | None:
     sizes = {mix: predicted_bytes(source, mix) for mix in MIXES}
     fitting = [mix for mix in MIXES if sizes[mix] <= budget_bytes]
     return max(fitting, key=sizes.__getitem__, default=None)
+
+
+MIX = "llama.cpp"
+"""Name of the allocator that leaves the choice to llama.cpp."""
+
+
+def mix_allocator() -> Allocator:
+    """The largest of llama.cpp's mixes that fits; what rounds its types is up to the encoder.
+
+    Its choice raises `RuntimeError` where llama.cpp is not installed, `ValueError` where no mix fits.
+    """
+    return Allocator(MIX, EXPORTABLE, FOLD_LEVEL, _largest_mix, estimates=False)
+
+
+def _largest_mix(problem: Problem, budget: int) -> Actions:
+    cost, rows = np.asarray(problem.cost, np.int64), np.arange(len(problem.cost))
+    members = allocatable(problem.model.spec)
+    choices = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "F16.gguf"
+        write_skeleton(problem.model, Allocation.uniform(problem.model, "F16"), source)
+        for mix in MIXES:
+            types = mix_types(source, mix)
+            choices.append(np.asarray([EXPORTABLE.index(types[tensor.name]) for tensor in members]))
+    sizes = [int(cost[rows, actions].sum()) for actions in choices]
+    fitting = [size for size in sizes if size <= budget]
+    if not fitting:
+        raise ValueError("none of llama.cpp's mixes fits the budget; choose a larger one.")
+    return choices[sizes.index(max(fitting))]
+
+
+def mix_types(source: Path, mix: str) -> dict[str, str]:
+    """Format of every tensor of an F16 or F32 GGUF in one of llama.cpp's mixes, by its dry run."""
+    log = _call(source, source.with_suffix(".dry"), mix, None, {}, dry_run=True)
+    lines = re.findall(r"\] +(\S+) +- \[[^]]*\], type = +(\w+), size = [^\n]*?(?:\((\w+)\))?\n", log)
+    return {name: (new or old).upper() for name, old, new in lines}
 
 
 def _call(

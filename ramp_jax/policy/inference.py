@@ -25,12 +25,13 @@ from ramp_jax.allocators.allocator import (
 )
 from ramp_jax.allocators.tables import exchange, fill
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.formats import LEVELS
+from ramp_jax.formats import LEVELS, get_format
+from ramp_jax.halo import llama_quantize
 from ramp_jax.models import Model, allocatable
 from ramp_jax.policy import embedding, networks
 from ramp_jax.policy.env import CONTEXT
 from ramp_jax.policy.networks import Params
-from ramp_jax.policy.search import refine
+from ramp_jax.policy.refinement import refine
 from ramp_jax.policy.train import greedy, sample
 from ramp_jax.quantization import Stats
 from ramp_jax.sensitivity.table import Sensitivity
@@ -102,20 +103,32 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def problem(model: Model, stats: Stats, levels: tuple[float, ...], table: Costs | None = None) -> Problem:
-    """The decision process of `model`, whose tensors are embedded as they are (fold first)."""
+def problem(
+    model: Model, stats: Stats, levels: tuple[float, ...], table: Costs | None = None, *, estimates: bool = True
+) -> Problem:
+    """The decision process of `model`, whose tensors are embedded as they are (fold first).
+
+    Without `estimates` embeddings and expected losses are 0, and no backward pass is made.
+    """
     table = costs(model, levels) if table is None else table
+    members = allocatable(model.spec)
+    found = Problem(
+        jnp.zeros((len(members), len(embedding.NAMES))),
+        jnp.asarray([tensor.size for tensor in members], jnp.float32),
+        jnp.asarray(table.in_units, jnp.int32),
+        jnp.asarray([a if not isinstance(a, str) else get_format(a).code_bits for a in levels], jnp.float32),
+        jnp.zeros((len(members), len(levels))),
+        unit=float(table.unit),
+    )
+    if not estimates:
+        return found
     measured = tuple(sorted({*levels, embedding.LOSS_LEVEL}))
     estimate = embedding.estimated(model, stats, measured)
     loss, mine = estimate.loss, [measured.index(level) for level in levels]
-    return Problem(
-        jnp.asarray(embedding.embed(model, stats, loss[:, measured.index(embedding.LOSS_LEVEL)])),
-        jnp.asarray([tensor.size for tensor in allocatable(model.spec)], jnp.float32),
-        jnp.asarray(table.in_units, jnp.int32),
-        jnp.asarray(levels, jnp.float32),
-        jnp.asarray(loss[:, mine], jnp.float32),
-        jnp.asarray(estimate.pairs[:, mine][..., mine]),
-        float(table.unit),
+    return found._replace(
+        embedding=jnp.asarray(embedding.embed(model, stats, loss[:, measured.index(embedding.LOSS_LEVEL)])),
+        expected=jnp.asarray(loss[:, mine], jnp.float32),
+        pairs=jnp.asarray(estimate.pairs[:, mine][..., mine]),
     )
 
 
@@ -123,16 +136,18 @@ def find_allocator(source: str | Path, *, levels: tuple[float, ...] | None = Non
     """The allocator that `source` names, refined by `evaluations` true evaluations where there are any.
 
     `fisher`, `greedy`, `uniform` and `random` choose among `levels`, by default all, and so does `evolution`, which
-    spends the evaluations itself. An `.npz` is a sensitivity table of the model, of which the knapsack is taken. All
-    else is what `load_policy` finds. Raises `ValueError` for evolution without evaluations, and where a policy or a
-    table has other levels.
+    spends the evaluations itself. `llama.cpp` takes the largest of llama.cpp's own mixes that fits. An `.npz` is a
+    sensitivity table of the model, of which the knapsack is taken. All else is what `load_policy` finds. Raises
+    `ValueError` for evolution without evaluations, and where a policy or a table has other levels.
     """
     chosen = LEVELS if levels is None else tuple(sorted(set(levels)))
     if source == EVOLUTION:
         if not evaluations:
             raise ValueError("evolution searches by true evaluations; say how many with --refine_evals=N.")
         return by_evolution(chosen, evaluations)
-    if source in RULES:
+    if source == llama_quantize.MIX:
+        found = llama_quantize.mix_allocator()
+    elif source in RULES:
         found = by_rule(str(source), chosen)
     elif Path(source).suffix == ".npz":
         table = Sensitivity.load(source)
@@ -163,7 +178,8 @@ def allocate(
     allocator = refine(allocator, evaluations) if evaluations else allocator
     table = costs(model, allocator.levels)
     check_budget(table, budget_bytes)
-    known = problem(model, stats, allocator.levels, table)._replace(evaluate=evaluate)
+    known = problem(model, stats, allocator.levels, table, estimates=allocator.estimates)
+    known = known._replace(evaluate=evaluate, model=model)
     return from_levels(model, [allocator.levels[a] for a in allocator.choose(known, table.units(budget_bytes))])
 
 
@@ -192,7 +208,7 @@ def draw(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) 
 
 def _arrays(known: Problem) -> Problem:
     """What jitted functions take of a problem."""
-    return known._replace(evaluate=None)
+    return known._replace(evaluate=None, model=None)
 
 
 def check_levels(found: Policy | Allocator, levels: tuple[float, ...]) -> None:

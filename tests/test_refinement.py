@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ramp_jax.allocators.knapsack import knapsack
-from ramp_jax.policy import search as searching
-from ramp_jax.policy.search import search
+from ramp_jax.policy import refinement
+from ramp_jax.policy.refinement import search
 
 COST = np.tile([3, 4, 6], (7, 1))
 LOSS = np.geomspace(1, 20, 7)[:, None] * np.array([1.0, 0.3, 0.02])[None]
@@ -64,7 +64,7 @@ def test_a_corrected_table_finds_more_than_one_that_stays(monkeypatch):
         return np.mean([evaluate(actions) for actions in found])
 
     corrected = mean_loss()
-    monkeypatch.setattr(searching, "correct_table", lambda table, evidence: table)
+    monkeypatch.setattr(refinement, "correct_table", lambda table, evidence: table)
     assert corrected < 0.95 * mean_loss()
 
 

@@ -36,7 +36,7 @@ def refine(allocator: Allocator, evaluations: int) -> Allocator:
         return search(*tables(problem), budget, evaluate=evaluate, evaluations=evaluations, start=start)
 
     name, spent = f"{allocator.name}, refined", allocator.evaluations + evaluations
-    return dataclasses.replace(allocator, name=name, choose=choose, evaluations=spent)
+    return dataclasses.replace(allocator, name=name, choose=choose, estimates=True, evaluations=spent)
 
 
 def search(

@@ -22,7 +22,7 @@ def best_encoder(model: Model, windows: Int[np.ndarray, "W T"]) -> Encoder:
     return Encoder("best", importance_of(model.spec, calibrate(model, windows)), EncodeCache())
 
 
-def calibrated_encoder(
+def make_encoder(
     name: EncoderName,
     model: Model,
     windows: Int[np.ndarray, "W T"],
@@ -61,7 +61,7 @@ def recorded_encoder(
     if name == "reference":
         return REFERENCE
     allocation = Allocation.load(path, model)
-    return calibrated_encoder(name, model, calibration_windows(allocation, model), allocation)
+    return make_encoder(name, model, calibration_windows(allocation, model), allocation)
 
 
 def calibration_windows(allocation: Allocation, model: Model) -> Int[np.ndarray, "W T"]:
