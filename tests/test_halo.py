@@ -21,6 +21,7 @@ from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import allocatable, load_model
 from ramp_jax.models.metadata import plain
+from ramp_jax.policy.inference import allocate
 from ramp_jax.quantization import Encoder, calibrate, fake_quantize, fold, importance_of, refold
 from ramp_jax.scoring.perplexity import evaluate
 
@@ -215,6 +216,25 @@ def test_largest_mix_that_fits(reference, tmp_path):
     assert sizes[chosen] == max(size for size in sizes.values() if size <= budget)
     assert llama_quantize.mix_below(reference, min(sizes.values()) - 1) is None
     assert [path.name for path in reference.parent.iterdir()] == ["reference.gguf"]
+
+
+def test_mixes_are_an_allocator(untied, stats, reference, tmp_path):
+    """It chooses the types that llama.cpp itself writes, of the largest mix that fits in our file."""
+    budget = Allocation.uniform(untied, "Q5_1").file_bytes
+    found = allocate(llama_quantize.mix_allocator(), untied, stats, budget_bytes=budget)
+    assert found.file_bytes <= budget
+    written = {}
+    for mix in llama_quantize.MIXES:
+        llama_quantize.quantize(reference, tmp_path / mix, mix)
+        stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / mix).tensors}
+        written[mix] = Allocation(untied.spec, untied.metadata, {name: stored[name] for name in found.formats})
+        assert llama_quantize.mix_types(reference, mix) == stored
+    fitting = [allocation for allocation in written.values() if allocation.file_bytes <= budget]
+    assert found.file_bytes == max(allocation.file_bytes for allocation in fitting)
+    assert found.formats in [allocation.formats for allocation in fitting]
+    too_small = min(allocation.file_bytes for allocation in written.values()) - 64
+    with pytest.raises(ValueError, match=r"none of llama.cpp's mixes fits the budget; choose a larger one"):
+        allocate(llama_quantize.mix_allocator(), untied, stats, budget_bytes=too_small)
 
 
 def test_mix_that_does_not_exist(reference, tmp_path):

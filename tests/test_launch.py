@@ -385,7 +385,7 @@ def test_models_that_cannot_be_read(fails, whole, allocate, tmp_path, kind):
     assert list(output.iterdir()) == []
 
 
-@pytest.mark.parametrize("source", ["fisher", "pretrained"])
+@pytest.mark.parametrize("source", ["fisher", "pretrained", "greedy"])
 def test_allocation_without_training(call, allocate, whole, untied, tmp_path, source):
     """By the estimate alone, or by the policy of the package: the file fits and holds what its rows allow."""
     output = tmp_path / "alloc.json"
@@ -395,6 +395,15 @@ def test_allocation_without_training(call, allocate, whole, untied, tmp_path, so
     assert 0.9 * whole.budget < allocation.file_bytes <= whole.budget
     assert f"{allocation.file_bytes:,} of {whole.budget:,} bytes" in printed
     assert set(allocation.formats.values()) <= {"IQ4_NL", "Q5_0", "Q5_1", "Q8_0"}
+
+
+@pytest.mark.parametrize("source", ["uniform", "random", "llama.cpp"])
+def test_allocation_by_a_rule(call, allocate, whole, untied, tmp_path, source):
+    output = tmp_path / "alloc.json"
+    code, _, errors = call("allocate", *allocate(source_policy=source, output=output))
+    assert code == 0, errors
+    assert Allocation.load(output, untied).file_bytes <= whole.budget
+    assert read_saved(output)["allocator"] == source
 
 
 def test_refined_allocation(call, allocate, whole, untied, tmp_path):
