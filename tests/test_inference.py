@@ -57,6 +57,14 @@ def test_policy_comes_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [POLICY_FILE]
 
 
+def test_shipped_policy_says_what_it_was_trained_to():
+    """Logits of one observation, as they were when it was trained."""
+    policy = load_policy("pretrained")
+    network = networks.actor(policy.hidden, len(policy.levels))
+    expected = [-0.103248, -2.493431, -5.185165, -7.703527, -8.983441, -5.750149, 3.465502]
+    np.testing.assert_allclose(network.apply(policy.actor, jnp.linspace(-1, 1, 24)), expected, rtol=1e-4)
+
+
 def test_policy_of_another_embedding_is_refused(tmp_path):
     dataclasses.replace(policy_of(0), embedding_version=embedding.VERSION + 1).save(tmp_path)
     with pytest.raises(ValueError, match=rf"version {embedding.VERSION + 1} of the embedding, .* train it again\.$"):

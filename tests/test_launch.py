@@ -363,7 +363,7 @@ def test_models_that_cannot_be_read(fails, whole, allocate, tmp_path, kind):
     assert list(output.iterdir()) == []
 
 
-@pytest.mark.parametrize("source", ["fisher", "pretrained"])
+@pytest.mark.parametrize("source", ["fisher", "greedy", "pretrained"])
 def test_allocation_without_training(call, allocate, whole, untied, tmp_path, source):
     """By the estimate alone, or by the policy of the package: the file fits and holds what its rows allow."""
     output = tmp_path / "alloc.json"
@@ -373,6 +373,18 @@ def test_allocation_without_training(call, allocate, whole, untied, tmp_path, so
     assert 0.9 * whole.budget < allocation.file_bytes <= whole.budget
     assert f"{allocation.file_bytes:,} of {whole.budget:,} bytes" in printed
     assert set(allocation.formats.values()) <= {"IQ4_NL", "Q5_0", "Q5_1", "Q8_0"}
+
+
+def test_evolution_needs_evaluations_and_chooses_its_levels(call, fails, allocate, whole, untied, tmp_path):
+    arguments = allocate(source_policy="evolution", output=tmp_path / "alloc.json")
+    assert "say how many with --refine_evals=N." in fails("allocate", *arguments)
+    code, _, errors = call("allocate", *arguments, "--refine_evals=3", "--levels=4,8")
+    assert code == 0, errors
+    allocation = Allocation.load(tmp_path / "alloc.json", untied)
+    assert allocation.file_bytes <= whole.budget
+    assert set(allocation.formats.values()) <= {"IQ4_NL", "Q8_0"}
+    notes = read_saved(tmp_path / "alloc.json")
+    assert (notes["allocator"], notes["refine_evals"]) == ("evolution", 3)
 
 
 def test_refined_allocation(call, allocate, whole, untied, tmp_path):
