@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramp_jax import data
-from ramp_jax.allocation import ALIGNMENT, costs, from_levels
+from ramp_jax.allocation import ALIGNMENT, Allocation, costs, from_levels
 from ramp_jax.allocators.allocator import UNIT_BYTES, Problem, estimated_optimum, expected_loss
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.tables import total
@@ -55,6 +55,14 @@ def test_policy_comes_back(tmp_path):
     same = {name: value for name, value in vars(policy).items() if name != "actor"}
     assert same == {name: value for name, value in vars(loaded).items() if name != "actor"}
     assert [path.name for path in tmp_path.iterdir()] == [POLICY_FILE]
+
+
+def test_shipped_policy_says_what_it_was_trained_to():
+    """Logits of one observation, as they were when it was trained."""
+    policy = load_policy("pretrained")
+    network = networks.actor(policy.hidden, len(policy.levels))
+    expected = [-0.103248, -2.493431, -5.185165, -7.703527, -8.983441, -5.750149, 3.465502]
+    np.testing.assert_allclose(network.apply(policy.actor, jnp.linspace(-1, 1, 24)), expected, rtol=1e-4)
 
 
 def test_policy_of_another_embedding_is_refused(tmp_path):
@@ -317,8 +325,24 @@ def test_levels_of_a_policy_and_of_a_table_are_theirs(tmp_path):
 
 def test_table_of_another_model_is_refused(tmp_path):
     Sensitivity(("a",), LEVELS, np.ones((1, 3)), np.zeros(1)).save(tmp_path / "table.npz")
-    with pytest.raises(ValueError, match="the table holds 1 tensors, the model 3"):
+    sentence = "the table was measured on another model, with 1 tensors where this one has 3"
+    with pytest.raises(ValueError, match=sentence):
         find_allocator(tmp_path / "table.npz").choose(three_tensors()[0], 170)
+
+
+def test_table_with_other_names_is_refused(prepared, tmp_path):
+    folded, stats = prepared
+    names = [tensor.name for tensor in allocatable(folded.spec)]
+    for wrong in (names, [*names[1:], names[0]]):
+        table = np.tile([3.0, 2.0, 1.0], (len(names), 1))
+        Sensitivity(tuple(wrong), LEVELS, table, np.zeros(len(names))).save(tmp_path / "table.npz")
+        budget = Allocation.uniform(folded, "Q8_0").file_bytes
+        if wrong == names:
+            found = allocate(find_allocator(tmp_path / "table.npz"), folded, stats, budget_bytes=budget)
+            assert found.formats == Allocation.uniform(folded, "Q8_0").formats
+        else:
+            with pytest.raises(ValueError, match="the table was measured on another model"):
+                allocate(find_allocator(tmp_path / "table.npz"), folded, stats, budget_bytes=budget)
 
 
 def test_a_policy_trained_on_one_model_beats_uniform_on_another(prepared, untied, tied, windows):

@@ -406,6 +406,18 @@ def test_allocation_by_a_rule(call, allocate, whole, untied, tmp_path, source):
     assert read_saved(output)["allocator"] == source
 
 
+def test_evolution_needs_evaluations_and_chooses_its_levels(call, fails, allocate, whole, untied, tmp_path):
+    arguments = allocate(source_policy="evolution", output=tmp_path / "alloc.json")
+    assert "say how many with --refine_evals=N." in fails("allocate", *arguments)
+    code, _, errors = call("allocate", *arguments, "--refine_evals=3", "--levels=4,8")
+    assert code == 0, errors
+    allocation = Allocation.load(tmp_path / "alloc.json", untied)
+    assert allocation.file_bytes <= whole.budget
+    assert set(allocation.formats.values()) <= {"IQ4_NL", "Q8_0"}
+    notes = read_saved(tmp_path / "alloc.json")
+    assert (notes["allocator"], notes["refine_evals"]) == ("evolution", 3)
+
+
 def test_refined_allocation(call, allocate, whole, untied, tmp_path):
     """Three true evaluations on calibration text: the file says so, fits, and is no other at the next call."""
     outputs = [tmp_path / "a.json", tmp_path / "b.json"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -119,9 +118,7 @@ def test_parity_suite(on_tiny, monkeypatch):
 def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untied_directory, tmp_path):
     """On the tiny model, whose rows hold only blocks of 32: rows fit their budget, and the plot shows every method."""
     hidden, levels = (8,), (4, 5, 8)
-    actor = networks.actor(hidden, len(levels)).init(
-        jax.random.key(0), jnp.zeros((1, len(embedding.NAMES) + CONTEXT + 3))
-    )
+    actor = networks.actor(hidden, len(levels)).init(jax.random.key(0), len(embedding.NAMES) + CONTEXT + 3)
     folder = tmp_path / "learned"
     folder.mkdir()
     Policy(actor, hidden, levels, 4, ("tiny",)).save(folder)

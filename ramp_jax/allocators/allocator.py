@@ -11,7 +11,8 @@ from ramp_jax.allocators.evolution import evolution
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.simple import greedy, random, uniform
 from ramp_jax.allocators.tables import Actions, Cost, Loss, Pairs, exchange, total_loss
-from ramp_jax.models import Model
+from ramp_jax.models import Model, allocatable
+from ramp_jax.sensitivity.table import Sensitivity
 
 UNIT_BYTES = 32
 """Bytes of a unit of files below 64 GiB."""
@@ -94,18 +95,21 @@ def by_evolution(levels: tuple[float, ...], evaluations: int) -> Allocator:
     return Allocator("evolution", levels, FOLD_LEVEL, choose, estimates=False, evaluations=evaluations)
 
 
-def by_table(loss: Loss, levels: tuple[float, ...], seconds: float) -> Allocator:
+def by_table(table: Sensitivity) -> Allocator:
     """The knapsack of a table that was measured on the model; its choice raises `ValueError` for another model's."""
 
     def choose(problem: Problem, budget: int) -> Actions:
         cost, _ = tables(problem)
-        if cost.shape != loss.shape:
+        model = problem.model
+        names = table.tensors if model is None else tuple(tensor.name for tensor in allocatable(model.spec))
+        if names != table.tensors or len(names) != len(cost):
             raise ValueError(
-                f"the table holds {len(loss)} tensors, the model {len(cost)}; measure one with launch/train.py."
+                f"the table was measured on another model, with {len(table.tensors)} tensors where this one has "
+                f"{len(cost)}; measure one with launch/train.py."
             )
-        return knapsack(cost, loss, budget)
+        return knapsack(cost, table.kld, budget)
 
-    return Allocator("knapsack", levels, FOLD_LEVEL, choose, estimates=False, seconds=seconds)
+    return Allocator("knapsack", table.levels, FOLD_LEVEL, choose, estimates=False, seconds=table.seconds)
 
 
 def tables(problem: Problem) -> tuple[Cost, Loss]:

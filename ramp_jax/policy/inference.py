@@ -150,8 +150,7 @@ def find_allocator(source: str | Path, *, levels: tuple[float, ...] | None = Non
     elif source in RULES:
         found = by_rule(str(source), chosen)
     elif Path(source).suffix == ".npz":
-        table = Sensitivity.load(source)
-        found = by_table(table.kld, table.levels, table.seconds)
+        found = by_table(Sensitivity.load(source))
     else:
         found = load_policy(source).allocator()
     if levels is not None and source not in RULES:
