@@ -8,7 +8,6 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import uniform
 
 from ramp_jax.allocation import (
     Allocation,
@@ -21,6 +20,7 @@ from ramp_jax.allocation import (
 from ramp_jax.formats import LEVELS as AVAILABLE
 from ramp_jax.formats import get_format
 from ramp_jax.models import Tensor, allocatable, tensors
+from ramp_jax.models.layout import Weight
 from ramp_jax.models.metadata import plain, typed
 
 LEVELS = (4, 5, 8)
@@ -35,14 +35,14 @@ def data_bytes(allocation):
 
 @pytest.mark.parametrize(("name", "bits", "nominal"), [("Q4_0", 4.5, 4), ("Q5_0", 5.5, 5), ("Q8_0", 8.5, 8)])
 def test_bits_of_uniform_allocations(model, name, bits, nominal):
-    allocation = uniform(model, name)
+    allocation = Allocation.uniform(model, name)
     assert allocation.linear_bpw == bits
     assert allocation.code_bits == nominal
 
 
 @pytest.mark.parametrize(("name", "bits"), [("F16", 16), ("F32", 32), ("BF16", 16)])
 def test_bits_of_floats(untied, name, bits):
-    assert uniform(untied, name).code_bits == uniform(untied, name).linear_bpw == bits
+    assert Allocation.uniform(untied, name).code_bits == Allocation.uniform(untied, name).linear_bpw == bits
 
 
 def test_bits_of_a_mixture_by_hand(tied):
@@ -55,7 +55,7 @@ def test_bits_of_a_mixture_by_hand(tied):
 
 
 def test_file_holds_the_data_and_a_header(untied):
-    allocation = uniform(untied, "Q4_0")
+    allocation = Allocation.uniform(untied, "Q4_0")
     assert data_bytes(allocation) == (2 * EMBEDDING + 3 * LAYER) // 32 * 18 + NORMS * 4
     assert 0 < allocation.file_bytes - data_bytes(allocation) < 20_000
 
@@ -64,7 +64,7 @@ def test_file_holds_the_data_and_a_header(untied):
     ("shape", "fmt", "expected"), [((3, 32), "Q4_0", 64), ((3, 32), "F32", 384), ((5,), "F32", 32)]
 )
 def test_tensor_bytes_are_padded_to_32(shape, fmt, expected):
-    assert tensor_bytes(Tensor("output", None, shape, None), fmt) == expected
+    assert tensor_bytes(Tensor(Weight("output.weight", shape, "other")), fmt) == expected
 
 
 def test_file_bytes_equal_a_written_file(tmp_path, model):
@@ -102,7 +102,7 @@ def test_every_level_has_a_file_type(untied, level):
 
 def test_file_type_is_that_of_most_bytes(tied):
     """The embedding has a fifth of the weights, but in F32 most of the bytes."""
-    formats = uniform(tied, "Q4_0").formats | {"token_embd.weight": "F32"}
+    formats = Allocation.uniform(tied, "Q4_0").formats | {"token_embd.weight": "F32"}
     assert plain(export_metadata(Allocation(tied.spec, tied.metadata, formats)))["general.file_type"] == 0
 
 
@@ -125,21 +125,23 @@ def test_file_that_is_no_allocation(tmp_path, untied, content):
 
 
 def test_allocation_of_another_model(untied, tied, tmp_path):
-    uniform(untied, "Q4_0").save(tmp_path / "allocation.json")
+    Allocation.uniform(untied, "Q4_0").save(tmp_path / "allocation.json")
     with pytest.raises(ValueError, match=r"names unknown tensor output\.weight; it was made for another model"):
         Allocation.load(tmp_path / "allocation.json", tied)
     with pytest.raises(ValueError, match=r"lacks tensor output\.weight"):
-        Allocation(untied.spec, untied.metadata, uniform(tied, "Q4_0").formats)
+        Allocation(untied.spec, untied.metadata, Allocation.uniform(tied, "Q4_0").formats)
 
 
 def test_norms_cannot_be_allocated(untied):
     with pytest.raises(ValueError, match=r"names unknown tensor blk\.0\.attn_norm\.weight"):
-        Allocation(untied.spec, untied.metadata, uniform(untied, "Q4_0").formats | {"blk.0.attn_norm.weight": "F32"})
+        Allocation(
+            untied.spec, untied.metadata, Allocation.uniform(untied, "Q4_0").formats | {"blk.0.attn_norm.weight": "F32"}
+        )
 
 
 def test_unknown_format(untied):
     with pytest.raises(ValueError, match="unknown format 'Q1_X'"):
-        Allocation(untied.spec, untied.metadata, uniform(untied, "Q4_0").formats | {"output.weight": "Q1_X"})
+        Allocation(untied.spec, untied.metadata, Allocation.uniform(untied, "Q4_0").formats | {"output.weight": "Q1_X"})
 
 
 def narrow(model):
@@ -154,7 +156,7 @@ def test_masked_level_names_the_tensor(untied):
 
 def test_format_that_cannot_hold_the_rows(untied):
     with pytest.raises(ValueError, match="Q4_0 holds rows of a multiple of 32 weights, not 80"):
-        uniform(narrow(untied), "Q4_0")
+        Allocation.uniform(narrow(untied), "Q4_0")
 
 
 def test_tensor_that_no_level_can_hold(untied):
@@ -182,14 +184,14 @@ def test_costs_add_up_to_file_bytes(untied, tied, data):
 def test_reachable_range_is_that_of_uniform_allocations(model):
     table = costs(model, LEVELS)
     assert table.valid.all()
-    assert table.smallest == uniform(model, "Q4_0").file_bytes
-    assert table.largest == uniform(model, "Q8_0").file_bytes
+    assert table.smallest == Allocation.uniform(model, "Q4_0").file_bytes
+    assert table.largest == Allocation.uniform(model, "Q8_0").file_bytes
 
 
 def test_levels_nobody_serves_cost_nothing_and_are_invalid(untied):
     table = costs(untied, (7, 8))
     assert not table.valid[:, 0].any()
-    assert table.smallest == table.largest == uniform(untied, "Q8_0").file_bytes
+    assert table.smallest == table.largest == Allocation.uniform(untied, "Q8_0").file_bytes
 
 
 def test_budget_outside_the_range_prints_it(untied):
