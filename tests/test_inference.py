@@ -19,6 +19,7 @@ from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.tables import total
 from ramp_jax.formats import LEVELS as FORMAT_LEVELS
 from ramp_jax.models import allocatable
+from ramp_jax.models.layout import foldable
 from ramp_jax.policy import embedding, inference, networks, train
 from ramp_jax.policy.env import CONTEXT
 from ramp_jax.policy.inference import POLICY_FILE, Policy, allocate, check_levels, find_allocator, load_policy
@@ -132,7 +133,7 @@ def test_allocations_fit_and_use_the_policy_s_levels(prepared, seed, share):
     allocation = allocate(policy_of(seed), folded, stats, budget_bytes=budget)
     assert table.smallest <= allocation.file_bytes <= budget
     assert set(allocation.formats.values()) <= {"IQ4_NL", "Q5_0", "Q8_0"}
-    assert set(allocation.folding) == {"attn_in", "attn_mid", "ffn_in", "ffn_mid"}
+    assert set(allocation.folding) == set(foldable(folded.spec))
 
 
 def test_allocation_is_deterministic_and_policies_differ(prepared):

@@ -1,7 +1,7 @@
 """The decision process: one step per weight matrix in forward order, the action is its level.
 
 Everything is an array; nothing here knows a model. T tensors, A levels, O numbers in an observation. Sizes are int32
-counts of a problem's unit: 32 bytes, the alignment to which a GGUF file pads every tensor, so files of up to 64 GiB are
+counts of a process's unit: 32 bytes, the alignment to which a GGUF file pads every tensor, so files of up to 64 GiB are
 counted exactly; larger ones in a multiple of it, such that the largest allocation is below 2³¹ units
 (`allocation.Costs`). Every sum and difference here then lies between −2³¹ and 2³¹.
 """
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ramp_jax.allocators import Problem
 from ramp_jax.policy.lagrangian import from_here_on, lagrangian_bound, lookahead, symlog, unit_of_loss
 
 CONTEXT = 6
@@ -21,6 +20,22 @@ CONTEXT = 6
 bits per weight and the place between the smallest and the largest completion, the last level and the progress."""
 
 _MOST_REGRET = 10.0
+
+
+class Process(NamedTuple):
+    """What the policy sees of a model."""
+
+    embedding: Float[Array, "T E"]
+    weights: Float[Array, " T"]
+    """Weights per tensor."""
+    cost: Int[Array, "T A"]
+    """Units of the tensor's data at each level, 0 where the level is masked."""
+    bits: Float[Array, " A"]
+    """Nominal bits of each level."""
+    expected: Float[Array, "T A"]
+    """What each level is estimated to lose, up to one factor for the whole model."""
+    unit: Float[Array, ""] | float
+    """Bytes of a unit."""
 
 
 class Episode(NamedTuple):
@@ -35,28 +50,28 @@ class Episode(NamedTuple):
 Choose = Callable[[PRNGKeyArray, Float[Array, " O"], Bool[Array, " A"]], Int[Array, ""]]
 
 
-def valid_levels(problem: Problem) -> Bool[Array, "T A"]:
+def valid_levels(process: Process) -> Bool[Array, "T A"]:
     """Which levels can hold each tensor."""
-    return problem.cost > 0
+    return process.cost > 0
 
 
-def cheapest_completion(problem: Problem) -> Int[Array, "T+1"]:
+def cheapest_completion(process: Process) -> Int[Array, "T+1"]:
     """Units of the smallest completion from each step on; 0 at the end."""
-    return from_here_on(jnp.min(jnp.where(valid_levels(problem), problem.cost, jnp.iinfo(jnp.int32).max), axis=1))
+    return from_here_on(jnp.min(jnp.where(valid_levels(process), process.cost, jnp.iinfo(jnp.int32).max), axis=1))
 
 
-def costliest_completion(problem: Problem) -> Int[Array, "T+1"]:
+def costliest_completion(process: Process) -> Int[Array, "T+1"]:
     """Units of the largest completion from each step on; 0 at the end."""
-    return from_here_on(jnp.max(problem.cost, axis=1))
+    return from_here_on(jnp.max(process.cost, axis=1))
 
 
-def budget_range(problem: Problem) -> tuple[Int[Array, ""], Int[Array, ""]]:
+def budget_range(process: Process) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """Units of the smallest and of the largest allocation."""
-    return cheapest_completion(problem)[0], costliest_completion(problem)[0]
+    return cheapest_completion(process)[0], costliest_completion(process)[0]
 
 
 def rollout(
-    problem: Problem, budget: Int[Array, ""], choose: Choose, key: PRNGKeyArray, *, soft: bool = False
+    process: Process, budget: Int[Array, ""], choose: Choose, key: PRNGKeyArray, *, soft: bool = False
 ) -> Episode:
     """One episode under `choose(key, observation, mask)`.
 
@@ -65,32 +80,32 @@ def rollout(
     and what is left may end below 0. An observation ends with the regret of each valid level: by how much the least
     loss that is estimated to be reachable after it exceeds that after the best one, compressed as rewards are.
     """
-    steps = problem.cost.shape[0]
-    completion, costliest = cheapest_completion(problem), costliest_completion(problem)
-    weights_left = from_here_on(problem.weights)
+    steps = process.cost.shape[0]
+    completion, costliest = cheapest_completion(process), costliest_completion(process)
+    weights_left = from_here_on(process.weights)
 
     def budget_context(left: jax.Array, t: jax.Array | int) -> list[jax.Array]:
         slack = (left - completion[t]) / jnp.maximum(costliest[t] - completion[t], 1)  # float32
-        bits = left.astype(jnp.float32) * (8 * problem.unit) / weights_left[t]
+        bits = left.astype(jnp.float32) * (8 * process.unit) / weights_left[t]
         return [_centered(bits), 2 * jnp.clip(slack, 0.0, 1.0) - 1]
 
     budget = jnp.asarray(budget, jnp.int32)
-    target, bound = budget_context(budget, 0), lagrangian_bound(problem.expected, problem.cost)
+    target, bound = budget_context(budget, 0), lagrangian_bound(process.expected, process.cost)
     scale = steps / unit_of_loss(bound, budget)
 
     def regrets(left: jax.Array, t: jax.Array, mask: Bool[Array, " A"]) -> Float[Array, " A"]:
-        reachable = lookahead(bound, problem.expected[t], problem.cost[t], left, t)
+        reachable = lookahead(bound, process.expected[t], process.cost[t], left, t)
         best = jnp.min(jnp.where(mask, reachable, jnp.inf))
         return jnp.where(mask, jnp.minimum(symlog(scale * (reachable - best)), _MOST_REGRET), 0.0)
 
     def step(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple]:
         left, last = carry
-        cost = problem.cost[t]
+        cost = process.cost[t]
         mask = (cost > 0) & (soft | (cost <= left - completion[t + 1]))
         context = [*target, *budget_context(left, t), last, 2 * t.astype(jnp.float32) / steps - 1]
-        observation = jnp.concatenate([problem.embedding[t], jnp.stack(context), regrets(left, t, mask)])
+        observation = jnp.concatenate([process.embedding[t], jnp.stack(context), regrets(left, t, mask)])
         action = choose(jax.random.fold_in(key, t), observation, mask)
-        return (left - cost[action], _centered(problem.bits[action])), (observation, mask, action)
+        return (left - cost[action], _centered(process.bits[action])), (observation, mask, action)
 
     start = (budget, jnp.float32(0.0))
     (left, _), (observation, mask, action) = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))

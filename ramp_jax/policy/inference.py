@@ -29,7 +29,7 @@ from ramp_jax.formats import LEVELS, get_format
 from ramp_jax.halo import llama_quantize
 from ramp_jax.models import Model, allocatable
 from ramp_jax.policy import embedding, networks
-from ramp_jax.policy.env import CONTEXT
+from ramp_jax.policy.env import CONTEXT, Process
 from ramp_jax.policy.networks import Params
 from ramp_jax.policy.refinement import refine
 from ramp_jax.policy.train import greedy, sample
@@ -190,7 +190,7 @@ def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -
     gives back what a large embedding took from all others, so where the estimate expects the end to lose far more than
     its own optimum does, that optimum is taken.
     """
-    action = np.asarray(greedy(policy.actor, _arrays(known), jnp.int32(units), policy.hidden))
+    action = np.asarray(greedy(policy.actor, process(known), jnp.int32(units), policy.hidden))
     if not repair:
         return action
     repaired = exchange(*tables(known), units, action, pairs_of(known))
@@ -201,13 +201,13 @@ def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -
 def draw(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) -> list[Actions]:
     """`count` allocations drawn from the actor's probabilities, what is left spent."""
     keys = jax.random.split(jax.random.key(seed), count)
-    actions = np.asarray(sample(policy.actor, _arrays(known), jnp.int32(units), keys, policy.hidden))
+    actions = np.asarray(sample(policy.actor, process(known), jnp.int32(units), keys, policy.hidden))
     return [fill(*tables(known), units, action) for action in actions]
 
 
-def _arrays(known: Problem) -> Problem:
-    """What jitted functions take of a problem."""
-    return known._replace(evaluate=None, model=None)
+def process(known: Problem) -> Process:
+    """What a policy sees of a problem."""
+    return Process(**{name: getattr(known, name) for name in Process._fields})
 
 
 def check_levels(found: Policy | Allocator, levels: tuple[float, ...]) -> None:

@@ -15,9 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ramp_jax import checkpoint
-from ramp_jax.allocators import Problem
 from ramp_jax.policy import networks, replay, reward, sac
-from ramp_jax.policy.env import Choose, Episode, budget_range, rollout
+from ramp_jax.policy.env import Choose, Episode, Process, budget_range, rollout
 from ramp_jax.policy.lagrangian import lagrangian_bound, select, symlog, uniform_loss, unit_of_loss
 from ramp_jax.policy.networks import Params, masked_log_softmax
 from ramp_jax.policy.reward import NO_PENALTY, Penalty
@@ -72,12 +71,13 @@ _LOW_BUDGETS = 2.0  # power of the uniform draw: small files are what people ask
 
 
 class Task(NamedTuple):
-    """What is learned on: a model's problem, and what each level of each tensor loses (nats per token).
+    """What is learned on: a model's process (or a problem, which has its fields), and what each level of each tensor
+    loses (nats per token).
 
     `true_loss` maps a whole allocation to what it loses; a pytree, as `jax.tree_util.Partial` is.
     """
 
-    problem: Problem
+    problem: Process
     loss: Float[Array, "T A"]
     true_loss: Callable[[Int[Array, " T"]], Float[Array, ""]] | None = None
 
@@ -105,9 +105,9 @@ def initial_state(key: PRNGKeyArray, tasks: Tasks, config: TrainConfig) -> Train
     return TrainState(learner, stored, key, jnp.int32(0))
 
 
-def observation_size(problem: Problem) -> int:
-    """O for the embeddings of `problem`."""
-    episode = jax.eval_shape(lambda: rollout(problem, jnp.int32(0), lambda *_: jnp.int32(0), jax.random.key(0)))
+def observation_size(process: Process) -> int:
+    """O for the embeddings of `process`."""
+    episode = jax.eval_shape(lambda: rollout(process, jnp.int32(0), lambda *_: jnp.int32(0), jax.random.key(0)))
     return episode.observation.shape[-1]
 
 
@@ -157,11 +157,11 @@ def _play(
 
     def episode(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
         level_key, shift_key, budget_key, play_key = jax.random.split(key, 4)
-        problem = _shift(_narrow(task.problem, level_key, config.narrowed), shift_key, config.shift)
-        lowest, highest = budget_range(problem)
+        process = _shift(_narrow(task.problem, level_key, config.narrowed), shift_key, config.shift)
+        lowest, highest = budget_range(process)
         share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
-        return rollout(problem, budget, draw, play_key, soft=config.soft), problem.cost, budget
+        return rollout(process, budget, draw, play_key, soft=config.soft), process.cost, budget
 
     def rewarded(played: Episode, cost: jax.Array, budget: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
         bound = lagrangian_bound(loss, cost)
@@ -199,54 +199,54 @@ def _drawing(actor: Params, hidden: tuple[int, ...], n_levels: int) -> Choose:
     return draw
 
 
-def _narrow(problem: Problem, key: PRNGKeyArray, share: float) -> Problem:
+def _narrow(process: Process, key: PRNGKeyArray, share: float) -> Process:
     """With probability `share`, a random part of the tensors lacks the levels below a random one, if it has others.
 
     Rows of a real model differ: those of one width hold superblocks, those of another do not.
     """
     if not share:
-        return problem
+        return process
     chance_key, level_key, part_key, tensor_key = jax.random.split(key, 4)
-    levels = jnp.arange(problem.cost.shape[1])
+    levels = jnp.arange(process.cost.shape[1])
     lowest = jax.random.randint(level_key, (), 0, len(levels) - 1) * jax.random.bernoulli(chance_key, share)
-    narrow = jax.random.uniform(tensor_key, (len(problem.cost), 1)) < 2 * jax.random.uniform(part_key)
-    cost = jnp.where(narrow & (levels < lowest)[None, :], 0, problem.cost)
-    return problem._replace(cost=jnp.where(jnp.any(cost > 0, axis=1, keepdims=True), cost, problem.cost))
+    narrow = jax.random.uniform(tensor_key, (len(process.cost), 1)) < 2 * jax.random.uniform(part_key)
+    cost = jnp.where(narrow & (levels < lowest)[None, :], 0, process.cost)
+    return process._replace(cost=jnp.where(jnp.any(cost > 0, axis=1, keepdims=True), cost, process.cost))
 
 
-def _shift(problem: Problem, key: PRNGKeyArray, deviation: float) -> Problem:
+def _shift(process: Process, key: PRNGKeyArray, deviation: float) -> Process:
     """All embeddings moved by the same offset."""
-    offset = deviation * jax.random.normal(key, (1, problem.embedding.shape[1]))
-    return problem._replace(embedding=problem.embedding + offset)
+    offset = deviation * jax.random.normal(key, (1, process.embedding.shape[1]))
+    return process._replace(embedding=process.embedding + offset)
 
 
-def probe_budgets(problem: Problem) -> Int[Array, " PROBES"]:
+def probe_budgets(process: Process) -> Int[Array, " PROBES"]:
     """Budgets spread over the feasible range, denser where files are small."""
-    lowest, highest = budget_range(problem)
+    lowest, highest = budget_range(process)
     shares = (jnp.arange(1, PROBES + 1) / (PROBES + 1)) ** _LOW_BUDGETS
     return lowest + (shares * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("hidden", "soft"))
 def greedy(
-    actor: Params, problem: Problem, budget: Int[Array, ""], hidden: tuple[int, ...], *, soft: bool = False
+    actor: Params, process: Process, budget: Int[Array, ""], hidden: tuple[int, ...], *, soft: bool = False
 ) -> Int[Array, " T"]:
     """Level indices of the actor's most probable actions; with a `soft` budget they may not fit."""
-    network = networks.actor(hidden, problem.bits.shape[0])
+    network = networks.actor(hidden, process.bits.shape[0])
 
     def best(_: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
         return jnp.argmax(masked_log_softmax(network.apply(actor, observation), mask)).astype(jnp.int32)
 
-    return rollout(problem, budget, best, jax.random.key(0), soft=soft).action
+    return rollout(process, budget, best, jax.random.key(0), soft=soft).action
 
 
 @functools.partial(jax.jit, static_argnames="hidden")
 def sample(
-    actor: Params, problem: Problem, budget: Int[Array, ""], keys: Key[Array, " N"], hidden: tuple[int, ...]
+    actor: Params, process: Process, budget: Int[Array, ""], keys: Key[Array, " N"], hidden: tuple[int, ...]
 ) -> Int[Array, "N T"]:
     """Level indices drawn from the actor's probabilities, one allocation per key."""
-    draw = _drawing(actor, hidden, problem.bits.shape[0])
-    return jax.vmap(lambda key: rollout(problem, budget, draw, key).action)(keys)
+    draw = _drawing(actor, hidden, process.bits.shape[0])
+    return jax.vmap(lambda key: rollout(process, budget, draw, key).action)(keys)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -259,7 +259,7 @@ def score(actors: Params, tasks: Tasks, config: TrainConfig) -> tuple[Float[Arra
     logs, found = [], []
     for task in tasks:
         budgets, bound = probe_budgets(task.problem), lagrangian_bound(task.loss, task.problem.cost)
-        played = functools.partial(greedy, problem=task.problem, hidden=config.sac.hidden)
+        played = functools.partial(greedy, process=task.problem, hidden=config.sac.hidden)
         at_budgets = jax.vmap(lambda actor, budget, play=played: play(actor, budget=budget), (None, 0))
         action = jax.vmap(at_budgets, (0, None))(actors, budgets).reshape(-1, len(task.loss))
         loss = _losses(task, action, true=config.evaluator != "surrogate")
