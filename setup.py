@@ -53,6 +53,7 @@ setup(
             "hypothesis>=6.170",
             "lm_eval>=0.4.13",
             "pytest>=9.2",
+            "pytest-instafail>=0.5",
             "pytest-xdist>=3.8",
             "ruff>=0.17",
             "torch==2.13.0",

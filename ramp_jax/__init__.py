@@ -24,7 +24,7 @@ from ramp_jax.quantization import Encoder, Stats, calibrate, make_encoder, fake_
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.workflow import evaluate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Allocation",

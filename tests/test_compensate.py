@@ -14,7 +14,7 @@ from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup
 from ramp_jax.quantization import calibrate, fake_quantize, fold, make_encoder, refold
 from ramp_jax.quantization.calibrate import second_moments
-from ramp_jax.quantization.compensate import factor, in_parts, loss
+from ramp_jax.quantization.compensate import factor, in_chunks, loss
 
 
 def inputs(rng, channels, tokens=2000):
@@ -50,7 +50,7 @@ def test_codes_are_those_of_gptq(rng, name):
     _, second = inputs(rng, 128)
     w = rng.standard_normal((24, 128)).astype(np.float32)
     upper = factor(second)
-    codes = in_parts(w, upper, name)
+    codes = in_chunks(w, upper, name)
     half = 8 if name == "Q4_0" else 16
     expected = gptq(w, np.asarray(upper, np.float64), np.asarray(codes.d, np.float64), np.arange(-half, half))
     assert np.mean(np.asarray(codes.q).reshape(24, 128) == expected) > 0.995
@@ -62,7 +62,7 @@ def test_outputs_lose_less(rng, name):
     channels = 2 * get_format(name).block_size
     x, second = inputs(rng, channels)
     w = rng.standard_normal((40, channels)).astype(np.float32)
-    codes, plain = in_parts(w, factor(second), name), encode(w, name, np.diag(second), "best")
+    codes, plain = in_chunks(w, factor(second), name), encode(w, name, np.diag(second), "best")
     assert jax.tree.map(lambda a: (a.shape, a.dtype), codes) == jax.tree.map(lambda a: (a.shape, a.dtype), plain)
     fmt = get_format(name)
     stored = fmt.from_bytes(fmt.to_bytes(jax.tree.map(np.asarray, codes)))
@@ -75,7 +75,7 @@ def test_outputs_lose_less(rng, name):
 def test_rows_do_not_depend_on_each_other(rng):
     _, second = inputs(rng, 64)
     w = rng.standard_normal((9, 64)).astype(np.float32)
-    whole, part = in_parts(w, factor(second), "IQ4_NL"), in_parts(w[4:6], factor(second), "IQ4_NL")
+    whole, part = in_chunks(w, factor(second), "IQ4_NL"), in_chunks(w[4:6], factor(second), "IQ4_NL")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[4:6], b), whole, part)
 
 
@@ -83,7 +83,7 @@ def test_dead_channels_are_rounded_as_they_are(rng):
     _, second = inputs(rng, 64)
     second[:, 40] = second[40] = 0
     w = rng.standard_normal((8, 64)).astype(np.float32)
-    off = np.asarray(decode(in_parts(w, factor(second), "Q5_0"), "Q5_0")) - w
+    off = np.asarray(decode(in_chunks(w, factor(second), "Q5_0"), "Q5_0")) - w
     assert np.isfinite(off).all()
     assert np.abs(off[:, 40]).max() < 0.2
 

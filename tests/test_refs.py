@@ -147,7 +147,7 @@ def test_configs_describe_models_that_every_level_fits(path):
     assert f"{millions:.1f} million parameters" in values["__doc__"]
     name = path.stem.replace("_", "-")
     assert f"--config=configs/{path.name} --output=runs/{name}" in values["__doc__"]
-    assert name in load._REFERENCES
+    assert name in load._CHECKPOINTS
 
 
 def test_shipped_checkpoints_are_small_and_run():

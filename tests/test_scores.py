@@ -22,7 +22,7 @@ from ramp_jax.models import load_model
 from ramp_jax.models.load import read_description
 from ramp_jax.models.metadata import plain
 from ramp_jax.quantization import fake_quantize
-from ramp_jax.scoring.perplexity import evaluate, evaluate_reference, head_scores, reference_of
+from ramp_jax.scoring.perplexity import evaluate, head_scores, reference_of
 from ramp_jax.scoring.scores import Evaluation, numbers, text_table
 
 PROTOCOLS = ("sliding", "llama.cpp")
@@ -136,7 +136,7 @@ def test_reference_that_runs_window_by_window_equals_one_that_ran_before(untied,
 
 
 def test_numbers_of_the_reference_itself(untied, windows):
-    found = numbers(evaluate_reference(reference_of(untied, windows), windows))
+    found = numbers(evaluate(untied, windows, reference=reference_of(untied, windows)))
     assert (found["delta_nll"], found["kld"], found["rms_delta_p"], found["same_top"]) == (0, 0, 0, 1)
     assert found["ppl"] == pytest.approx(evaluate(untied, windows).ppl, rel=1e-6)
 

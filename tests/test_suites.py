@@ -232,12 +232,16 @@ def test_recorded_tables_say_what_made_them(monkeypatch, tmp_path):
     assert "    python launch/benchmark.py --suite=quantize --record" in text
     assert f"jax {jax.__version__}" in text
     assert "- weights: 7" in text
+    page = tmp_path / "results" / "quantize.md"
+    page.write_text(f"{text}\n## Reading\n\nMore is better.\n")
     assert text.splitlines()[-4:] == [
         "| format | ratio | worst |",
         "|---|---|---|",
         "| Q4_K | 1.235 |  |",
         "| Q8_0 |  | 2 |",
     ]
+    measuring.record("quantize", "quantize", {"weights": 8})
+    assert page.read_text().endswith("- weights: 8\n\n## Reading\n\nMore is better.\n")
 
 
 def test_accelerator_suite_measures_what_is_asked_for(monkeypatch):

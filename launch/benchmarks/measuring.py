@@ -21,6 +21,7 @@ Numbers = dict[str, Any]
 RESULTS = Path("launch/benchmarks/results")
 """Where tables are recorded, from the root of the project."""
 
+_READING = "## Reading"
 _PLOTS: dict[str, Any] = {"folder": None, "prefix": ""}
 
 
@@ -64,12 +65,17 @@ def save_plots(figures: Mapping[str, Callable[[], Figure]]) -> None:
 
 
 def record(name: str, suite: str, result: Any) -> Path:
-    """Write a suite's result as a page of tables, with the command and the machine that made it; returns its path."""
+    """Write a suite's result as a page of tables, with the command and the machine that made it; returns its path.
+
+    What people wrote on an earlier page, from its heading "Reading" on, stays.
+    """
     path = RESULTS / f"{name}.md"
     command = " ".join(["python", *sys.argv])
-    lines = [f"# `{suite}`", "", f"    {command}", "", machine(), "", *_tables(result)]
+    page = "\n".join([f"# `{suite}`", "", f"    {command}", "", machine(), "", *_tables(result)]).rstrip() + "\n"
+    if path.is_file() and _READING in (before := path.read_text(encoding="utf-8")):
+        page += "\n" + before[before.index(_READING) :]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, ("\n".join(lines).rstrip() + "\n").encode())
+    write_bytes(path, page.encode())
     return path
 
 

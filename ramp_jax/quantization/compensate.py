@@ -64,7 +64,7 @@ def compensate(model: Model, allocation: Allocation, windows: Int[np.ndarray, "W
                 value = lookup(model.params, tensor)
                 exact = value.astype(jnp.float32)
                 if usable and tensor in gridded:
-                    found = _better(exact, check, fmt, in_parts(exact, upper, fmt), found)
+                    found = _better(exact, check, fmt, in_chunks(exact, upper, fmt), found)
                 fitted[tensor.name, fmt] = Fitted(jax.tree.map(np.asarray, found), digest(exact))
                 w = replace_in_block(w, {tensor.weight.name: decode(found, fmt).astype(value.dtype)})
         x = sweep.advance(at._replace(weights=w), x)
@@ -87,10 +87,10 @@ def _seconds(
     return fit[name], check[name]
 
 
-def in_parts(w: Float[Array, "O I"], upper: Float[Array, "I I"], fmt: str) -> Any:
-    """`compensated` in parts of rows, which are independent, on all cores."""
-    parts = in_row_chunks(functools.partial(compensated, name=fmt), w, upper)
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(w)], *parts)
+def in_chunks(w: Float[Array, "O I"], upper: Float[Array, "I I"], fmt: str) -> Any:
+    """`compensated` in chunks of rows, which are independent, on all cores."""
+    chunks = in_row_chunks(functools.partial(compensated, name=fmt), w, upper)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(w)], *chunks)
 
 
 @functools.partial(jax.jit, static_argnames="fmt")

@@ -159,14 +159,14 @@ def _best(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array,
 
 
 def _errors(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array, fmt: str) -> Float[np.ndarray, " A"]:
-    """Of each candidate, over all rows; candidates and parts of rows keep all cores busy."""
-    run = functools.partial(_part_error, fmt=fmt)
-    parts = in_row_chunks(run, w, square, moment, each=np.asarray(scales))
-    return np.reshape(parts, (len(scales), -1)).sum(axis=1, dtype=np.float64)
+    """Of each candidate, over all rows; candidates and chunks of rows keep all cores busy."""
+    run = functools.partial(_chunk_error, fmt=fmt)
+    chunks = in_row_chunks(run, w, square, moment, each=np.asarray(scales))
+    return np.reshape(chunks, (len(scales), -1)).sum(axis=1, dtype=np.float64)
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
-def _part_error(
+def _chunk_error(
     w: Float[Array, "R C"],
     s: Float[Array, " C"],
     square: Float[Array, " C"],

@@ -81,16 +81,6 @@ def _reference_hidden(model: Model, windows: Int[np.ndarray, "W T"], start: int)
         yield hidden
 
 
-def evaluate_reference(
-    reference: Reference, windows: Int[np.ndarray, "W T"], protocol: Protocol = "llama.cpp"
-) -> Evaluation:
-    """What `evaluate` finds for the reference itself, from its hidden states alone; the divergence is 0."""
-    start = first_scored(protocol, windows.shape[1])
-    pairs = zip(reference.hidden, windows, strict=True)
-    nll = np.concatenate([head_scores(x, reference.head, ids[start + 1 :], None, None).nll for x, ids in pairs])
-    return Evaluation(nll, kld=np.zeros_like(nll), ref_nll=nll, same_top=np.ones(nll.shape, bool))
-
-
 def evaluate(
     model: Model,
     windows: Int[np.ndarray, "W T"],
