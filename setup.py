@@ -52,6 +52,7 @@ setup(
         "test": [
             "hypothesis>=6.170",
             "lm_eval>=0.4.13",
+            "orbax-checkpoint>=0.11",
             "pytest>=9.2",
             "pytest-instafail>=0.5",
             "pytest-xdist>=3.8",

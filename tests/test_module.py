@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from flax import nnx
@@ -85,3 +86,14 @@ def test_module_with_another_state(model, windows):
     np.testing.assert_array_equal(merged(windows), decoder.logits(model.spec, louder, windows))
     assert not np.allclose(merged(windows), module(windows), atol=0.1)
     np.testing.assert_array_equal(module(windows), model.logits(windows))
+
+
+def test_state_goes_through_orbax(untied, tmp_path):
+    _, state = nnx.split(DecoderModule(untied.spec, untied.params))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+    empty = nnx.eval_shape(lambda: DecoderModule(untied.spec, jax.tree.map(jnp.zeros_like, untied.params)))
+    definition, shapes = nnx.split(empty)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "state", shapes)
+    same(nnx.merge(definition, restored).params, untied.params)
