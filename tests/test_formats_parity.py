@@ -1,5 +1,7 @@
 """Encoders make ggml's bytes, or blocks with exactly its error; decoders its weights."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from ramp_jax.formats import encode, get_format
 from ramp_jax.halo import libggml
 from ramp_jax.models import load_model
+from ramp_jax.models.layout import Params
 
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 SUPER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
@@ -95,10 +98,15 @@ def test_decode_and_bytes_on_random_bytes(name: str) -> None:
     np.testing.assert_array_equal(ours[finite], theirs[finite])
 
 
+@functools.cache
+def _real_blocks() -> Params:
+    return load_model("smollm2-135m", dtype="float32").params["blk"]
+
+
 @pytest.mark.parametrize("name", ["IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])
 def test_real_weights(name: str) -> None:
-    blk = load_model("smollm2-135m", dtype="float32").params["blk"]
+    blk = _real_blocks()
     key = "ffn_down" if get_format(name).block_size == 256 else "attn_q"
     for layer in (0, 29):
-        w = np.asarray(blk[key][layer], np.float32)
+        w = np.asarray(blk[layer][key]["weight"], np.float32)
         _assert_parity(name, w, None, 0.999)

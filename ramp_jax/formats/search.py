@@ -47,8 +47,14 @@ def first_largest(x: Float[Array, "E *n"]) -> Float[Array, "*n"]:
 
 
 def first_smallest(x: Float[Array, "E *n"]) -> Float[Array, "*n"]:
-    """Along the first axis the smallest element, the first of equals: of zeros of both signs the one that C keeps."""
-    return functools.reduce(lambda best, v: jnp.where(v < best, v, best), list(x))
+    """Along the first axis the smallest element, the first of equals: of zeros of both signs the one that C keeps.
+
+    Two reductions: XLA would copy a chain of comparisons into every consumer, and compile for a minute.
+    """
+    low = jnp.min(x, axis=0)
+    place = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    first = jnp.min(jnp.where(x == low[None], 2 * place + jnp.signbit(x).astype(jnp.int32), 2 * x.shape[0]), axis=0)
+    return jnp.where(low == 0, jnp.where(first % 2 == 1, -0.0, 0.0), low)
 
 
 def search_affine(
