@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     results = {}
     for suite in _SUITE.value:
         name = _NAME.value or suite
-        plots_go_to(RESULTS if _RECORD.value else _plots_folder(), name)
+        plots_go_to(RESULTS if _RECORD.value else _plots_folder(), suite, name)
         results[suite] = SUITES[suite](_REPEATS.value)
         if _RECORD.value:
             print(f"Recorded: {record(name, suite, results[suite])}")

@@ -223,13 +223,13 @@ def bytes_for_bits(spec: DecoderSpec, table: Costs, linear_bpw: float) -> int:
 def tensor_bytes(tensor: Tensor, fmt: str) -> int:
     """Bytes of a tensor's data in a file, padding included."""
     rows = tensor.size // tensor.shape[-1]
-    return _padded(rows * get_format(fmt).row_bytes(tensor.shape[-1]))
+    return padded(rows * get_format(fmt).row_bytes(tensor.shape[-1]))
 
 
 def header_bytes(spec: DecoderSpec, metadata: Metadata) -> int:
     """Bytes before the first tensor's data: magic, version, two counts, pairs, tensor descriptions, padding."""
     infos = sum(8 + len(tensor.name) + 4 + 8 * len(tensor.shape) + 4 + 8 for tensor in tensors(spec))
-    return _padded(4 + 4 + 8 + 8 + metadata_bytes(metadata) + infos)
+    return padded(4 + 4 + 8 + 8 + metadata_bytes(metadata) + infos)
 
 
 def export_metadata(allocation: Allocation) -> Metadata:
@@ -270,5 +270,6 @@ def _host(model: Model) -> dict[str, Float[np.ndarray, " C"]]:
     return {name: np.asarray(s) for name, s in model.folding.items()}
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Bytes that data of that size takes in a file."""
     return -(-size // ALIGNMENT) * ALIGNMENT

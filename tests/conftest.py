@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from hypothesis import HealthCheck, settings
 
 from ramp_jax import data
 from ramp_jax.models import load_model
@@ -16,6 +17,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_compilation_cache_max_size", 1 << 30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+# A busy machine is no fault of what is tested: neither compiling nor drawing examples has to be fast.
+settings.register_profile("busy", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -169,7 +169,7 @@ def test_number_of_levels_must_match(untied):
         from_levels(untied, [4] * 22)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_costs_add_up_to_file_bytes(untied, tied, data):
     model = data.draw(st.sampled_from([untied, tied]))

@@ -29,7 +29,7 @@ def feasible(cost, budget):
     return [actions for actions in choices if total(cost, actions) <= budget]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
 def test_knapsack_equals_brute_force(seed, share):
     cost, loss = random_problem(seed)
@@ -117,7 +117,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
 def test_every_method_fits_and_takes_valid_levels(method, seed, share):
     cost, loss = sized_problem(seed)

@@ -98,7 +98,7 @@ def test_bytes_equal_gguf(rng, name, case):
     assert_bytes_equal(actual, expected, fmt.block_bytes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     arrays(np.float32, (2, 64), elements=st.floats(-1e4, 1e4, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)),
     st.sampled_from(BLOCKS),

@@ -46,7 +46,7 @@ def test_lookahead_by_hand():
     np.testing.assert_allclose(lookahead(BOUND, LOSS[0], COST[0], jnp.int32(8), 0), [4.5, 2.5], rtol=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1))
 def test_least_loss_is_a_bound_and_falls(seed):
     """Below the exact knapsack at every size (the chord between two prices may lie a little high)."""

@@ -418,6 +418,12 @@ def test_evolution_needs_evaluations_and_chooses_its_levels(call, fails, allocat
     assert (notes["allocator"], notes["refine_evals"]) == ("evolution", 3)
 
 
+def test_mixes_take_no_levels_and_no_evaluations(fails, allocate):
+    for more in ("--levels=4,5", "--refine_evals=2"):
+        sentence = "llama.cpp's mixes choose among formats of their own; leave --levels and --refine_evals out"
+        assert sentence in fails("allocate", *allocate(source_policy="llama.cpp"), more)
+
+
 def test_refined_allocation(call, allocate, whole, untied, tmp_path):
     """Three true evaluations on calibration text: the file says so, fits, and is no other at the next call."""
     outputs = [tmp_path / "a.json", tmp_path / "b.json"]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramp_jax.allocation import Costs
-from ramp_jax.allocators.allocator import UNIT_BYTES, Problem
+from ramp_jax.allocation import ALIGNMENT, Costs
+from ramp_jax.allocators.allocator import Problem
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.simple import greedy
 from ramp_jax.policy.env import (
@@ -33,7 +33,7 @@ TWO = Problem(
 def random_problem(rng, masked=0.3):
     """Sizes over two orders of magnitude, every level of a tensor masked with the same chance, but never all."""
     weights = 64 * rng.integers(1, 200, TENSORS)
-    cost = -(-weights[:, None] * np.array(BITS) // (8 * UNIT_BYTES))
+    cost = -(-weights[:, None] * np.array(BITS) // (8 * ALIGNMENT))
     valid = rng.random(cost.shape) >= masked
     valid[np.arange(TENSORS), rng.integers(0, len(BITS), TENSORS)] = True
     return Problem(
@@ -66,7 +66,7 @@ def check(problem, budget, episode):
     np.testing.assert_array_equal(episode.left, left)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 0.9))
 def test_every_finished_episode_fits_and_keeps_to_the_masks(seed, share, masked):
     problem = random_problem(np.random.default_rng(seed), masked)
@@ -86,7 +86,7 @@ def test_ten_thousand_episodes_side_by_side_fit(rng):
     assert reached == [np.flatnonzero(row).tolist() for row in np.asarray(problem.cost) > 0]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
 def test_a_level_is_masked_exactly_where_the_cheapest_rest_exceeds_the_budget(seed, share):
     problem = random_problem(np.random.default_rng(seed))
@@ -170,7 +170,7 @@ def test_budget_in_observations_is_clipped(budget, bits, place):
 
 def test_files_of_64_gib_are_counted_exactly():
     """Two tensors whose sizes need every bit of an int32."""
-    half = 2**36 // UNIT_BYTES // 2 - 1
+    half = 2**36 // ALIGNMENT // 2 - 1
     problem = TWO._replace(cost=jnp.full((2, 2), half, jnp.int32) + jnp.array([[0, 1]], jnp.int32))
     episode = rollout(problem, jnp.int32(2 * half + 1), lambda *_: jnp.int32(0), jax.random.key(0))
     assert episode.left == 1
@@ -227,8 +227,8 @@ def test_files_beyond_64_gib_keep_their_budget_in_bytes(table):
 
 def test_smaller_files_are_counted_in_the_alignment():
     table = costs_of([2**34, 2**35], (4, 8))
-    assert table.unit == UNIT_BYTES
-    np.testing.assert_array_equal(table.in_units * UNIT_BYTES, table.per_level)
+    assert table.unit == ALIGNMENT
+    np.testing.assert_array_equal(table.in_units * ALIGNMENT, table.per_level)
     assert table.smallest == table.fixed + table.per_level[:, 0].sum()
 
 

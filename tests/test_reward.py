@@ -52,7 +52,7 @@ def test_step_rewards_by_hand():
     np.testing.assert_allclose(shaped, [-(1 + 1.5 - 2.5) / q_ref, -(2 - 1.5) / q_ref], atol=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.floats(0.5, 1.5), st.booleans())
 def test_plain_rewards_sum_to_the_terminal_reward(seed, room, measured):
     rng = np.random.default_rng(seed)
@@ -67,7 +67,7 @@ def test_plain_rewards_sum_to_the_terminal_reward(seed, room, measured):
     assert steps.sum() == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
 def test_potential_telescopes_and_leaves_regrets(seed, share):
     """Rewards with Φ sum to those without minus Φ₀ = −1, and no step gains but for the chords of the price grid."""

@@ -14,8 +14,7 @@ import tiny
 from safetensors.numpy import save_file
 
 from ramp_jax import data
-from ramp_jax.allocation import costs, from_levels
-from ramp_jax.allocators.tables import fill
+from ramp_jax.allocation import Allocation, costs, from_levels
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup, tensors
 from ramp_jax.models.attention import Attention
@@ -24,6 +23,7 @@ from ramp_jax.models.layers import gain, linear, linear_weights, norm
 from ramp_jax.models.layout import Activation, Block, SubBlock, foldable, pass_on
 from ramp_jax.models.spec import spec_from_hf
 from ramp_jax.policy.embedding import embed
+from ramp_jax.policy.inference import allocate, find_allocator, load_policy
 from ramp_jax.quantization import Encoder, calibrate, fake_quantize, fold, importance_of, refold
 from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.quantization.compensate import compensate
@@ -76,7 +76,7 @@ def toy_blocks(spec):
 
 
 NAMES = {"ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2", "post_ffw_norm": "mlp_norm", "post_attention_norm": "attn_norm"}
-TOY = Family("ToyForCausalLM", blocks=toy_blocks, hf_names={**HF_NAMES, **NAMES})
+TOY = Family("ToyForCausalLM", blocks=toy_blocks, hf_names={**HF_NAMES, **NAMES}, permuted_rope=True)
 # ---- the end of the family ---------------------------------------------------------------------------------------
 
 
@@ -193,12 +193,20 @@ def test_embeddings_are_finite_and_tell_its_matrices_apart(folded, stats):
 
 
 @pytest.fixture(scope="module")
-def allocation(folded):
+def allocation(folded, stats):
+    """What the estimate of single matrices and of pairs chooses."""
     table = costs(folded, LEVELS)
-    loss = np.where(table.valid, [[4.0, 2.0, 1.0]], 0.0)
-    cheapest = np.zeros(len(loss), int)
-    actions = fill(table.in_units, loss, table.units((table.smallest + table.largest) // 2), cheapest)
-    return from_levels(folded, [LEVELS[a] for a in actions])
+    budget = (table.smallest + table.largest) // 2
+    found = allocate(find_allocator("fisher", levels=LEVELS), folded, stats, budget_bytes=budget)
+    assert 0.9 * budget < found.file_bytes <= budget
+    return found
+
+
+def test_a_policy_of_other_models_allocates_for_it(folded, stats):
+    budget = Allocation.uniform(folded, "Q5_0").file_bytes
+    found = allocate(load_policy("pretrained"), folded, stats, budget_bytes=budget)
+    assert 0.9 * budget < found.file_bytes <= budget
+    assert len(set(found.formats.values())) > 1
 
 
 @pytest.mark.parametrize("rounding", ["reference", "best", "compensated"])

@@ -1,6 +1,5 @@
 """What the suites of launch/benchmark.py share: clocks, plots, and the tables that are recorded."""
 
-import os
 import platform
 import statistics
 import sys
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ramp_jax import __version__
 from ramp_jax.checkpoint import write_bytes
+from ramp_jax.cores import cores
 from ramp_jax.halo.report import save_png
 
 Numbers = dict[str, Any]
@@ -22,7 +22,7 @@ RESULTS = Path("launch/benchmarks/results")
 """Where tables are recorded, from the root of the project."""
 
 _READING = "## Reading"
-_PLOTS: dict[str, Any] = {"folder": None, "prefix": ""}
+_PLOTS: dict[str, Any] = {"folder": None, "suite": "", "prefix": ""}
 
 
 def medians(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -49,19 +49,19 @@ def said(numbers: Numbers) -> Numbers:
     return numbers
 
 
-def plots_go_to(folder: Path | None, suite: str) -> None:
-    """Where `save_plots` writes what a suite draws; None: nowhere."""
-    _PLOTS.update(folder=folder, prefix=suite)
+def plots_go_to(folder: Path | None, suite: str, prefix: str) -> None:
+    """Where `save_plots` writes what a suite draws, and how names begin; None: nowhere."""
+    _PLOTS.update(folder=folder, suite=suite, prefix=prefix)
 
 
 def save_plots(figures: Mapping[str, Callable[[], Figure]]) -> None:
-    """Draw and write each figure; one that is named as its suite has the suite's name alone."""
+    """Draw and write each figure; one that is named as its suite is named by the prefix alone."""
     if _PLOTS["folder"] is not None:
         _PLOTS["folder"].mkdir(parents=True, exist_ok=True)
         for name, draw in figures.items():
             prefix = _PLOTS["prefix"]
-            alone = name == prefix.split("-")[0]
-            save_png(_PLOTS["folder"] / f"{prefix if alone else f'{prefix}-{name}'}.png", draw())
+            file = prefix if name == _PLOTS["suite"] else f"{prefix}-{name}"
+            save_png(_PLOTS["folder"] / f"{file}.png", draw())
 
 
 def record(name: str, suite: str, result: Any) -> Path:
@@ -71,12 +71,21 @@ def record(name: str, suite: str, result: Any) -> Path:
     """
     path = RESULTS / f"{name}.md"
     command = " ".join(["python", *sys.argv])
-    page = "\n".join([f"# `{suite}`", "", f"    {command}", "", machine(), "", *_tables(result)]).rstrip() + "\n"
+    plots = [f"![{plot.stem}]({plot.name})" for plot in sorted(RESULTS.glob("*.png")) if _belongs(plot.stem, name)]
+    lines = [f"# `{suite}`", "", f"    {command}", "", machine(), "", *_tables(result), "", *plots]
+    page = "\n".join(lines).rstrip() + "\n"
     if path.is_file() and _READING in (before := path.read_text(encoding="utf-8")):
         page += "\n" + before[before.index(_READING) :]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, page.encode())
     return path
+
+
+def _belongs(plot: str, name: str) -> bool:
+    """Whether a plot is one of this page, not of another whose name begins as this one's."""
+    pages = [page.stem for page in RESULTS.glob("*.md")]
+    owners = [page for page in [*pages, name] if plot == page or plot.startswith(f"{page}-")]
+    return max(owners, key=len, default=None) == name
 
 
 def machine() -> str:
@@ -87,9 +96,8 @@ def machine() -> str:
     wide = "AVX-512" if "avx512f" in text else "AVX2" if "avx2" in text else ""
     device = jax.devices()[0]
     kind = "" if device.platform == "cpu" else f"{device.device_kind}; "
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     day = time.strftime("%Y-%m-%d")
-    host = ", ".join(part for part in (model or platform.machine(), f"{cores} cores", wide) if part)
+    host = ", ".join(part for part in (model or platform.machine(), f"{cores()} cores", wide) if part)
     return f"{day}; {kind}{host}; jax {jax.__version__}, ramp_jax {__version__}."
 
 

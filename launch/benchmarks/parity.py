@@ -20,7 +20,7 @@ from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.torch_model import token_losses, torch_model
 from ramp_jax.halo.verify import evaluate_gguf
-from ramp_jax.models import Model, allocatable, load_model
+from ramp_jax.models import Model, load_model
 from ramp_jax.scoring.likelihood import Pair, log_likelihoods
 from ramp_jax.scoring.perplexity import evaluate, first_scored
 
@@ -40,10 +40,9 @@ class Found(NamedTuple):
 def parity(_: int) -> Numbers:
     """Perplexity of each, the largest difference of a window's loss, and of a log-likelihood."""
     original = load_model("smollm2-135m")
-    plain = dict.fromkeys((tensor.name for tensor in allocatable(original.spec)), "F16")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "F16.gguf"
-        export_gguf(original, Allocation(original.spec, original.metadata, plain), path)
+        export_gguf(original, Allocation.uniform(original, "F16"), path)
         model = load_model(str(path))
         beside = torch_model(model)
         found, numbers = {}, {}

@@ -16,7 +16,8 @@ from benchmarks.measuring import Numbers, medians, said
 from benchmarks.transfer import geometric_mean, judge_of, totals
 from jaxtyping import Array, Float
 
-from ramp_jax.allocators.allocator import UNIT_BYTES, Problem, estimated_optimum
+from ramp_jax.allocation import ALIGNMENT
+from ramp_jax.allocators.allocator import Problem, estimated_optimum
 from ramp_jax.formats import LEVELS
 from ramp_jax.policy import train
 from ramp_jax.policy.inference import Policy, choose
@@ -67,7 +68,7 @@ def synthetic(seed: int = 0) -> Task:
         Problem(
             _single(embedding),
             _single(weights),
-            jnp.asarray(weights[:, None] * (bits + 0.5)[None, :] / (8 * UNIT_BYTES), jnp.int32),
+            jnp.asarray(weights[:, None] * (bits + 0.5)[None, :] / (8 * ALIGNMENT), jnp.int32),
             _single(bits),
             _single(estimate),
         ),

@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 
 from ramp_jax import workflow
 from ramp_jax.allocators import simple
-from ramp_jax.allocators.allocator import UNIT_BYTES
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.config import RunConfig, from_dict
 from ramp_jax.models import load_model
@@ -48,6 +47,7 @@ class Judge:
     """What can be reached on one model, by its exact table: budgets in units, and loss of optimum and uniform there."""
 
     model: str
+    unit: float
     cost: Int[np.ndarray, "T A"]
     loss: Float[np.ndarray, "T A"]
     estimate: Float[np.ndarray, "T A"]
@@ -106,7 +106,16 @@ def judge_of(name: str, task: Task) -> Judge:
     best, uniform = (
         totals(loss, budgets, functools.partial(method, cost, loss)) for method in (knapsack, simple.uniform)
     )
-    return Judge(name, cost, loss, np.asarray(task.problem.expected, np.float64), budgets, best, uniform)
+    return Judge(
+        name,
+        float(task.problem.unit),
+        cost,
+        loss,
+        np.asarray(task.problem.expected, np.float64),
+        budgets,
+        best,
+        uniform,
+    )
 
 
 def totals(loss: Float[np.ndarray, "T A"], budgets: list[int], choose: Choose) -> Float[np.ndarray, " B"]:
@@ -168,7 +177,7 @@ def _plot(rows: list[Numbers], judges: list[Judge], models: tuple[str, ...]) -> 
         for key, label in shown.items():
             mine = [row for row in rows if row["model"] == judge.model and (row["method"], row["how"]) == key]
             if mine:
-                size = np.asarray(judge.budgets) * UNIT_BYTES / 1e6
+                size = np.asarray(judge.budgets) * judge.unit / 1e6
                 curves = np.asarray([row["over_optimum_by_budget"] for row in mine])
                 (line,) = axes.plot(size, np.exp(np.log(curves).mean(axis=0)), marker=".", label=label)
                 axes.fill_between(size, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.15)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ramp_jax.allocation import ALIGNMENT
 from ramp_jax.allocators.evolution import evolution
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.simple import greedy, random, uniform
@@ -14,8 +15,6 @@ from ramp_jax.allocators.tables import Actions, Cost, Loss, Pairs, exchange, tot
 from ramp_jax.models import Model, allocatable
 from ramp_jax.sensitivity.table import Sensitivity
 
-UNIT_BYTES = 32
-"""Bytes of a unit of files below 64 GiB."""
 FOLD_LEVEL = 4.5
 """Level of Scale Folding for whom no training decided it."""
 
@@ -34,12 +33,14 @@ class Problem(NamedTuple):
     """What each level is estimated to lose, up to one factor for the whole model."""
     pairs: Float[Array, "T A T A"] | None = None
     """What two tensors at two levels are estimated to lose beyond that; no observation shows it, repair looks at it."""
-    unit: Float[Array, ""] | float = float(UNIT_BYTES)
+    unit: Float[Array, ""] | float = float(ALIGNMENT)
     """Bytes of a unit."""
     evaluate: Callable[[Actions], float] | None = None
     """What an allocation truly loses, for whoever may ask; a problem that has it is no argument of jitted functions."""
     model: Model | None = None
     """Whose tensors these are, for whoever asks another program; likewise."""
+    importance: Mapping[str, Float[np.ndarray, " I"]] | None = None
+    """Mean squared input of each tensor's channels, by name; likewise."""
 
 
 def _draw_none(problem: Problem, budget: int, count: int) -> list[Actions]:

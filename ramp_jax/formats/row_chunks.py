@@ -6,7 +6,6 @@ Inside a compiled function the same calls simply become part of it.
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ramp_jax.cores import cores
 from ramp_jax.formats.registry import Effort, get_format
 from ramp_jax.formats.search import LANES
 
@@ -103,4 +103,4 @@ def _in_chunks(run: Callable[..., Any], w: jax.Array, importance: jax.Array | No
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """One thread per core: a chunk of this size keeps one core busy, XLA does not spread it over more."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return ThreadPoolExecutor(cores())

@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -70,7 +71,7 @@ class Bench:
 
     def mix(self, source: Path, budget_bytes: int) -> tuple[str, Path] | None:
         """llama.cpp's largest mix that fits, with the importance matrix of our calibration; None where none fits."""
-        mix = llama_quantize.mix_below(source, budget_bytes)
+        mix = llama_quantize.mix_below(source, budget_bytes, self.weighted.importance)
         if mix is None:
             return None
         path = self.workdir / f"llama.cpp-{mix}.gguf"
@@ -130,7 +131,7 @@ def compare(
         rows.append(bench.row(f"llama.cpp {name} + imatrix", path, time.monotonic() - started))
     best, seconds = _knapsack(folded, Sensitivity.load(sensitivity_path), budget)
     rows.append(bench.row("knapsack", bench.export(best, f"knapsack-{budget}"), seconds))
-    rows.append(bench.row("RAMP policy", gguf_path, notes["seconds"]))
+    rows.append(bench.row(_who(notes), gguf_path, notes["seconds"]))
     content = {
         "fingerprint": fingerprint,
         "budget_bytes": budget,
@@ -139,6 +140,12 @@ def compare(
     }
     write_bytes(workdir / COMPARISON, (json.dumps(content, indent=1) + "\n").encode())
     return rows
+
+
+def _who(notes: Mapping[str, Any]) -> str:
+    """Name of the allocation's own row."""
+    name = str(notes.get("allocator", "policy"))
+    return "RAMP policy" if name.startswith("policy") else name
 
 
 def _fingerprint(exported: Path, others: Sequence[Path], heldout: Int[np.ndarray, "W T"], how: object) -> str:

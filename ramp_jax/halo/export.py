@@ -89,4 +89,4 @@ def _encoded(model: Model, tensor: Tensor, fmt: str, encoder: Encoder) -> np.nda
     """The tensor's bytes `[*rows, row bytes]`, rows in the file's order."""
     raw = get_format(fmt).to_bytes(encoder.encode(model, tensor, fmt))
     heads = model.spec.family.permuted_heads(tensor)
-    return permute_rope(raw, heads) if heads else raw
+    return permute_rope(raw.reshape(tensor.shape[0], -1), heads) if heads else raw  # a row of a bias is one number

@@ -15,9 +15,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ramp_jax.allocation import Allocation
+from ramp_jax.allocation import Allocation, padded
 from ramp_jax.allocators import Actions, Allocator, Problem
 from ramp_jax.allocators.allocator import FOLD_LEVEL
+from ramp_jax.cores import cores
 from ramp_jax.formats import EXPORTABLE, get_format
 from ramp_jax.halo.export import write_skeleton
 from ramp_jax.models import allocatable
@@ -67,16 +68,20 @@ def quantize(
     return output.stat().st_size
 
 
-def predicted_bytes(source: Path, mix: str) -> int:
-    """About what a file of that mix weighs (llama.cpp's dry run: tensors to 0.01 MiB, metadata as in the source)."""
-    log = _call(source, source.with_suffix(".dry"), mix, None, {}, dry_run=True)
-    sizes = [float(re.search(rf"{kind} size\s*=\s*([\d.]+) MiB", log)[1]) for kind in ("model", "quant")]
-    return source.stat().st_size + int((sizes[1] - sizes[0]) * 2**20)
+def predicted_bytes(source: Path, mix: str, importance: Importance | None = None) -> int:
+    """What a file of that mix weighs, metadata as in the source."""
+    types = mix_types(source, mix, importance)
+    changed = 0
+    for tensor in gguf.GGUFReader(source).tensors:
+        rows, n_in = tensor.n_elements // int(tensor.shape[0]), int(tensor.shape[0])
+        new = rows * get_format(types[tensor.name]).row_bytes(n_in)
+        changed += padded(new) - padded(int(tensor.n_bytes))
+    return source.stat().st_size + changed
 
 
-def mix_below(source: Path, budget_bytes: int) -> str | None:
+def mix_below(source: Path, budget_bytes: int, importance: Importance | None = None) -> str | None:
     """The largest of llama.cpp's mixes that fits the budget, None where none does."""
-    sizes = {mix: predicted_bytes(source, mix) for mix in MIXES}
+    sizes = {mix: predicted_bytes(source, mix, importance) for mix in MIXES}
     fitting = [mix for mix in MIXES if sizes[mix] <= budget_bytes]
     return max(fitting, key=sizes.__getitem__, default=None)
 
@@ -101,7 +106,7 @@ def _largest_mix(problem: Problem, budget: int) -> Actions:
         source = Path(folder) / "F16.gguf"
         write_skeleton(problem.model, Allocation.uniform(problem.model, "F16"), source)
         for mix in MIXES:
-            types = mix_types(source, mix)
+            types = mix_types(source, mix, problem.importance)
             choices.append(np.asarray([EXPORTABLE.index(types[tensor.name]) for tensor in members]))
     sizes = [int(cost[rows, actions].sum()) for actions in choices]
     fitting = [size for size in sizes if size <= budget]
@@ -110,9 +115,12 @@ def _largest_mix(problem: Problem, budget: int) -> Actions:
     return choices[sizes.index(max(fitting))]
 
 
-def mix_types(source: Path, mix: str) -> dict[str, str]:
-    """Format of every tensor of an F16 or F32 GGUF in one of llama.cpp's mixes, by its dry run."""
-    log = _call(source, source.with_suffix(".dry"), mix, None, {}, dry_run=True)
+def mix_types(source: Path, mix: str, importance: Importance | None = None) -> dict[str, str]:
+    """Format of every tensor of an F16 or F32 GGUF in one of llama.cpp's mixes, by its dry run.
+
+    With an importance matrix llama.cpp takes other types for some tensors.
+    """
+    log = _call(source, source.with_suffix(".dry"), mix, importance, {}, dry_run=True)
     lines = re.findall(r"\] +(\S+) +- \[[^]]*\], type = +(\w+), size = [^\n]*?(?:\((\w+)\))?\n", log)
     return {name: (new or old).upper() for name, old, new in lines}
 
@@ -127,7 +135,7 @@ def _call(
     if mix not in MIXES:
         raise ValueError(f"llama.cpp has no mix {mix!r}; known mixes are {', '.join(MIXES)}.")
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.dry_run, params.nthread = MIXES[mix], dry_run, os.cpu_count()
+    params.ftype, params.dry_run, params.nthread = MIXES[mix], dry_run, cores()
     if importance:
         entries = _imatrix(importance)
         params.imatrix = entries

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ramp_jax.cores import cores
 from ramp_jax.halo.llama_quantize import captured_log, last_line, require
 from ramp_jax.models import Model
 from ramp_jax.models.decoder import head_logits
@@ -77,7 +78,7 @@ def _session(path: str | Path, context: int) -> Iterator[tuple[Any, int]]:
     model_params.use_extra_bufts = False  # repacked weights crash on some virtual machines with AMX
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = context
-    params.n_threads = params.n_threads_batch = os.cpu_count()
+    params.n_threads = params.n_threads_batch = cores()
     with captured_log() as log, contextlib.ExitStack() as stack:
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         if not model:

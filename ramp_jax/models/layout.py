@@ -168,7 +168,7 @@ class Block:
 class Tensor:
     """One tensor of a GGUF file: a weight and the block that it lies in, None outside the blocks.
 
-    `written` names what its sub-block adds to the stream, None outside the blocks.
+    `written_as` names what its sub-block adds to the stream, None outside the blocks.
     """
 
     weight: Weight

@@ -5,7 +5,8 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.models.decoder import logits
+from ramp_jax.models.decoder import head_weights, scanned_hidden_states
+from ramp_jax.models.layers import matmul
 from ramp_jax.models.layout import Params
 from ramp_jax.models.spec import DecoderSpec
 
@@ -34,5 +35,6 @@ class DecoderModule(nnx.Module):
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits f32 of every position."""
-        return logits(self.spec, self.params, ids)
+        """Logits f32 of every position; equal blocks are scanned, so that a training step compiles each kind once."""
+        params = self.params
+        return matmul(scanned_hidden_states(self.spec, params, ids), head_weights(params))

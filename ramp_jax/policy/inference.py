@@ -33,7 +33,7 @@ from ramp_jax.policy.env import CONTEXT, Process
 from ramp_jax.policy.networks import Params
 from ramp_jax.policy.refinement import refine
 from ramp_jax.policy.train import greedy, sample
-from ramp_jax.quantization import Stats
+from ramp_jax.quantization import Stats, importance_of
 from ramp_jax.sensitivity.table import Sensitivity
 
 POLICY_FILE = "policy.msgpack"
@@ -94,7 +94,8 @@ def load_policy(source: str | Path) -> Policy:
     expected = jax.eval_shape(lambda: network.init(jax.random.key(0), shown))
     if _shapes(policy.actor) != _shapes(expected):
         raise ValueError(
-            f"the policy in {source} is no network of the {shown} numbers that this program shows it; train it again."
+            f"the policy in {source} is no network of the {shown} numbers that this program shows it; "
+            f"delete {path} and train it again."
         )
     return policy
 
@@ -138,23 +139,28 @@ def find_allocator(source: str | Path, *, levels: tuple[float, ...] | None = Non
     `fisher`, `greedy`, `uniform` and `random` choose among `levels`, by default all, and so does `evolution`, which
     spends the evaluations itself. `llama.cpp` takes the largest of llama.cpp's own mixes that fits. An `.npz` is a
     sensitivity table of the model, of which the knapsack is taken. All else is what `load_policy` finds. Raises
-    `ValueError` for evolution without evaluations, and where a policy or a table has other levels.
+    `ValueError` for evolution without evaluations, for llama.cpp with them or with levels, and where a policy or a
+    table has other levels.
     """
     chosen = LEVELS if levels is None else tuple(sorted(set(levels)))
+    if source == llama_quantize.MIX:
+        if levels is not None or evaluations:
+            raise ValueError(
+                "llama.cpp's mixes choose among formats of their own; leave --levels and --refine_evals out."
+            )
+        return llama_quantize.mix_allocator()
     if source == EVOLUTION:
         if not evaluations:
             raise ValueError("evolution searches by true evaluations; say how many with --refine_evals=N.")
         return by_evolution(chosen, evaluations)
-    if source == llama_quantize.MIX:
-        found = llama_quantize.mix_allocator()
-    elif source in RULES:
+    if source in RULES:
         found = by_rule(str(source), chosen)
     elif Path(source).suffix == ".npz":
         found = by_table(Sensitivity.load(source))
     else:
         found = load_policy(source).allocator()
-    if levels is not None and source not in RULES:
-        check_levels(found, levels)
+    if levels is not None:
+        check_levels(found, chosen)
     return refine(found, evaluations) if evaluations else found
 
 
@@ -178,7 +184,7 @@ def allocate(
     table = costs(model, allocator.levels)
     check_budget(table, budget_bytes)
     known = problem(model, stats, allocator.levels, table, estimates=allocator.estimates)
-    known = known._replace(evaluate=evaluate, model=model)
+    known = known._replace(evaluate=evaluate, model=model, importance=importance_of(model.spec, stats))
     return from_levels(model, [allocator.levels[a] for a in allocator.choose(known, table.units(budget_bytes))])
 
 

@@ -17,7 +17,7 @@ from ramp_jax.models.decoder import weights_dtype
 from ramp_jax.quantization import Encoder
 from ramp_jax.scoring.perplexity import Protocol
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the bytes of a format or the measure change; tables of another version are refused."""
 
 
