@@ -208,7 +208,8 @@ def test_what_is_left_is_spent_where_it_saves_most():
 def test_policy_of_another_observation_is_refused(tmp_path):
     actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), 15)
     dataclasses.replace(policy_of(0), actor=actor).save(tmp_path)
-    with pytest.raises(ValueError, match=r"is no network of the 20 numbers that this program shows it; delete .* and train it again"):
+    sentence = "is no network of the 20 numbers that this program shows it; delete .* and train it again"
+    with pytest.raises(ValueError, match=sentence):
         load_policy(tmp_path)
 
 

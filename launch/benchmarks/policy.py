@@ -12,7 +12,7 @@ import functools
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation, Costs, costs, from_levels
-from ramp_jax.allocators import Problem, simple
-from ramp_jax.allocators.allocator import by_evolution, estimated_optimum, tables
+from ramp_jax.allocators import Actions, Allocator, Problem, simple
+from ramp_jax.allocators.allocator import RULES, by_evolution, by_rule, by_table, tables
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import llama_quantize
@@ -54,23 +54,11 @@ _CALIBRATION, _HELDOUT = {"context": 512, "count": 4}, {"context": 512, "count":
 _RANDOM_SEEDS = 3
 _SEED = re.compile(r"[- ]?\d+(?=$|,)")  # at the end of a method's name
 
-Choose = Callable[[int], Int[np.ndarray, " T"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A way of choosing: level indices for a budget in units; `seconds` is what it needed of the target once."""
-
-    name: str
-    choose: Choose
-    seconds: float
-
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """What all methods share."""
 
-    unfolded: Model
     model: Model
     levels: tuple[float, ...]
     sizes: Costs
@@ -99,54 +87,62 @@ def policy(repeats: int) -> Numbers:
     stats, reference = calibrate(model, calibration), reference_of(model, heldout)
     folded = fold(model, stats, first.fold_level, second=second_moments(model, calibration))
     encoder = Encoder("best", importance_of(model.spec, stats), EncodeCache(1 << 33))
-    bench = Bench(model, folded, first.levels, costs(folded, first.levels), encoder)
+    bench = Bench(folded, first.levels, costs(folded, first.levels), encoder)
     started = time.monotonic()
     known = inference.problem(folded, stats, first.levels, bench.sizes)
-    methods = list(_methods(bench, known, time.monotonic() - started, calibration, policies))
+    estimating, quantizing = time.monotonic() - started, 0.0
+    if _EVOLUTION.value:
+        started = time.monotonic()
+        choices = variants.prepare(folded, model, calibration[:1], first.levels, encoder=encoder)
+        known, quantizing = known._replace(evaluate=variants.measuring(choices)), time.monotonic() - started
+    ways = list(_allocators(first.levels, policies, estimating, quantizing))
     rows = []
     for mix, budget, kld in _mixes(model, stats, heldout, reference):
         rows.append(_said(mix, f"llama.cpp {mix}", budget, budget, kld, 0.0))
-        for method in methods if bench.sizes.smallest <= budget else []:
+        for way in ways if bench.sizes.smallest <= budget else []:
             started = time.monotonic()
-            actions = method.choose(bench.sizes.units(budget))
-            seconds = method.seconds + time.monotonic() - started
+            actions = way.choose(known, bench.sizes.units(budget))
+            seconds = way.seconds + time.monotonic() - started
             loss, size = bench.kld(heldout, reference, actions)
-            rows.append(_said(mix, method.name, budget, size, loss, seconds))
+            rows.append(_said(mix, way.name, budget, size, loss, seconds))
     save_plots({"policy": lambda: _plot(rows)})
-    said(_over_mixes(rows))
-    return {"target": _TARGET.value, "heldout_tokens": heldout.size, "rows": rows}
+    ratios = said(_over_mixes(rows))
+    return {"target": _TARGET.value, "heldout_tokens": heldout.size, "over_the_mixes": ratios, "rows": rows}
 
 
-def _methods(
-    bench: Bench, known: Problem, seconds: float, calibration: Int[np.ndarray, "W T"], policies: dict[str, Policy]
-) -> Iterator[Method]:
-    """Rules, searches and policies; `seconds` is what the estimated losses and the embedding took."""
-    cost, estimate = tables(known)
-    yield Method("uniform", lambda units: simple.uniform(cost, estimate, units), 0.0)
+def _allocators(
+    levels: tuple[float, ...], policies: dict[str, Policy], estimating: float, quantizing: float
+) -> Iterator[Allocator]:
+    """Rules, searches and policies, with the seconds that they need of the target once: what estimated losses and the
+    embedding took, and every tensor at every level."""
+    yield by_rule("uniform", levels)
     for seed in range(_RANDOM_SEEDS):
-        yield Method(f"random {seed}", lambda units, s=seed: simple.random(cost, estimate, units, seed=s), 0.0)
-    yield Method("estimate, greedy", lambda units: simple.greedy(cost, estimate, units), seconds)
-    yield Method("estimate, knapsack", lambda units: knapsack(cost, estimate, units), seconds)
-    yield Method("estimate, pairs", lambda units: estimated_optimum(known, units), seconds)
+        draw = functools.partial(_draw, seed=seed)
+        yield dataclasses.replace(by_rule("random", levels), name=f"random {seed}", choose=draw)
+    estimated = dataclasses.replace(by_rule("fisher", levels), seconds=estimating)
+    for name, choose in {"greedy": RULES["greedy"], "knapsack": _knapsack, "pairs": estimated.choose}.items():
+        yield dataclasses.replace(estimated, name=f"estimate, {name}", choose=choose)
     if _TABLE.value:
-        table = Sensitivity.load(_TABLE.value)
-        yield Method("exact knapsack", lambda units: knapsack(cost, table.kld, units), table.seconds)
-    for name, found in policies.items():
-        short = f"policy {Path(name).name}"
-        alone = functools.partial(inference.choose, found, known, repair=False)
-        yield Method(f"{short}, no repair", alone, seconds)
-        yield Method(short, functools.partial(inference.choose, found, known), seconds)
+        yield dataclasses.replace(by_table(Sensitivity.load(_TABLE.value)), name="exact knapsack")
+    ours = {f"policy {Path(name).name}": found for name, found in policies.items()}
+    for name, found in ours.items():
+        whole = dataclasses.replace(found.allocator(), name=name, seconds=estimating)
+        alone = functools.partial(inference.choose, found, repair=False)
+        yield dataclasses.replace(whole, name=f"{name}, no repair", choose=alone)
+        yield whole
     if _EVOLUTION.value:
-        started = time.monotonic()
-        choices = variants.prepare(bench.model, bench.unfolded, calibration[:1], bench.levels, encoder=bench.encoder)
-        quantizing = time.monotonic() - started
-        measured = known._replace(evaluate=variants.measuring(choices))
-        evolution = by_evolution(bench.levels, _EVOLUTION.value)
-        yield Method("evolution", functools.partial(evolution.choose, measured), quantizing)
-        for name, found in policies.items():
+        yield dataclasses.replace(by_evolution(levels, _EVOLUTION.value), seconds=quantizing)
+        for name, found in ours.items():
             refined = refine(found.allocator(), _EVOLUTION.value)
-            choose = functools.partial(refined.choose, measured)
-            yield Method(f"policy {Path(name).name}, refined", choose, seconds + quantizing)
+            yield dataclasses.replace(refined, name=f"{name}, refined", seconds=estimating + quantizing)
+
+
+def _draw(problem: Problem, budget: int, seed: int) -> Actions:
+    return simple.random(*tables(problem), budget, seed=seed)
+
+
+def _knapsack(problem: Problem, budget: int) -> Actions:
+    return knapsack(*tables(problem), budget)
 
 
 def _mixes(
