@@ -16,7 +16,8 @@ from ramp_jax.models.decoder import Params, block_forward
 from ramp_jax.models.layout import Block, full_name
 from ramp_jax.progress import track
 
-_TOKENS_AT_ONCE = 2048  # of windows that go through a block together
+# of windows that go through a block together; on CPUs few, since what a call needs for a moment is mapped anew each time
+_TOKENS_AT_ONCE, _TOKENS_ON_ACCELERATORS = 512, 2048
 
 
 class Place(NamedTuple):
@@ -52,9 +53,10 @@ def advance(at: Place, x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
 
 
 def in_batches(run: Callable[[Float[Array, "B T D"]], Any], x: Float[Array, "W T D"]) -> Any:
-    """`run` over equal batches of windows of up to `_TOKENS_AT_ONCE` tokens, put together again."""
+    """`run` over equal batches of windows, put together again."""
     windows, time = x.shape[:2]
-    count = min(-(-windows * time // _TOKENS_AT_ONCE), windows)
+    at_once = _TOKENS_AT_ONCE if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATORS
+    count = min(-(-windows * time // at_once), windows)
     size = -(-windows // count)
     if size == windows:
         return run(x)

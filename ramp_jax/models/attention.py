@@ -96,11 +96,16 @@ class Attention(SubBlock):
 
 
 def rope_tables(theta: float, size: int, time: int) -> Rope:
-    """Cosines and sines of the rotary angles of positions 0..time − 1, for heads of that size."""
-    half = size // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(time, dtype=jnp.float32)[:, None] * frequency[None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+    """Cosines and sines of the rotary angles of positions 0..time − 1, for heads of that size.
+
+    They are constants of compiled functions: XLA would fuse them into every head's rotation and compute them there
+    again, which costs a forward pass on a CPU a fifth of its time.
+    """
+    with jax.ensure_compile_time_eval():
+        half = size // 2
+        frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angle = jnp.arange(time, dtype=jnp.float32)[:, None] * frequency[None, :]
+        return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
