@@ -16,7 +16,7 @@ from ramp_jax.models.decoder import Params, block_forward
 from ramp_jax.models.layout import Block, full_name
 from ramp_jax.progress import track
 
-# of windows that go through a block together; on CPUs few, since what a call needs for a moment is mapped anew each time
+# of windows that go through a block together; on CPUs few, since a call maps what it needs for a moment anew each time
 _TOKENS_AT_ONCE, _TOKENS_ON_ACCELERATORS = 512, 2048
 
 
