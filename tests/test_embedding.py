@@ -150,9 +150,11 @@ def test_folding_is_seen(untied, stats, embedded, rng):
 
 def test_statistics_of_the_folded_model_give_the_same_embedding(untied, stats, windows, rng):
     folded = refold(untied, {f"blk.{i}.ffn_in": np.exp(rng.normal(0, 1, 64)) for i in range(3)})
-    np.testing.assert_allclose(
-        embedding.embed(folded, calibrate(folded, windows)), embedding.embed(folded, stats), atol=5e-3
-    )
+    found, expected = embedding.embed(folded, calibrate(folded, windows)), embedding.embed(folded, stats)
+    share = embedding.NAMES.index("loss_rate")
+    np.testing.assert_allclose(np.delete(found, share, axis=1), np.delete(expected, share, axis=1), atol=1e-3)
+    # importance that differs in its last bits rounds weights next to a tie another way: 2 % of a loss
+    np.testing.assert_allclose(found[:, share], expected[:, share], atol=0.02)
 
 
 def test_lookup_only_embedding_has_no_activation(untied, tied, windows, embedded):
