@@ -68,20 +68,22 @@ def quantize(
     return output.stat().st_size
 
 
-def predicted_bytes(source: Path, mix: str, importance: Importance | None = None) -> int:
-    """What a file of that mix weighs, metadata as in the source."""
-    types = mix_types(source, mix, importance)
-    changed = 0
-    for tensor in gguf.GGUFReader(source).tensors:
-        rows, n_in = tensor.n_elements // int(tensor.shape[0]), int(tensor.shape[0])
-        new = rows * get_format(types[tensor.name]).row_bytes(n_in)
-        changed += padded(new) - padded(int(tensor.n_bytes))
-    return source.stat().st_size + changed
+def predicted_bytes(source: Path, importance: Importance | None = None) -> dict[str, int]:
+    """What a file of each mix weighs, metadata as in the source."""
+    stored = {t.name: (int(t.n_elements), int(t.shape[0]), int(t.n_bytes)) for t in gguf.GGUFReader(source).tensors}
+    sizes = {}
+    for mix in MIXES:
+        changed = 0
+        for name, fmt in mix_types(source, mix, importance).items():
+            weights, n_in, size = stored[name]
+            changed += padded(weights // n_in * get_format(fmt).row_bytes(n_in)) - padded(size)
+        sizes[mix] = source.stat().st_size + changed
+    return sizes
 
 
 def mix_below(source: Path, budget_bytes: int, importance: Importance | None = None) -> str | None:
     """The largest of llama.cpp's mixes that fits the budget, None where none does."""
-    sizes = {mix: predicted_bytes(source, mix, importance) for mix in MIXES}
+    sizes = predicted_bytes(source, importance)
     fitting = [mix for mix in MIXES if sizes[mix] <= budget_bytes]
     return max(fitting, key=sizes.__getitem__, default=None)
 
