@@ -143,8 +143,8 @@ def fisher_moves(
             moves |= {at.full(name): value for name, value in moved.items()}
         looked_up = embedding[:, windows] * spec.embedding_scale
         of_embedding = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
-    first = outside["token_embd.weight"].name
-    moves[first] = moves[first] + of_embedding if spec.tied else of_embedding
+    tied = moves.get("token_embd.weight", 0.0)  # as a head, where it is one
+    moves["token_embd.weight"] = tied + of_embedding
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
     scale = np.float32(1 / np.sqrt(probes * scored))
     samples = probes * windows.size
