@@ -23,8 +23,7 @@ from ramp_jax.halo import libggml, llama_quantize
 from ramp_jax.models import DecoderSpec, Model, allocatable, lookup
 from ramp_jax.models.decoder import cast_weights
 from ramp_jax.models.layout import LOOKED_UP
-from ramp_jax.models.metadata import describe
-from ramp_jax.models.spec import make_spec
+from ramp_jax.models.spec import describe, make_spec
 from ramp_jax.pretrain import init_params
 from ramp_jax.quantization import Encoder, calibrate, importance_of
 from ramp_jax.quantization.compensate import compensate

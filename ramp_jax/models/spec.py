@@ -7,6 +7,7 @@ from typing import Any
 
 from ramp_jax.models.families import FAMILIES, Family
 from ramp_jax.models.layout import Block
+from ramp_jax.models.metadata import Metadata, typed
 
 _HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
@@ -140,4 +141,29 @@ def spec_from_gguf(fields: Mapping[str, Any], tied: bool) -> DecoderSpec:
         rope_theta=fields.get(f"{arch}.rope.freq_base", 10000.0),
         norm_eps=fields[f"{arch}.attention.layer_norm_rms_epsilon"],
         tied=tied,
+    )
+
+
+def describe(spec: DecoderSpec, name: str, parameters: int) -> Metadata:
+    """The `general.*` and `<architecture>.*` pairs that llama.cpp needs to run `spec`."""
+    arch = spec.architecture
+    return typed(
+        {
+            "general.architecture": arch,
+            "general.type": "model",
+            "general.name": name,
+            "general.size_label": f"{parameters / 1e6:.0f}M" if parameters < 1e9 else f"{parameters / 1e9:.1f}B",
+            f"{arch}.block_count": spec.n_layers,
+            f"{arch}.context_length": spec.context_length,
+            f"{arch}.embedding_length": spec.d_model,
+            f"{arch}.feed_forward_length": spec.d_ff,
+            f"{arch}.attention.head_count": spec.n_heads,
+            f"{arch}.attention.head_count_kv": spec.n_kv_heads,
+            f"{arch}.attention.key_length": spec.head_size,
+            f"{arch}.attention.value_length": spec.head_size,
+            f"{arch}.attention.layer_norm_rms_epsilon": spec.norm_eps,
+            f"{arch}.rope.freq_base": spec.rope_theta,
+            f"{arch}.rope.dimension_count": spec.head_size,
+            f"{arch}.vocab_size": spec.vocab_size,
+        }
     )

@@ -21,8 +21,7 @@ from ramp_jax.config import as_dict
 from ramp_jax.formats import format_for
 from ramp_jax.halo.export import check_writable
 from ramp_jax.models import Model, allocatable, load_model, save_model, tensors
-from ramp_jax.models.metadata import describe
-from ramp_jax.models.spec import make_spec
+from ramp_jax.models.spec import describe, make_spec
 from ramp_jax.pretrain import OptimizerConfig
 from ramp_jax.quantization import fake_quantize
 from ramp_jax.scoring.perplexity import evaluate, reference_of
