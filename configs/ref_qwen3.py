@@ -13,7 +13,7 @@ from ramp_jax.refs.make import DecoderConfig, PretrainConfig
 def get_config() -> ConfigDict:
     """The checkpoint's config; every field can be set as --config.field=value."""
     decoder = DecoderConfig(
-        architecture="qwen3", n_layers=6, d_model=512, n_heads=8, n_kv_heads=4, head_size=64, d_ff=768, tied=False
+        model_type="qwen3", n_layers=6, d_model=512, n_heads=8, n_kv_heads=4, head_size=64, d_ff=768, tied=False
     )
     config = PretrainConfig(
         decoder, optimizer=OptimizerConfig(steps=250, batch_size=2, learning_rate=2e-3, warmup=25, embedding_std=0.1)

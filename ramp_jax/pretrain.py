@@ -19,8 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ramp_jax import checkpoint
 from ramp_jax.models import DecoderSpec
-from ramp_jax.models.decoder import Params, cast_weights, head_weights, scanned_hidden_states
-from ramp_jax.models.layers import matmul
+from ramp_jax.models.decoder import Params, cast_weights, output_head, scanned_hidden_states
 from ramp_jax.models.layout import Tensor, Weight, nest, tensors
 from ramp_jax.progress import track
 
@@ -79,6 +78,7 @@ def init_params(key: Key[Array, ""], spec: DecoderSpec, embedding_std: float = 0
 def loss(spec: DecoderSpec, params: Params, ids: Int[Array, "B T+1"]) -> Float[Array, ""]:
     """Mean negative log-likelihood in nats of every token but the first, products in bf16."""
     low = cast_weights(spec, params, jnp.bfloat16)
+    head = output_head(spec, low)
     hidden = scanned_hidden_states(spec, low, ids[:, :-1]).reshape(-1, spec.d_model)
     targets = ids[:, 1:].reshape(-1)
     rows = min(_LOGIT_ROWS, len(targets))
@@ -89,7 +89,7 @@ def loss(spec: DecoderSpec, params: Params, ids: Int[Array, "B T+1"]) -> Float[A
     @jax.checkpoint
     def chunk(inputs: tuple[Float[Array, "C D"], Int[Array, " C"]]) -> Float[Array, ""]:
         x, wanted = inputs
-        nll = optax.softmax_cross_entropy_with_integer_labels(matmul(x, head_weights(low)), jnp.maximum(wanted, 0))
+        nll = optax.softmax_cross_entropy_with_integer_labels(head(x), jnp.maximum(wanted, 0))
         return jnp.sum(jnp.where(wanted >= 0, nll, 0.0))
 
     return jnp.sum(jax.lax.map(chunk, (hidden, padded))) / len(targets)

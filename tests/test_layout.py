@@ -26,6 +26,7 @@ from ramp_jax.models.layout import (
     stack,
 )
 from ramp_jax.models.mlp import GatedMlp
+from ramp_jax.models.rope import Rope
 
 OF_A_BLOCK = """
     attn_norm    gain   64     -         -
@@ -147,7 +148,7 @@ def drawn(rng, block):
 def test_scan_equals_the_loop_for_kinds_in_turn(rng, kinds):
     """Attention that turns before a wide MLP, and attention without positions behind an MLP with another activation."""
     sizes = (32, 4, 2, 8, 1e-5)
-    local = Block((Attention(*sizes, 1e4, qk_norm=True), GatedMlp(32, 48, 1e-5)))
+    local = Block((Attention(*sizes, Rope(1e4, 8), qk_norm="heads"), GatedMlp(32, 48, 1e-5)))
     still = Attention(*sizes, None, norm=None, post_norm="post_attention_norm")
     other = Block((GatedMlp(32, 24, 1e-5, "gelu_tanh"), still))
     made = tuple({"l": local, "g": other}[kind] for kind in kinds)
@@ -205,7 +206,7 @@ def test_weights_of_a_block_by_name(untied):
 
 def test_biases_belong_to_the_linears_that_are_named():
     """In the order of their matrices, outside of what is allocated; those of q and k turn with their rows."""
-    attention = Attention(16, 2, 1, 8, 1e-6, 1e4, biased=("attn_q", "attn_v"))
+    attention = Attention(16, 2, 1, 8, 1e-6, Rope(1e4, 8), biased=("attn_q", "attn_v"))
     mlp = GatedMlp(16, 32, 1e-6, biased=("ffn_down",))
     names = [weight.name for weight in Block((attention, mlp)).weights]
     assert names[1:5] == ["attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_v.weight"]

@@ -16,6 +16,7 @@ from ramp_jax.formats import get_format
 from ramp_jax.models import allocatable, load_model, lookup, tensors
 from ramp_jax.models.layout import permute_rope, unpermute_rope
 from ramp_jax.models.metadata import metadata_bytes, plain, typed
+from ramp_jax.models.rope import Rope
 from ramp_jax.models.spec import spec_from_gguf, spec_from_hf
 
 
@@ -61,8 +62,10 @@ def test_bf16_weights_keep_norms_f32_and_logits_near(untied, windows):
 
 def test_spec_is_read_from_the_config(untied, tied):
     assert tied.spec == dataclasses.replace(untied.spec, tied=True)
-    assert dataclasses.asdict(untied.spec) == {
-        "architecture": "llama",
+    said = {f.name: f.default for f in dataclasses.fields(untied.spec) if f.default is not dataclasses.MISSING}
+    assert {name: value for name, value in vars(untied.spec).items() if name in said} == said
+    assert {name: value for name, value in vars(untied.spec).items() if name not in (*said, "blocks")} == {
+        "model_type": "llama",
         "n_layers": 3,
         "d_model": 64,
         "n_heads": 4,
@@ -71,7 +74,7 @@ def test_spec_is_read_from_the_config(untied, tied):
         "d_ff": 96,
         "vocab_size": 320,
         "context_length": 256,
-        "rope_theta": 5000.0,
+        "rope": Rope(5000.0, 16),
         "norm_eps": 1e-5,
         "tied": False,
     }
@@ -80,14 +83,20 @@ def test_spec_is_read_from_the_config(untied, tied):
 
 def test_blocks_are_what_the_spec_says(untied):
     attention, mlp = untied.spec.blocks[0].sub_blocks
-    assert dataclasses.asdict(attention) == {
+    assert vars(attention) == {
         "d_model": 64,
         "n_heads": 4,
         "n_kv_heads": 2,
         "head_size": 16,
         "norm_eps": 1e-5,
-        "rope_theta": 5000.0,
-        "qk_norm": False,
+        "rope": Rope(5000.0, 16),
+        "window": None,
+        "scale": None,
+        "score_cap": None,
+        "qk_norm": None,
+        "temperature": None,
+        "residual_scale": 1.0,
+        "fused": False,
         "biased": (),
         "norm": "attn_norm",
         "post_norm": None,
@@ -97,6 +106,8 @@ def test_blocks_are_what_the_spec_says(untied):
         "d_ff": 96,
         "norm_eps": 1e-5,
         "activation": "silu",
+        "residual_scale": 1.0,
+        "fused": False,
         "biased": (),
         "norm": "ffn_norm",
         "post_norm": None,
@@ -121,7 +132,7 @@ def test_gguf_gives_the_model_of_the_directory(tmp_path, model, windows):
     path = tiny.write_gguf(tmp_path / "tiny.gguf", model.metadata, tiny.gguf_values(model.spec.tied))
     loaded = load_model(str(path))
     assert_same_params(loaded.params, model.params)
-    assert loaded.spec == dataclasses.replace(model.spec, norm_eps=float(np.float32(1e-5)))
+    assert loaded.spec == model.spec
     np.testing.assert_allclose(loaded.logits(windows), model.logits(windows), atol=1e-5, rtol=0)
 
 
@@ -194,9 +205,9 @@ def test_gguf_with_a_tensor_of_another_shape(tmp_path, untied):
 
 
 def test_gguf_with_a_tensor_nobody_reads(tmp_path, untied):
-    values = tiny.gguf_values(tied=False) | {"blk.0.attn_q.bias": np.zeros(64, np.float32)}
+    values = tiny.gguf_values(tied=False) | {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
     path = tiny.write_gguf(tmp_path / "tiny.gguf", untied.metadata, values)
-    with pytest.raises(ValueError, match=r"does not use: blk\.0\.attn_q\.bias"):
+    with pytest.raises(ValueError, match=r"does not use: blk\.0\.attn_sinks\.weight"):
         load_model(str(path))
 
 
@@ -207,10 +218,13 @@ def test_gguf_of_another_architecture_lists_the_supported_ones(tmp_path, untied)
         load_model(str(path))
 
 
-@pytest.mark.parametrize("extra", [{"llama.rope.scaling.type": "yarn"}, {"llama.expert_count": 8}])
-def test_gguf_with_parts_the_decoder_does_not_compute(untied, extra):
-    with pytest.raises(ValueError, match="rope scaling or experts"):
-        spec_from_gguf(plain(untied.metadata) | extra, tied=False)
+@pytest.mark.parametrize(
+    "key, value", [("rope.scaling.type", "mrope"), ("expert_count", 8), ("rope.dimension_count", 8)]
+)
+def test_gguf_with_parts_the_decoder_does_not_compute(untied, key, value):
+    shapes = {tensor.name: tensor.shape for tensor in tensors(untied.spec)}
+    with pytest.raises(ValueError, match=rf"{key}|{value}.*does not compute"):
+        spec_from_gguf(plain(untied.metadata) | {f"llama.{key}": value}, shapes, {})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 0.9, 0.999])
@@ -279,11 +293,13 @@ def test_hf_architecture_that_is_not_supported_lists_the_supported_ones(copied_d
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope scaling 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
-        ({"attention_bias": True}, "attention biases"),
-        ({"mlp_bias": True}, "MLP biases"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope scaling 'dynamic'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"sliding_window": 64}, "sliding windows of 64 tokens"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"residual_multiplier": 0.5}, "residual_multiplier 0.5"),
+        ({"num_local_experts": 8}, "num_local_experts 8"),
     ],
 )
 def test_config_asks_for_what_the_decoder_does_not_compute(untied_directory, change, message):

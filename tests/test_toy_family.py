@@ -70,7 +70,7 @@ class PlainMlp(SubBlock):
 def toy_blocks(spec):
     sizes = (spec.d_model, spec.n_heads, spec.n_kv_heads, spec.head_size, spec.norm_eps)
     mlp = PlainMlp(spec.d_model, spec.d_ff, spec.norm_eps)
-    turning = Attention(*sizes, spec.rope_theta, biased=("attn_q", "attn_k", "attn_v"))
+    turning = Attention(*sizes, spec.rope, biased=("attn_q", "attn_k", "attn_v"))
     still = Attention(*sizes, None, norm=None, post_norm="post_attention_norm")
     return tuple(Block((still if layer % 2 else turning, mlp)) for layer in range(spec.n_layers))
 
@@ -88,7 +88,7 @@ def toy(tmp_path_factory):
         path = tmp_path_factory.mktemp("hf") / "toy"
         tiny.builtin_tokenizer().save_pretrained(path)
         config = dict.fromkeys(("hidden_size", "intermediate_size"), 64) | {"num_hidden_layers": 4, "head_dim": 16}
-        config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
+        config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "rms_norm_eps": 1e-6}
         config |= {"max_position_embeddings": 256, "tie_word_embeddings": False, "architectures": ["ToyForCausalLM"]}
         (path / "config.json").write_text(json.dumps(config))
         spec = spec_from_hf(config)

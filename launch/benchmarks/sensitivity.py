@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from ramp_jax import data
 from ramp_jax.models import Model, allocatable, load_model
-from ramp_jax.models.decoder import Params, head_weights, hidden_states
+from ramp_jax.models.decoder import Params, hidden_states, output_head
 from ramp_jax.models.layout import replaced
 from ramp_jax.quantization import decoded
 from ramp_jax.scoring.perplexity import mean_divergences
@@ -49,7 +49,7 @@ def sensitivity(repeats: int) -> Numbers:
 
 def plain_loop(model: Model, windows: Int[np.ndarray, "W T"], some: list[Cell]) -> Float[np.ndarray, " K"]:
     """Mean KL of each cell by a whole forward pass, every token scored."""
-    spec, params, head = model.spec, model.params, head_weights(model.params)
+    spec, params, head = model.spec, model.params, output_head(model.spec, model.params)
 
     def run(params: Params) -> Float[Array, "S D"]:
         return hidden_states(spec, params, windows)[:, :-1].reshape(-1, spec.d_model)

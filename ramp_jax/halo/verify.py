@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ramp_jax.cores import cores
 from ramp_jax.halo.llama_quantize import captured_log, last_line, require
 from ramp_jax.models import Model
-from ramp_jax.models.decoder import head_logits
+from ramp_jax.models.decoder import Head
 from ramp_jax.progress import track
 from ramp_jax.scoring.perplexity import (
     Protocol,
@@ -63,9 +63,9 @@ def evaluate_gguf(
 
 @jax.jit
 def _scores(
-    logits: Float[Array, "S V"], targets: Int[Array, " S"], hidden: Float[Array, "S D"] | None, head: Array | None
+    logits: Float[Array, "S V"], targets: Int[Array, " S"], hidden: Float[Array, "S D"] | None, head: Head | None
 ) -> TokenScores:
-    return token_scores(logits.T, targets, None if hidden is None else head_logits(hidden, head))
+    return token_scores(logits.T, targets, None if hidden is None else head.vocabulary_first(hidden))
 
 
 @contextlib.contextmanager

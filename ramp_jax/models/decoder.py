@@ -4,6 +4,7 @@ Axes: B batch, T time, D model width, V vocabulary. The residual stream and all 
 take their operands in the dtype of the weights.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,9 +12,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.models.layers import matmul, rms_norm
+from ramp_jax.models.layers import matmul, rms_norm, soft_cap
 from ramp_jax.models.layout import Block, Params, by_run, lookup, nest, scan_blocks, stack, tensors
 from ramp_jax.models.spec import DecoderSpec
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["cap"])
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What makes logits f32 of normed hidden states: a matrix, and a cap that keeps them within ±cap."""
+
+    weight: Float[Array, "V D"]
+    cap: float | None = None
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Logits."""
+        return soft_cap(matmul(x, self.weight), self.cap)
+
+    def vocabulary_first(self, x: Float[Array, "T D"]) -> Float[Array, "V T"]:
+        """Logits whose sums over the vocabulary run side by side for all tokens: twice as fast on CPUs."""
+        found = jnp.einsum("VD,TD->VT", self.weight, x.astype(self.weight.dtype), preferred_element_type=jnp.float32)
+        return soft_cap(found, self.cap)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -42,18 +61,14 @@ def block_taps(
 
 
 def final_norm(spec: DecoderSpec, params: Params, x: Float[Array, "*b T D"]) -> Float[Array, "*b T D"]:
-    """What the head reads, from the stream after the last block."""
-    return rms_norm(x, params["output_norm"]["weight"], spec.norm_eps)
+    """What the head reads, from the stream after the last block; what divides logits has divided it."""
+    normed = rms_norm(x, params["output_norm"]["weight"], spec.norm_eps)
+    return normed if spec.logit_divisor == 1 else normed / spec.logit_divisor
 
 
-def head_weights(params: Params) -> Float[Array, "V D"]:
-    """The matrix that maps normed hidden states to logits: `output`, or the tied embedding."""
-    return params.get("output", params["token_embd"])["weight"]
-
-
-def head_logits(x: Float[Array, "T D"], head: Float[Array, "V D"]) -> Float[Array, "V T"]:
-    """Logits f32 with the vocabulary first, whose sums then run side by side for all tokens: twice as fast on CPUs."""
-    return jnp.einsum("VD,TD->VT", head, x.astype(head.dtype), preferred_element_type=jnp.float32)
+def output_head(spec: DecoderSpec, params: Params) -> Head:
+    """The head: `output`, or the tied embedding."""
+    return Head(params.get("output", params["token_embd"])["weight"], spec.final_cap)
 
 
 def hidden_states(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -73,7 +88,7 @@ def scanned_hidden_states(spec: DecoderSpec, params: Params, ids: Int[Array, "B 
 
 def logits(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Logits f32 of every position."""
-    return matmul(hidden_states(spec, params, ids), head_weights(params))
+    return output_head(spec, params)(hidden_states(spec, params, ids))
 
 
 def cast_weights(spec: DecoderSpec, params: Params, dtype: Any) -> Params:

@@ -34,6 +34,11 @@ def norm(x: Float[Array, "... D"], w: dict[str, Any], name: str | None, eps: flo
     return x if name is None else rms_norm(x, w[name]["weight"], eps)
 
 
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap · tanh(x / cap), which never leaves ±cap; x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def gain(name: str | None, size: int) -> tuple[Weight, ...]:
     """The tensor of a norm; none where there is no name."""
     return () if name is None else (Weight(f"{name}.weight", (size,), "gain"),)

@@ -57,9 +57,9 @@ class Activation:
     """What matrices of a sub-block read, `[..., width]`.
 
     `maker` names the module whose rows (or gains) scale its channels one by one, None where there is none: dividing
-    them divides the activation. Where `repeats` of the activation's channel groups share one of the maker's
-    (grouped-query attention), channels are `[groups, repeats, width / (groups · repeats)]` and the maker's rows lack
-    the axis `repeats`.
+    them divides the activation. They begin at row `first_row` of a module that makes other things as well.
+    Where `repeats` of the activation's channel groups share one of the maker's (grouped-query attention), channels are
+    `[groups, repeats, width / (groups · repeats)]` and the maker's rows lack the axis `repeats`.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Activation:
     maker: str | None = None
     groups: int = 1
     repeats: int = 1
+    first_row: int = 0
 
     def by_group(self, values: Float[Array, " width"]) -> Float[Array, "groups repeats H"]:
         """Channels by the group that shares a row of the maker."""

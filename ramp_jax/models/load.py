@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
+from ramp_jax.models.families import TABLES
 from ramp_jax.models.layout import nest, tensors, unpermute_rope
 from ramp_jax.models.metadata import Metadata, plain, read_metadata, typed
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
@@ -154,7 +155,8 @@ def _read_gguf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata
     metadata = read_metadata(reader)
     fields = plain(metadata)
     by_name = {tensor.name: tensor for tensor in reader.tensors}
-    spec = spec_from_gguf(fields, tied="output.weight" not in by_name)
+    tables = {name: gguf.quants.dequantize(t.data, t.tensor_type) for name, t in by_name.items() if name in TABLES}
+    spec = spec_from_gguf(fields, {name: tuple(map(int, t.shape[::-1])) for name, t in by_name.items()}, tables)
     values = {}
     for tensor in tensors(spec):
         if tensor.name in by_name:
@@ -162,6 +164,8 @@ def _read_gguf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata
             value = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32)
             heads = spec.family.permuted_heads(tensor)
             values[tensor.name] = unpermute_rope(value, heads) if heads else value
+    for name in tables:
+        del by_name[name]
     if by_name:
         raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(by_name)}.")
     return spec, values, metadata, tokenizer_from_gguf(fields, path)
@@ -184,7 +188,7 @@ def _read_hf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, 
         if (key := spec.family.hf_name(tensor)) in shard_of:
             with safe_open(shard_of.pop(key), framework="flax") as opened:
                 value = np.asarray(opened.get_tensor(key).astype(np.float32))
-                values[tensor.name] = value + np.float32(spec.family.hf_offset(tensor))
+                values[tensor.name] = spec.family.from_checkpoint(spec, tensor, value)
     left = [key for key in shard_of if not (key == "lm_head.weight" and spec.tied) and "rotary_emb" not in key]
     if left:
         raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(left)}.")

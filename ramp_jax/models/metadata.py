@@ -35,6 +35,7 @@ _NUMPY_TYPES = {
     np.dtype(np.uint32): GGUFValueType.UINT32,
     np.dtype(np.int32): GGUFValueType.INT32,
     np.dtype(np.float32): GGUFValueType.FLOAT32,
+    np.dtype(np.bool_): GGUFValueType.BOOL,
 }
 
 

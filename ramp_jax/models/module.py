@@ -5,8 +5,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.models.decoder import head_weights, scanned_hidden_states
-from ramp_jax.models.layers import matmul
+from ramp_jax.models.decoder import output_head, scanned_hidden_states
 from ramp_jax.models.layout import Params
 from ramp_jax.models.spec import DecoderSpec
 
@@ -37,4 +36,4 @@ class DecoderModule(nnx.Module):
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits f32 of every position; equal blocks are scanned, so that a training step compiles each kind once."""
         params = self.params
-        return matmul(scanned_hidden_states(self.spec, params, ids), head_weights(params))
+        return output_head(self.spec, params)(scanned_hidden_states(self.spec, params, ids))

@@ -1,22 +1,70 @@
-"""What a decoder looks like, read from a Hugging Face config or from GGUF metadata, and written as the former."""
+"""What a decoder looks like, read from a Hugging Face config or from GGUF metadata, and written as either."""
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ramp_jax.models.families import FAMILIES, Family
+import numpy as np
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ramp_jax.models.families import FAMILIES, Family, tables, usual_blocks
+from ramp_jax.models.families.properties import is_neutral, not_computed
 from ramp_jax.models.layout import Block
 from ramp_jax.models.metadata import Metadata, typed
+from ramp_jax.models.rope import Rope
 
-_HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+_REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+_OF_THE_FILE = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map")
+
+# What configs of other families can ask for beyond the keys that any family here reads.
+_OTHER_HF_KEYS = (
+    "alibi",
+    "clip_qkv",
+    "kv_lora_rank",
+    "moe_intermediate_size",
+    "mrope_section",
+    "n_routed_experts",
+    "num_experts",
+    "num_local_experts",
+    "parallel_attn",
+    "q_lora_rank",
+    "qk_layernorm",
+    "qkv_bias",
+    "quantization_config",
+    "rotary_pct",
+    "use_alibi",
+    "use_bidirectional_attention",
+    "use_parallel_residual",
+    "use_qk_norm",
+    "use_qkv_bias",
+)
+_HARMLESS_GGUF_KEYS = (
+    "attention.causal",
+    "attention.layer_norm_epsilon",
+    "expert_gating_func",
+    "expert_weights_norm",
+    "expert_weights_scale",
+    "pooling_type",
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """The numbers that describe a decoder of one family; `blocks` is what they mean."""
+    """The numbers that describe a decoder of one family, by the `model_type` of its config; `blocks` is what they mean.
 
-    architecture: str
+    `local_rope` are the positions of layers with a window where they have their own, `windowed` says which layers those
+    are (none: no windows), `unrotated` lists the layers that tell no positions. `attention_scale` multiplies scores
+    (None: 1 / √head_size), `attention_cap` and `final_cap` keep scores and logits within ±cap. Embeddings are
+    multiplied by `embedding_scale`, what sub-blocks add by `residual_scale`, logits divided by `logit_divisor`.
+    `temperature`: see `Attention`. `biased` names the linears with a bias. `query_factor` multiplies the queries of a
+    checkpoint when it is loaded, and is no part of what the loaded decoder is.
+    """
+
+    model_type: str
     n_layers: int
     d_model: int
     n_heads: int
@@ -25,145 +73,194 @@ class DecoderSpec:
     d_ff: int
     vocab_size: int
     context_length: int
-    rope_theta: float
     norm_eps: float
     tied: bool
+    rope: Rope
+    local_rope: Rope | None = None
+    window: int | None = None
+    windowed: tuple[bool, ...] = ()
+    unrotated: tuple[int, ...] = ()
+    biased: tuple[str, ...] = ()
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    final_cap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    temperature: tuple[float, int] | None = None
+    query_factor: float = dataclasses.field(default=1.0, compare=False)
 
     @property
     def family(self) -> Family:
         """What its decoder computes and how its files store it."""
-        return FAMILIES[self.architecture]
+        return FAMILIES[self.model_type]
+
+    @property
+    def architecture(self) -> str:
+        """What its GGUFs call it."""
+        return self.family.architecture or self.model_type
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
         """Its layers, in forward order."""
-        return self.family.blocks(self)
+        return (self.family.blocks or usual_blocks)(self)
 
     @property
-    def embedding_scale(self) -> float:
-        """What multiplies that which enters the first block."""
-        return float(self.d_model) ** 0.5 if self.family.scaled_embedding else 1.0
+    def tables(self) -> dict[str, np.ndarray]:
+        """Tensors f32 of its GGUF that follow from the spec, by name: divisors of rotary frequencies."""
+        return {name: np.asarray(values, np.float32) for name, values in tables(self.rope).items()}
+
+    @property
+    def caveat(self) -> str | None:
+        """What llama.cpp computes differently in a file of this decoder, None where nothing."""
+        if self.window is None or self.window >= self.context_length or self.family.windows_run:
+            return None
+        return (
+            f"llama.cpp runs {self.architecture} files without the model's sliding windows of {self.window:,} tokens: "
+            f"in longer texts its results are not the model's."
+        )
 
 
-def make_spec(architecture: str, **sizes: Any) -> DecoderSpec:
-    """Spec of a family with the other fields given; raises `ValueError` for an unknown family or an untied Gemma."""
-    if architecture not in FAMILIES:
-        raise ValueError(f"GGUF architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}.")
-    family = FAMILIES[architecture]
-    if family.tied and not sizes["tied"]:
-        raise ValueError(f"llama.cpp runs {architecture} with its embedding as the head only; use a tied checkpoint.")
-    return DecoderSpec(architecture=architecture, **sizes)
+def make_spec(model_type: str, *, rope_theta: float | None = None, **fields: Any) -> DecoderSpec:
+    """Spec of a family with the other fields given; `rope_theta` stands for plain rotary positions of whole heads.
+
+    Raises `ValueError` for an unknown family and for sizes that do not fit each other or that llama.cpp cannot run.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type} is not supported; supported are {', '.join(FAMILIES)}.")
+    if rope_theta is not None:
+        fields["rope"] = Rope(rope_theta, fields["head_size"])
+    spec = DecoderSpec(model_type=model_type, **fields)
+    if spec.n_heads % spec.n_kv_heads:
+        raise ValueError(f"{spec.n_heads} query heads cannot share {spec.n_kv_heads} key/value heads evenly.")
+    if spec.head_size == 0 or spec.head_size % 2:
+        raise ValueError(f"heads of {spec.head_size} dimensions have no pairs to rotate; an even number was expected.")
+    if (reason := spec.family.limits(spec)) is not None:
+        raise ValueError(f"llama.cpp cannot run a {spec.architecture} model with {reason}; use another checkpoint.")
+    return spec
 
 
 def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
-    """Spec from the contents of `config.json`; raises `ValueError` for what the decoder does not compute."""
-    name = (config.get("architectures") or ["none named"])[0]
-    by_class = {family.hf: arch for arch, family in FAMILIES.items()}
-    if name not in by_class:
-        raise ValueError(f"architecture {name} is not supported; supported are {', '.join(by_class)}.")
-    arch, family = by_class[name], FAMILIES[by_class[name]]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    expected = _HF_ACTIVATIONS[family.activation]
-    activation = config.get("hidden_activation") or config.get("hidden_act") or expected
-    unsupported = {
-        f"rope scaling {kind!r}": kind != "default",
-        "attention biases": config.get("attention_bias", False),
-        "MLP biases": config.get("mlp_bias", False),
-        "attention in sliding windows": config.get("use_sliding_window", False),
-        "attention in both directions": config.get("use_bidirectional_attention", False),
-        f"activation {activation!r}": activation != expected,
-    }
-    for what, present in unsupported.items():
-        if present:
-            raise ValueError(
-                f"config.json asks for {what}, which this decoder does not compute; use another checkpoint."
-            )
-    heads = config["num_attention_heads"]
-    return make_spec(
-        arch,
-        n_layers=config["num_hidden_layers"],
-        d_model=config["hidden_size"],
-        n_heads=heads,
-        n_kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or family.head_size or config["hidden_size"] // heads,
-        d_ff=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        context_length=config["max_position_embeddings"],
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
-    )
+    """Spec from the contents of `config.json`, of the text decoder where the model has other parts too.
+
+    Keys that the config leaves out have the defaults of its class in transformers. Raises `ValueError` for what the
+    decoder does not compute.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError("config.json is not a JSON object; download the model again.")
+    model_type, text = _text_part(config)
+    family = FAMILIES[model_type]
+    whole = text is config
+    if whole and (missing := [key for key in _REQUIRED if text.get(key) is None]):
+        raise ValueError(f"config.json lacks {missing[0]}; download the model again or add it.")
+    read = {key for known in family.all_properties for key in known.hf_keys}
+    known = {key for other in FAMILIES.values() for p in other.all_properties for key in p.hf_keys}
+    for key in sorted((known | {*_OTHER_HF_KEYS}) - read):
+        if not is_neutral(text.get(key)):
+            raise not_computed(f"config.json asks for {key} {text[key]!r:.60}")
+    _check_ropes(text)
+    for part in family.all_properties:
+        part.check_hf(text)
+    filled = _filled(text, model_type)
+    if not whole and "tie_word_embeddings" not in text and "tie_word_embeddings" in config:
+        filled["tie_word_embeddings"] = config["tie_word_embeddings"]
+    found: dict[str, Any] = {}
+    for part in family.all_properties:
+        found |= part.from_hf(filled, found)
+    return make_spec(model_type, **found)
 
 
 def hf_config(spec: DecoderSpec) -> dict[str, Any]:
     """The contents of a `config.json` that `spec_from_hf` and transformers read as `spec`."""
-    activation = _HF_ACTIVATIONS[spec.family.activation]
-    return {
-        "architectures": [spec.family.hf],
-        "model_type": spec.architecture,
-        "num_hidden_layers": spec.n_layers,
-        "hidden_size": spec.d_model,
-        "num_attention_heads": spec.n_heads,
-        "num_key_value_heads": spec.n_kv_heads,
-        "head_dim": spec.head_size,
-        "intermediate_size": spec.d_ff,
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.context_length,
-        "rope_theta": spec.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
-        "rms_norm_eps": spec.norm_eps,
-        "tie_word_embeddings": spec.tied,
-        "hidden_act": activation,
-        "attention_bias": False,
-    } | ({"hidden_activation": activation} if spec.family.activation == "gelu_tanh" else {})
+    config = {"architectures": [spec.family.hf], "model_type": spec.model_type}
+    for part in spec.family.all_properties:
+        config |= part.to_hf(spec)
+    return config
 
 
-def spec_from_gguf(fields: Mapping[str, Any], tied: bool) -> DecoderSpec:
-    """Spec from GGUF key-value pairs; raises `ValueError` for what the decoder does not compute."""
+def spec_from_gguf(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], tables: Mapping[str, np.ndarray]
+) -> DecoderSpec:
+    """Spec from GGUF key-value pairs, the shapes of the file's tensors, and those tensors of it that are tables.
+
+    Raises `ValueError` for what the decoder does not compute.
+    """
     arch = fields.get("general.architecture", "none named")
-    if arch not in FAMILIES:
-        raise ValueError(f"GGUF architecture {arch} is not supported; supported are {', '.join(FAMILIES)}.")
-    if fields.get(f"{arch}.rope.scaling.type", "none") != "none" or f"{arch}.expert_count" in fields:
-        raise ValueError(f"the GGUF asks for rope scaling or experts, which this {arch} decoder does not compute.")
-    heads = fields[f"{arch}.attention.head_count"]
-    d_model = fields[f"{arch}.embedding_length"]
-    return make_spec(
-        arch,
-        n_layers=fields[f"{arch}.block_count"],
-        d_model=d_model,
-        n_heads=heads,
-        n_kv_heads=fields.get(f"{arch}.attention.head_count_kv", heads),
-        head_size=fields.get(f"{arch}.attention.key_length", d_model // heads),
-        d_ff=fields[f"{arch}.feed_forward_length"],
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        context_length=fields[f"{arch}.context_length"],
-        rope_theta=fields.get(f"{arch}.rope.freq_base", 10000.0),
-        norm_eps=fields[f"{arch}.attention.layer_norm_rms_epsilon"],
-        tied=tied,
-    )
+    candidates = [name for name, family in FAMILIES.items() if (family.architecture or name) == arch]
+    if not candidates:
+        raise ValueError(f"GGUF architecture {arch} is not supported; supported are {', '.join(_architectures())}.")
+    pairs = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
+    if (tokens := fields.get("tokenizer.ggml.tokens")) is not None:
+        pairs["vocab_size"] = len(tokens)
+    name = next(name for name in candidates if FAMILIES[name].of_gguf(pairs))
+    return _read_pairs(name, pairs, {"tensors": shapes, "tables": tables})
 
 
 def describe(spec: DecoderSpec, name: str, parameters: int) -> Metadata:
     """The `general.*` and `<architecture>.*` pairs that llama.cpp needs to run `spec`."""
     arch = spec.architecture
-    return typed(
-        {
-            "general.architecture": arch,
-            "general.type": "model",
-            "general.name": name,
-            "general.size_label": f"{parameters / 1e6:.0f}M" if parameters < 1e9 else f"{parameters / 1e9:.1f}B",
-            f"{arch}.block_count": spec.n_layers,
-            f"{arch}.context_length": spec.context_length,
-            f"{arch}.embedding_length": spec.d_model,
-            f"{arch}.feed_forward_length": spec.d_ff,
-            f"{arch}.attention.head_count": spec.n_heads,
-            f"{arch}.attention.head_count_kv": spec.n_kv_heads,
-            f"{arch}.attention.key_length": spec.head_size,
-            f"{arch}.attention.value_length": spec.head_size,
-            f"{arch}.attention.layer_norm_rms_epsilon": spec.norm_eps,
-            f"{arch}.rope.freq_base": spec.rope_theta,
-            f"{arch}.rope.dimension_count": spec.head_size,
-            f"{arch}.vocab_size": spec.vocab_size,
-        }
-    )
+    pairs: dict[str, Any] = {
+        "general.architecture": arch,
+        "general.type": "model",
+        "general.name": name,
+        "general.size_label": f"{parameters / 1e6:.0f}M" if parameters < 1e9 else f"{parameters / 1e9:.1f}B",
+    }
+    for part in spec.family.all_properties:
+        pairs |= {f"{arch}.{key}": value for key, value in part.to_gguf(spec).items()}
+    return typed(pairs)
+
+
+def _text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The model type of the decoder of text, and its part of the config."""
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
+        return text["model_type"], text
+    by_class = {family.hf: name for name, family in FAMILIES.items()}
+    named = config.get("architectures")
+    asked = named[0] if isinstance(named, list) and named else config.get("model_type", "none named")
+    name = by_class.get(asked, asked if asked in FAMILIES else None)
+    if name is None:
+        nearest = difflib.get_close_matches(str(asked), by_class, 1)
+        hint = f" (nearest: {nearest[0]})" if nearest else ""
+        raise ValueError(f"architecture {asked} is not supported; supported are {', '.join(by_class)}{hint}.")
+    return name, config
+
+
+def _filled(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """The config with the defaults of its class in transformers, which also brings older keys into today's form."""
+    if model_type not in CONFIG_MAPPING:
+        return dict(config)
+    own = {*_OF_THE_FILE, "head_dim"} if config.get("head_dim") is None else {*_OF_THE_FILE}
+    given = {key: value for key, value in config.items() if key not in own}
+    try:
+        return given | CONFIG_MAPPING[model_type].from_dict(given).to_dict()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json is not a sound description of a {model_type} model: {reason:.200}.") from error
+
+
+def _check_ropes(config: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where the old key for rotary positions says other things than the new one beside it."""
+    old, new = config.get("rope_scaling"), config.get("rope_parameters")
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        renamed = {"rope_type" if key == "type" else key: value for key, value in old.items()}
+        if differs := [key for key, value in renamed.items() if new.get(key, value) != value]:
+            raise ValueError(f"config.json: rope_scaling and rope_parameters differ in {differs[0]}; remove one.")
+
+
+def _read_pairs(name: str, pairs: Mapping[str, Any], file: Mapping[str, Any]) -> DecoderSpec:
+    family = FAMILIES[name]
+    read = {key for part in family.all_properties for key in part.gguf_keys}
+    if pairs.get("attention.causal") is False:
+        raise not_computed("the GGUF asks for attention in both directions (attention.causal)")
+    for key in sorted(pairs.keys() - read - {*_HARMLESS_GGUF_KEYS}):
+        if not is_neutral(pairs[key]):
+            raise not_computed(f"the GGUF asks for {key} {pairs[key]!r:.60}")
+    found: dict[str, Any] = dict(file)
+    for part in family.all_properties:
+        found |= part.from_gguf(pairs, found)
+    return make_spec(name, **{key: value for key, value in found.items() if key not in file})
+
+
+def _architectures() -> Iterator[str]:
+    yield from dict.fromkeys(family.architecture or name for name, family in FAMILIES.items())

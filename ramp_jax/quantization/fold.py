@@ -116,11 +116,12 @@ def _scaled(model: Model, scales: Mapping[str, Float[Array, " C"]]) -> Model:
 def fold_block(block: Block, w: Params, activation: Activation, s: Float[Array, " C"]) -> Params:
     """A block's tensors with one activation divided by `s`: the rows (or gains, and biases) of what makes it, too."""
     divisor = activation.maker_rows(s)
+    own = slice(activation.first_row, activation.first_row + len(divisor))
     changed = {}
     for weight in block.weights:
         if weight.name.rpartition(".")[0] == activation.maker:
             value = of_block(w, weight.name)
-            rows = divisor.reshape(-1, *[1] * (value.ndim - 1))
+            rows = jnp.ones(len(value)).at[own].set(divisor).reshape(-1, *[1] * (value.ndim - 1))
             changed[weight.name] = (value.astype(jnp.float32) / rows).astype(value.dtype)
     for weight in block.readers(activation.name):
         value = of_block(w, weight.name)

@@ -38,7 +38,7 @@ _TOKENIZER_SHARE = 0.6  # of the text's characters, from the start: well inside 
 class DecoderConfig:
     """Sizes of a decoder of one family (see `DecoderSpec`)."""
 
-    architecture: str = "llama"
+    model_type: str = "llama"
     n_layers: int = 8
     d_model: int = 256
     n_heads: int = 4

@@ -6,7 +6,7 @@ from jaxtyping import Array, Int
 
 from ramp_jax import sweep
 from ramp_jax.models import DecoderSpec
-from ramp_jax.models.decoder import Params, embed, final_norm, head_weights
+from ramp_jax.models.decoder import Params, embed, final_norm, output_head
 from ramp_jax.models.layout import of_block
 
 
@@ -36,7 +36,9 @@ def explain(spec: DecoderSpec, params: Params, window: Int[np.ndarray, " T"]) ->
         gain = params["output_norm"]["weight"]
         return _damaged("output_norm.weight") if not _finite(gain) else _overflow("output_norm")
     head = "token_embd" if spec.tied else "output"
-    return _damaged(f"{head}.weight") if not _finite(head_weights(params)) else _overflow(f"the head, {head}")
+    return (
+        _damaged(f"{head}.weight") if not _finite(output_head(spec, params).weight) else _overflow(f"the head, {head}")
+    )
 
 
 def _damaged(tensor: str) -> str:

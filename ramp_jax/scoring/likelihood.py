@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ramp_jax.models import Model
-from ramp_jax.models.decoder import head_weights, hidden_states
-from ramp_jax.models.layers import matmul
+from ramp_jax.models.decoder import Head, hidden_states, output_head
 from ramp_jax.progress import track
 from ramp_jax.scoring.diagnose import check_windows, explain
 
@@ -46,7 +45,7 @@ def log_likelihoods(model: Model, pairs: Sequence[Pair]) -> list[tuple[float, bo
         owners = [(row, i) for row, inputs in enumerate(batch) for i in asked[inputs]]
         rows = [hidden[row, len(batch[row]) - len(pairs[i][1]) : len(batch[row])] for row, i in owners]
         targets = [token for _, i in owners for token in pairs[i][1]]
-        scored = _scored(np.concatenate(rows), head_weights(model.params), targets)
+        scored = _scored(np.concatenate(rows), output_head(model.spec, model.params), targets)
         borders = np.cumsum([len(part) for part in rows])[:-1]
         for (row, i), log_p, top in zip(owners, *(np.split(values, borders) for values in scored), strict=True):
             if not np.isfinite(log_p).all():
@@ -83,7 +82,7 @@ def _padded(batch: list[tuple[int, ...]], limit: int) -> Int[np.ndarray, "B T"]:
 
 
 def _scored(
-    x: Float[np.ndarray, "S D"], head: Float[Array, "V D"], targets: Sequence[int]
+    x: Float[np.ndarray, "S D"], head: Head, targets: Sequence[int]
 ) -> tuple[Float[np.ndarray, " S"], Bool[np.ndarray, " S"]]:
     """ln p of the targets and whether they are likeliest, from hidden states; one program for any number of them."""
     padding = -len(x) % _ROWS
@@ -95,8 +94,8 @@ def _scored(
 
 @jax.jit
 def _rows(
-    x: Float[Array, "S D"], targets: Int[Array, " S"], head: Float[Array, "V D"]
+    x: Float[Array, "S D"], targets: Int[Array, " S"], head: Head
 ) -> tuple[Float[Array, " S"], Bool[Array, " S"]]:
-    log_p = jax.nn.log_softmax(matmul(x, head))
+    log_p = jax.nn.log_softmax(head(x))
     picked = jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
     return picked, picked == jnp.max(log_p, axis=-1)

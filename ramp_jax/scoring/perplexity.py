@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ramp_jax import sweep
 from ramp_jax.models import DecoderSpec, Model
-from ramp_jax.models.decoder import Params, embed, final_norm, head_logits, head_weights
+from ramp_jax.models.decoder import Head, Params, embed, final_norm, output_head
 from ramp_jax.progress import track
 from ramp_jax.scoring.diagnose import check_windows, explain
 from ramp_jax.scoring.scores import Evaluation
@@ -36,7 +36,7 @@ class Reference(NamedTuple):
     """What a model predicts at the scored tokens: normed hidden states per window, and the head that makes logits."""
 
     hidden: Iterable[Float[Array, "S D"]]
-    head: Float[Array, "V D"]
+    head: Head
 
 
 def reference_of(model: Model, windows: Int[np.ndarray, "W T"], protocol: Protocol = "llama.cpp") -> Reference:
@@ -46,7 +46,7 @@ def reference_of(model: Model, windows: Int[np.ndarray, "W T"], protocol: Protoc
     """
     hidden = _reference_hidden(model, windows, first_scored(protocol, windows.shape[1]))
     bar = track(range(len(windows)), "running the reference", "window")
-    return Reference([np.asarray(next(hidden)) for _ in bar], head_weights(model.params))
+    return Reference([np.asarray(next(hidden)) for _ in bar], output_head(model.spec, model.params))
 
 
 def predictions(
@@ -62,18 +62,17 @@ def predictions(
         return Reference(itertools.repeat(None, len(windows)), None)
     if isinstance(reference, Model):
         hidden = _reference_hidden(reference, windows, first_scored(protocol, windows.shape[1]))
-        reference = Reference(hidden, head_weights(reference.params))
-    if len(reference.head) != vocab_size:
+        reference = Reference(hidden, output_head(reference.spec, reference.params))
+    if (known := len(reference.head.weight)) != vocab_size:
         raise ValueError(
-            f"the reference predicts {len(reference.head)} tokens and the model {vocab_size}; "
-            f"compare models of one vocabulary."
+            f"the reference predicts {known} tokens and the model {vocab_size}; compare models of one vocabulary."
         )
     return reference
 
 
 def _reference_hidden(model: Model, windows: Int[np.ndarray, "W T"], start: int) -> Iterator[Float[Array, "S D"]]:
     check_windows(windows, model.spec.vocab_size)
-    whole = bool(jnp.isfinite(head_weights(model.params)).all())
+    whole = bool(jnp.isfinite(output_head(model.spec, model.params).weight).all())
     for i, hidden in enumerate(_window_hidden(model.spec, model.params, windows, start)):
         if not (whole and jnp.isfinite(hidden).all()):
             cause = explain(model.spec, model.params, windows[i])
@@ -98,10 +97,10 @@ def evaluate(
     start = first_scored(protocol, windows.shape[1])
     params = model.params if params is None else params
     beside = predictions(reference, windows, model.spec.vocab_size, protocol)
-    scores = []
+    head, scores = output_head(model.spec, params), []
     states = _window_hidden(model.spec, params, windows, start)
     for i, (window, x, hidden) in enumerate(zip(track(windows, doing, "window"), states, beside.hidden, strict=True)):
-        found = head_scores(x, head_weights(params), window[start + 1 :], hidden, beside.head)
+        found = head_scores(x, head, window[start + 1 :], hidden, beside.head)
         if not jnp.isfinite(found.nll).all():
             raise ValueError(f"the loss of window {i} is not finite, {explain(model.spec, params, window)}.")
         scores.append(found)
@@ -141,17 +140,17 @@ def token_scores(
 @jax.jit
 def head_scores(
     x: Float[Array, "T D"],
-    head: Float[Array, "V D"],
+    head: Head,
     targets: Int[Array, " T"],
     ref_x: Float[Array, "T D"] | None,
-    ref_head: Float[Array, "V D"] | None,
+    ref_head: Head | None,
 ) -> TokenScores:
     """`token_scores` of hidden states under their heads; only one chunk of logits exists at a time."""
 
     def one_chunk(chunk: tuple[jax.Array, ...]) -> TokenScores:
         hidden, target, ref_hidden = chunk
-        ref_logits = None if ref_hidden is None else head_logits(ref_hidden, ref_head)
-        return token_scores(head_logits(hidden, head), target, ref_logits)
+        ref_logits = None if ref_hidden is None else ref_head.vocabulary_first(ref_hidden)
+        return token_scores(head.vocabulary_first(hidden), target, ref_logits)
 
     scores = jax.lax.map(one_chunk, jax.tree.map(_chunked, (x, targets, ref_x)))
     return jax.tree.map(lambda a: a.reshape(-1)[: x.shape[0]], scores)
@@ -159,7 +158,7 @@ def head_scores(
 
 @jax.jit
 def mean_divergences(
-    x: Float[Array, "K T D"], head: Float[Array, "V D"], ref_x: Float[Array, "T D"], ref_head: Float[Array, "V D"]
+    x: Float[Array, "K T D"], head: Head, ref_x: Float[Array, "T D"], ref_head: Head
 ) -> Float[Array, " K"]:
     """Mean KL(p_ref ‖ p) of K variants' hidden states under one head; the reference's logits are computed once.
 
@@ -172,11 +171,11 @@ def mean_divergences(
 
     def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> Float[Array, "K T"]:
         hidden, ref_hidden = chunk
-        log_ref = jax.nn.log_softmax(head_logits(ref_hidden, ref_head), axis=0)
+        log_ref = jax.nn.log_softmax(ref_head.vocabulary_first(ref_hidden), axis=0)
         p_ref = jnp.exp(log_ref)
 
         def one_variant(hidden: Float[Array, "T D"]) -> Float[Array, " T"]:
-            return divergence(p_ref, log_ref, jax.nn.log_softmax(head_logits(hidden, head), axis=0))
+            return divergence(p_ref, log_ref, jax.nn.log_softmax(head.vocabulary_first(hidden), axis=0))
 
         return jax.lax.map(one_variant, hidden.swapaxes(0, 1))
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ramp_jax.formats import format_for
 from ramp_jax.models import DecoderSpec, Model, allocatable
-from ramp_jax.models.decoder import Params, embed, final_norm
+from ramp_jax.models.decoder import Head, Params, embed, final_norm
 from ramp_jax.models.layout import by_run, full_name, of_block, replace_in_block, scan_blocks, stack
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
@@ -36,7 +36,7 @@ class Variants(struct.PyTreeNode):
     windows: Int[Array, "W T"]
     hidden: Float[Array, "S D"]
     """The reference's normed hidden states at the scored tokens of all windows."""
-    head: Float[Array, "V D"]
+    head: Head
     spec: DecoderSpec = struct.field(pytree_node=False)
     start: int = struct.field(pytree_node=False)
 
@@ -111,7 +111,7 @@ def mean_kld(variants: Variants, action: Int[Array, " T"]) -> Float[Array, ""]:
     entries = tuple(tuple(zip(*run, strict=True)) for run in zip(variants.runs, variants.others, strict=True))
     x = embed(spec, top["token_embd.weight"], variants.windows)
     x = final_norm(spec, variants.output_norm, scan_blocks(spec.blocks, entries, x, picked))[:, variants.start : -1]
-    head = top.get("output.weight", top["token_embd.weight"])
+    head = Head(top.get("output.weight", top["token_embd.weight"]), spec.final_cap)
     kld = mean_divergences(x.reshape(1, -1, x.shape[-1]), head, variants.hidden, variants.head)[0]
     return jnp.where(jnp.isfinite(kld), kld, jnp.inf)
 

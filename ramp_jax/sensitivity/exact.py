@@ -11,6 +11,7 @@ chunk of logits. With 7B shapes and 8 × 2,048 tokens on an accelerator (K = 4):
 axis grows with the number of layers.
 """
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Collection, Sequence
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from ramp_jax import sweep
 from ramp_jax.formats import Format, format_for
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable
-from ramp_jax.models.decoder import Params, block_forward, embed, final_norm, head_weights
+from ramp_jax.models.decoder import Params, block_forward, embed, final_norm, output_head
 from ramp_jax.models.layout import replace_in_block
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
@@ -164,10 +165,11 @@ def _costs(
     else:
         starts, depth = nudged + [embed(spec, w, windows) for w in new], 0
     hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
-    head, reference = head_weights(params), _tokens(reference)
+    head, reference = output_head(spec, params), _tokens(reference)
     if first.layer is not None or not (spec.tied or _is_head(first)):
         return np.asarray(mean_divergences(hidden, head, reference, head))
-    pairs = zip(hidden, [head] * batch.nudged + new, strict=True)
+    heads = [head] * batch.nudged + [dataclasses.replace(head, weight=w) for w in new]
+    pairs = zip(hidden, heads, strict=True)
     return np.concatenate([mean_divergences(x[None], changed, reference, head) for x, changed in pairs])
 
 

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from ramp_jax import sweep
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
-from ramp_jax.models.decoder import Params, embed, final_norm, head_weights
-from ramp_jax.models.layers import matmul
+from ramp_jax.models.decoder import Params, embed, final_norm, output_head
+from ramp_jax.models.layers import matmul, soft_cap
 from ramp_jax.models.layout import Block, SubBlock, of_block, replace_in_block
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
 from ramp_jax.scoring.perplexity import Protocol, first_scored
@@ -165,15 +165,17 @@ def _from_head(
 
     r = e − p Σ e with e = √p ∘ ε and random signs ε has E[r rᵀ] = diag(p) − p pᵀ.
     """
-    head = head_weights(params)
+    head = output_head(spec, params)
     normed, pull = jax.vjp(functools.partial(final_norm, spec, params), state)
 
     def one_token(inputs: tuple[jax.Array, jax.Array]) -> tuple[Float[Array, "P D"], Float[Array, "A P"]]:
         x, key = inputs
-        p = jax.nn.softmax(matmul(x, head))
+        logits, uncap = jax.vjp(lambda z: soft_cap(z, head.cap), matmul(x, head.weight))
+        p = jax.nn.softmax(logits)
         signed = jnp.sqrt(p)[None] * jax.random.rademacher(key, (probes, p.size), jnp.float32)
         r = signed - p[None] * jnp.sum(signed, axis=1, keepdims=True)
-        return matmul(r, head.T), jnp.einsum("PV,AV->AP", r, jnp.einsum("AVD,D->AV", changes, x))
+        (r,) = jax.vmap(uncap)(r)
+        return matmul(r, head.weight.T), jnp.einsum("PV,AV->AP", r, jnp.einsum("AVD,D->AV", changes, x))
 
     scored = normed[:, start:-1].reshape(-1, normed.shape[-1])
     keys = jax.random.split(key, scored.shape[0])
