@@ -190,8 +190,8 @@ def test_config_asks_for_what_the_decoder_does_not_compute(tmp_path, family, cha
 
 def test_defaults_that_older_configs_leave_out():
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
-    shared = sizes | {"vocab_size": 10, "max_position_embeddings": 8}
-    gemma = spec_from_hf(shared | {"architectures": ["GemmaForCausalLM"], "num_key_value_heads": 1})
+    shared = sizes | {"vocab_size": 10, "max_position_embeddings": 8, "num_key_value_heads": 1}
+    gemma = spec_from_hf(shared | {"architectures": ["GemmaForCausalLM"]})
     assert (gemma.head_size, gemma.tied) == (256, True)
     qwen3 = spec_from_hf(shared | {"architectures": ["Qwen3ForCausalLM"]})
     assert (qwen3.head_size, qwen3.tied) == (128, False)

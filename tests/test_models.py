@@ -219,7 +219,7 @@ def test_gguf_of_another_architecture_lists_the_supported_ones(tmp_path, untied)
 
 
 @pytest.mark.parametrize(
-    "key, value", [("rope.scaling.type", "mrope"), ("expert_count", 8), ("rope.dimension_count", 8)]
+    ("key", "value"), [("rope.scaling.type", "mrope"), ("expert_count", 8), ("rope.dimension_count", 8)]
 )
 def test_gguf_with_parts_the_decoder_does_not_compute(untied, key, value):
     shapes = {tensor.name: tensor.shape for tensor in tensors(untied.spec)}
