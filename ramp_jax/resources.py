@@ -2,14 +2,15 @@
 
 import math
 import os
-import resource
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 
-_MEMINFO, _CGROUPS, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
+_CGROUPS, _CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_V1, _V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
 
 
 def check_memory(needed: int, what: str) -> None:
@@ -59,11 +60,15 @@ def _kernel() -> float:
 
 
 def _own_limit() -> float:
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    statm = Path("/proc/self/statm")
-    if limit == resource.RLIM_INFINITY or not statm.exists():
+    """What `ulimit -v` leaves of this process's address space."""
+    try:
+        import resource  # absent on Windows
+    except ImportError:
         return math.inf
-    return limit - int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY or not _STATM.exists():
+        return math.inf
+    return limit - int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _control_groups() -> Iterator[float]:
@@ -75,9 +80,7 @@ def _control_groups() -> Iterator[float]:
         if controllers not in ("", "memory"):
             continue
         root = _CGROUPS / controllers
-        limit, usage = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        )
+        limit, usage = _V1 if controllers else _V2
         here = root / name.lstrip("/")
         for folder in (here, *here.parents):
             if folder.is_relative_to(root):

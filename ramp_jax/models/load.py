@@ -184,7 +184,9 @@ def _check(opened: _Checkpoint, path: Path) -> None:
 
 
 def _read(opened: _Checkpoint, tensor: Tensor, dtype: np.dtype) -> jax.Array:
-    return jnp.asarray(opened.finish(tensor, opened.source.read(opened.stored[tensor], dtype)))
+    """The tensor on the device; on CPUs the very array that was read, and nothing waits on the host elsewhere."""
+    value = opened.finish(tensor, opened.source.read(opened.stored[tensor], dtype))
+    return jax.block_until_ready(jax.device_put(value))
 
 
 def _vocabulary(
