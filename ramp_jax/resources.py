@@ -31,13 +31,11 @@ def check_disk(path: Path, needed: int) -> None:
         )
 
 
-def check_output(path: Path, inputs: Iterable[str | Path | None]) -> None:
-    """Raise `ValueError` where `path` is one of the input files, or a file in one of the input folders."""
-    for given in filter(None, inputs):
-        source = Path(given).expanduser()
-        files = source.iterdir() if source.is_dir() else [source]
-        if path.exists() and any(file.exists() and file.samefile(path) for file in files):
-            raise ValueError(f"the output {path} is part of the input {given}; choose another output.")
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise `ValueError` where writing `path` would overwrite one of the inputs, under whatever name or link."""
+    for source in inputs:
+        if path.exists() and source.exists() and source.samefile(path):
+            raise ValueError(f"the output {path} is the input {source}; choose another output.")
 
 
 def available_memory() -> float:

@@ -39,7 +39,7 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies: `offset` in bytes from the beginning of the file at `path`, rows last to first in memory."""
+    """Where a tensor lies: `offset` in bytes from the beginning of its file; `shape` is `[out, in]` of a matrix."""
 
     path: Path
     offset: int
@@ -47,15 +47,10 @@ class StoredTensor(NamedTuple):
     type: GGMLQuantizationType
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of what lies along the last axis."""
+    def n_bytes(self) -> int:
+        """Bytes of its data."""
         block, size = gguf.GGML_QUANT_SIZES[self.type]
-        return self.shape[-1] // block * size
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.shape[:-1]) * self.row_bytes
+        return math.prod(self.shape) // block * size
 
 
 class Header(NamedTuple):
@@ -71,6 +66,8 @@ class _DamagedError(ValueError):
 
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as every GGUF does, whatever its name."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
@@ -139,9 +136,9 @@ class _Reader:
         for name, tensor in found.items():
             if tensor.offset != end:
                 raise _DamagedError(f"{name} begins at {tensor.offset:,} of its data instead of {end:,}")
-            if start + end + tensor.size > len(self.content):
+            if start + end + tensor.n_bytes > len(self.content):
                 raise _DamagedError(f"it ends inside {name}")
-            end += -(-tensor.size // alignment.value) * alignment.value
+            end += -(-tensor.n_bytes // alignment.value) * alignment.value
         return {name: tensor._replace(offset=start + tensor.offset) for name, tensor in found.items()}
 
     def tensor(self, name: str) -> StoredTensor:

