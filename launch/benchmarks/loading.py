@@ -48,11 +48,11 @@ def loading(repeats: int) -> list[Numbers]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         sharded, file = Path(folder) / "sharded", Path(folder) / "Q8_0.gguf"
-        write_shards(sharded, _spec(_WIDTH.value))
-        rows += [_loaded("shards in bfloat16", sharded, dtype) for dtype in _DTYPES.value]
+        write_shards(sharded, llama_spec(_WIDTH.value))
+        rows += [loaded("shards in bfloat16", sharded, dtype) for dtype in _DTYPES.value]
         model = load_model(_GGUF.value)
         export_gguf(model, Allocation.uniform(model, "Q8_0"), file)
-        rows += [_loaded("GGUF in Q8_0", file, dtype) for dtype in _DTYPES.value]
+        rows += [loaded("GGUF in Q8_0", file, dtype) for dtype in _DTYPES.value]
     return rows
 
 
@@ -71,7 +71,7 @@ def write_shards(folder: Path, spec: DecoderSpec) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": files}))
 
 
-def _spec(width: int) -> DecoderSpec:
+def llama_spec(width: int) -> DecoderSpec:
     """Llama-3.2-1B's shapes, without its scaled positions and with a head of its own, at another width."""
     return make_spec(
         "llama",
@@ -89,7 +89,7 @@ def _spec(width: int) -> DecoderSpec:
     )
 
 
-def _loaded(what: str, path: Path, dtype: str) -> Numbers:
+def loaded(what: str, path: Path, dtype: str) -> Numbers:
     done = subprocess.run([sys.executable, "-c", _LOAD, path, dtype], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"loading {what} failed: {done.stderr.strip()}")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
@@ -90,7 +91,8 @@ def load_model(ref: str, dtype: str = "float32", tokenizer_from: str | None = No
         _check(opened, path)
     dtypes = {tensor: wanted if tensor.allocatable else jnp.dtype(jnp.float32) for tensor in tensors(opened.spec)}
     check_memory(sum(t.size * dtypes[t].itemsize for t in dtypes), f"{ref} in {wanted.name}")
-    params = nest((tensor, _read(opened, tensor, dtypes[tensor])) for tensor in dtypes)
+    with _describing(path):
+        params = nest((tensor, _read(opened, tensor, dtypes[tensor])) for tensor in dtypes)
     return Model(opened.spec, params, opened.metadata, opened.tokenizer)
 
 
@@ -139,7 +141,7 @@ def _describing(path: Path) -> Iterator[None]:
         raise ValueError(
             f"{path} does not describe its model: {error} is missing; download or save it again."
         ) from error
-    except (TypeError, AttributeError, LookupError, ArithmeticError, struct.error) as error:
+    except (TypeError, AttributeError, LookupError, ArithmeticError, struct.error, SafetensorError) as error:
         raise ValueError(
             f"{path} does not describe its model: {error} ({type(error).__name__}); download or save it again."
         ) from error

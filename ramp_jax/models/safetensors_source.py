@@ -39,9 +39,9 @@ class SafetensorsSource:
         """Whether two tensors hold the same values; a piece of each is in memory at a time."""
         if self.shapes[a] != self.shapes[b]:
             return False
-        first, second, step = self._reader(a), self._reader(b), 256
-        starts = range(0, self.shapes[a][0], step)
-        return all(np.array_equal(first(i, i + step), second(i, i + step), equal_nan=True) for i in starts)
+        first, second, rows, step = self._reader(a), self._reader(b), self.shapes[a][0], 256
+        pieces = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return all(np.array_equal(first(*piece), second(*piece), equal_nan=True) for piece in pieces)
 
     def _reader(self, name: str) -> Callable[[int, int], np.ndarray]:
         path = self.files[name]
