@@ -205,8 +205,15 @@ def test_head_that_copies_the_embedding(make, tied_directory, tied, tmp_path):
 def test_pickled_weights(make, tmp_path, name):
     path = make({})
     (tmp_path / name).write_bytes(b"\x80\x02")
-    with pytest.raises(FileNotFoundError, match=r"pickled .*can run code.*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=rf"{name} is pickled, which can run code.*save_pretrained"):
         load_model(path)
+    with pytest.raises(ValueError, match=rf"{name} is pickled, which can run code.*save_pretrained"):
+        load_model(tmp_path / name)
+
+
+def test_one_file_of_a_directory(make, weights, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.safetensors is one file of a model; name its folder, "):
+        load_model(make({"model.safetensors": weights}) + "/model.safetensors")
 
 
 def test_folder_of_other_things(make, tmp_path):
@@ -500,6 +507,11 @@ def test_vocabularies_that_are_longer_or_shorter(make, weights, gguf_file, tmp_p
     ]
     assert pairs["tokenizer.ggml.token_type"][320:] == [gguf.TokenType.UNUSED] * 10
     assert len(pairs["tokenizer.ggml.tokens"]) == 330
+
+
+def test_folder_in_place_of_a_vocabulary(gguf_file, tmp_path):
+    with pytest.raises(ValueError, match="is no GGUF; name one with --tokenizer_from"):
+        load_model(gguf_file, tokenizer_from=tmp_path)
 
 
 def test_file_without_a_vocabulary(make, weights, tmp_path):

@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
+from ramp_jax.models.gguf_header import is_gguf
 from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.hf_names import find_decoder
 from ramp_jax.models.layout import Tensor, nest, tensors, unpermute_rope
 from ramp_jax.models.metadata import Metadata, plain, typed
 from ramp_jax.models.references import model_name, resolve
-from ramp_jax.models.safetensors_source import open_directory
+from ramp_jax.models.safetensors_source import open_directory, refuse_file
 from ramp_jax.models.source import Source, check_used, read_json
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
 from ramp_jax.models.tokenizer import gguf_from_tokenizer, tokenizer_from_gguf
@@ -76,7 +77,7 @@ class _Checkpoint(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
-def load_model(ref: str, dtype: str = "float32", tokenizer_from: str | None = None) -> Model:
+def load_model(ref: str | Path, dtype: str = "float32", tokenizer_from: str | Path | None = None) -> Model:
     """Load a local Hugging Face directory, a GGUF, a hub id, or a name that works offline (`ref-llama`).
 
     `dtype` is that of the matrices; `auto` is the faster one of bfloat16 and float32 on this machine. Weights go into
@@ -105,12 +106,14 @@ def fast_dtype() -> str:
     return "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
 
 
-def read_description(ref: str | Path, tokenizer_from: str | None = None) -> tuple[Metadata, PreTrainedTokenizerBase]:
+def read_description(
+    ref: str | Path, tokenizer_from: str | Path | None = None
+) -> tuple[Metadata, PreTrainedTokenizerBase]:
     """Metadata and tokenizer of a GGUF of any architecture, or the tokenizer of another; no weight is read.
 
     Raises `FileNotFoundError` where it does not exist, `ValueError` where it is damaged or its tokenizer not supported.
     """
-    path = resolve(str(ref))
+    path = resolve(ref)
     with _describing(path):
         metadata = open_gguf(path).metadata
         if tokenizer_from is not None:
@@ -147,7 +150,9 @@ def _describing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _open_gguf(path: Path, tokenizer_from: str | None) -> _Checkpoint:
+def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
+    if not is_gguf(path):
+        refuse_file(path)
     source = open_gguf(path)
     shapes, fields = source.shapes, plain(source.metadata)
     spec = spec_from_gguf(fields, tied="output.weight" not in shapes)
@@ -163,7 +168,7 @@ def _open_gguf(path: Path, tokenizer_from: str | None) -> _Checkpoint:
     return _Checkpoint(spec, source, stored, finish, kept | pairs, tokenizer)
 
 
-def _open_directory(folder: Path, tokenizer_from: str | None) -> _Checkpoint:
+def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
     source = open_directory(folder)
     config = read_json(folder / "config.json")
     spec = spec_from_hf(config)
@@ -194,7 +199,7 @@ def _read(opened: _Checkpoint, tensor: Tensor, dtype: np.dtype) -> jax.Array:
 
 
 def _vocabulary(
-    tokenizer_from: str | None, spec: DecoderSpec, own: Callable[[], _Vocabulary | None]
+    tokenizer_from: str | Path | None, spec: DecoderSpec, own: Callable[[], _Vocabulary | None]
 ) -> tuple[PreTrainedTokenizerBase | None, Metadata]:
     """The tokenizer with its pairs, from the model or from the GGUF that is named instead."""
     if tokenizer_from is None:
@@ -208,8 +213,10 @@ def _vocabulary(
     return tokenizer, _padded(pairs, spec.vocab_size)
 
 
-def _other_vocabulary(tokenizer_from: str) -> _Vocabulary:
-    path = resolve(str(tokenizer_from))
+def _other_vocabulary(tokenizer_from: str | Path) -> _Vocabulary:
+    path = resolve(tokenizer_from)
+    if not is_gguf(path):
+        raise ValueError(f"{path} is no GGUF; name one with --tokenizer_from.")
     with _describing(path):
         found = _vocabulary_of_gguf(open_gguf(path).metadata, path)
     if found is None:

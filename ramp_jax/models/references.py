@@ -40,12 +40,12 @@ _UNWANTED = ("*/*.safetensors",)
 """Patterns match across folders, and weights in subfolders are other models or other forms of this one."""
 
 
-def resolve(ref: str) -> Path:
+def resolve(ref: str | Path) -> Path:
     """The file or directory that a model reference means; a hub id is downloaded, as far as it is not here already.
 
     Raises `FileNotFoundError` for a reference that means nothing.
     """
-    path = Path(ref).expanduser()
+    path, ref = Path(ref).expanduser(), str(ref)
     if path.exists():
         return path
     if ref in _PACKAGED:

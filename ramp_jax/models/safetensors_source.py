@@ -20,6 +20,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _SAVE = "save the model with `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`"
+_UNSAFE = f"pickled, which can run code when it is opened, and so is not; where you trust it, {_SAVE}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,14 @@ def open_directory(folder: Path) -> SafetensorsSource:
     return SafetensorsSource(files, shapes, dtypes)
 
 
+def refuse_file(path: Path) -> None:
+    """Raise `ValueError` where `path` is one file of such a directory, or holds pickled weights."""
+    if path.suffix in (".safetensors", ".json"):
+        raise ValueError(f"{path} is one file of a model; name its folder, {path.parent}.")
+    if path.suffix in _PICKLED:
+        raise ValueError(f"{path} is {_UNSAFE}")
+
+
 def _listed(folder: Path) -> dict[str, str]:
     """Files by tensor as the index has them; empty without an index."""
     path = folder / INDEX
@@ -122,10 +131,7 @@ def _no_weights(folder: Path) -> str:
     if adapters := [name for name in names if name.startswith("adapter_model")]:
         return f"{folder} holds an adapter ({adapters[0]}), no model; merge it into its base model and save that."
     if pickled := [name for name in names if name.endswith(_PICKLED) and not name.startswith(_NO_MODEL)]:
-        return (
-            f"{folder} holds its weights pickled ({some(pickled)}), which can run code when they are opened, so they "
-            f"are not; where you trust them, {_SAVE}, which writes model.safetensors."
-        )
+        return f"{folder} holds no safetensors; {some(pickled)} is {_UNSAFE}"
     if ggufs := [name for name in names if name.lower().endswith(".gguf")]:
         return f"{folder} is not a model directory, but holds {some(ggufs)}; name the file."
     return f"{folder} is not a model directory: it needs config.json and *.safetensors; {_SAVE}."
