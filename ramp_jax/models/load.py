@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
+from ramp_jax.models.families import TABLES
 from ramp_jax.models.gguf_header import is_gguf
 from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.hf_names import find_decoder
@@ -155,9 +156,10 @@ def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
         refuse_file(path)
     source = open_gguf(path)
     shapes, fields = source.shapes, plain(source.metadata)
-    spec = spec_from_gguf(fields, tied="output.weight" not in shapes)
+    tables = {name: source.read(name, np.float32) for name in TABLES if name in shapes}
+    spec = spec_from_gguf(fields, shapes, tables)
     stored = {tensor: tensor.name for tensor in tensors(spec) if tensor.name in shapes}
-    check_used(spec.architecture, shapes.keys() - set(stored.values()), path)
+    check_used(spec.architecture, shapes.keys() - {*stored.values(), *tables}, path)
 
     def finish(tensor: Tensor, value: np.ndarray) -> np.ndarray:
         heads = spec.family.permuted_heads(tensor)
@@ -175,8 +177,7 @@ def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpo
     stored = find_decoder(spec, config, source, folder)
 
     def finish(tensor: Tensor, value: np.ndarray) -> np.ndarray:
-        offset = spec.family.hf_offset(tensor)
-        return value + np.asarray(offset, value.dtype) if offset else value
+        return spec.family.from_checkpoint(spec, tensor, value)
 
     tokenizer, pairs = _vocabulary(tokenizer_from, spec, lambda: _vocabulary_of_directory(folder, spec.vocab_size))
     metadata = describe(spec, model_name(folder), sum(tensor.size for tensor in tensors(spec)))
