@@ -23,6 +23,7 @@ from ramp_jax.config import WindowsConfig
 from ramp_jax.policy.inference import find_allocator
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
+_TOKENIZER = cli.define_tokenizer_from()
 _POLICY = flags.DEFINE_string("source_policy", None, "Workdir of a training run, or a name of those above.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the allocation goes (.json).")
 _LEVELS = flags.DEFINE_list("levels", None, "Levels to choose among; a policy's and a table's must be these.")
@@ -48,7 +49,10 @@ def main() -> None:
     cli.check_budget_flags(required=not _DRY_RUN.value)
     if not _DRY_RUN.value and not _OUTPUT.value:
         raise ValueError("--output is missing; name the file that receives the allocation.")
-    model = cli.load(_MODEL.value, _DTYPE.value)
+    if _OUTPUT.value:
+        files = (_DATA.value, _POLICY.value, _TOKENIZER.value)
+        cli.check_output_path(_OUTPUT.value, models=[_MODEL.value], files=files)
+    model = cli.load(_MODEL.value, _DTYPE.value, _TOKENIZER.value)
     table = costs(model, allocator.levels)
     print(f"Reachable files of {_MODEL.value}: {table.smallest:,} to {table.largest:,} bytes")
     size = cli.budget(model, table)

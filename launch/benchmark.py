@@ -11,6 +11,7 @@
 `transfer`: policies on models that they were not trained on, and without each number.
 `reward`: what rewards are made of, and how training converges under them.
 `accelerator`: what 7B shapes take on one GPU or TPU.
+`loading`: memory and seconds of loading a sharded model of 1.5 billion weights, and a GGUF.
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
 
 Each lives in launch/benchmarks/, where its file says what it does. --record writes a suite's table, the command and the
@@ -27,6 +28,7 @@ from benchmarks import formats
 from benchmarks.accelerator import accelerator
 from benchmarks.encoder import encoder
 from benchmarks.forward import forward
+from benchmarks.loading import loading
 from benchmarks.measuring import RESULTS, plots_go_to, record
 from benchmarks.parity import parity
 from benchmarks.policy import policy
@@ -55,6 +57,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "transfer": transfer,
     "reward": reward,
     "policy": policy,
+    "loading": loading,
     "encoder": encoder,
     "accelerator": accelerator,
 }

@@ -6,16 +6,14 @@
 The file is a GGUF that llama-quantize --imatrix and launch/export_gguf.py --imatrix read.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from ramp_jax import cli, workflow
 from ramp_jax.config import WindowsConfig
-from ramp_jax.halo.export import check_writable
 from ramp_jax.quantization import calibrate, importance_of, write_imatrix
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
+_TOKENIZER = cli.define_tokenizer_from()
 _OUTPUT = flags.DEFINE_string("output", None, "Where the importance matrix goes (.gguf).")
 _DATA = flags.DEFINE_string("data", "builtin", "Calibration text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
 _CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
@@ -24,9 +22,8 @@ flags.mark_flags_as_required(["model", "output"])
 
 
 def main() -> None:
-    output = Path(_OUTPUT.value)
-    check_writable(output)
-    model = cli.load(_MODEL.value)
+    output = cli.check_output_path(_OUTPUT.value, models=[_MODEL.value], files=[_DATA.value, _TOKENIZER.value])
+    model = cli.load(_MODEL.value, tokenizer_from=_TOKENIZER.value)
     config = WindowsConfig(_DATA.value, _CONTEXT.value, _COUNT.value)
     importance = importance_of(model.spec, calibrate(model, workflow.tokens(model, config, "calibration")))
     write_imatrix(output, importance, config.data, config.count, config.context)

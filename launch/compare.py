@@ -14,15 +14,17 @@ from absl import flags
 from ramp_jax import cli, workflow
 from ramp_jax.allocation import read_saved
 from ramp_jax.config import WindowsConfig, from_dict
-from ramp_jax.halo.compare import compare
+from ramp_jax.halo.compare import COMPARISON, compare
 from ramp_jax.halo.report import text_table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the training run.")
 _ALLOCATION = flags.DEFINE_string("allocation", None, "What launch/allocate.py wrote for the same model.")
 _GGUF = flags.DEFINE_string("gguf", None, "What launch/export_gguf.py wrote for that allocation.")
+_TOKENIZER = cli.define_tokenizer_from()
 _ENCODER = cli.define_encoder()
 _CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a held-out window; the second half counts.", lower_bound=4)
 _COUNT = flags.DEFINE_integer("count", 8, "Held-out windows.", lower_bound=1)
+_WRITTEN = (COMPARISON, "reference-", "uniform-", "llama.cpp-", "knapsack-")
 flags.mark_flags_as_required(["workdir", "allocation", "gguf"])
 
 
@@ -33,7 +35,10 @@ def main() -> None:
         raise FileNotFoundError(f"{workdir} is not the workdir of a training run; train with launch/train.py first.")
     config = from_dict(json.loads(config_path.read_text(encoding="utf-8")))
     ref = read_saved(Path(_ALLOCATION.value))["model"]
-    model = cli.load(ref)
+    for output in (workdir / COMPARISON, *workdir.glob("*-*.gguf")):
+        if output.name.startswith(_WRITTEN):
+            cli.check_output_path(output, models=[ref], files=[_ALLOCATION.value, _GGUF.value, _TOKENIZER.value])
+    model = cli.load(ref, tokenizer_from=_TOKENIZER.value or config.tokenizer_from)
     heldout = WindowsConfig(config.calibration.data, _CONTEXT.value, _COUNT.value)
     rows = compare(
         model,

@@ -26,10 +26,10 @@ from absl import flags
 
 from ramp_jax import cli, workflow
 from ramp_jax.checkpoint import write_bytes
-from ramp_jax.halo.export import check_writable
 from ramp_jax.scoring import scores
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
+_TOKENIZER = cli.define_tokenizer_from()
 _ALLOCATION = flags.DEFINE_string("allocation", None, "Quantize the model like this before scoring it.")
 _ENCODER = cli.define_encoder()
 _REFERENCE = flags.DEFINE_string("reference", None, "The model whose predictions are the aim.")
@@ -51,7 +51,8 @@ flags.mark_flags_as_required(["model"])
 
 def main() -> None:
     if _JSON.value:
-        check_writable(Path(_JSON.value))
+        files = (_ALLOCATION.value, _DATA.value, _TOKENIZER.value)
+        cli.check_output_path(_JSON.value, models=[_MODEL.value, _REFERENCE.value], files=files)
     found, table = _tasks() if _TASKS.value else _perplexity()
     print(table)
     if _JSON.value:
@@ -71,6 +72,7 @@ def _perplexity() -> tuple[dict[str, Any], str]:
         count=_COUNT.value,
         backend=_BACKEND.value,
         dtype=_DTYPE.value,
+        tokenizer_from=_TOKENIZER.value,
     )
     return found, scores.text_table(found)
 
@@ -87,6 +89,7 @@ def _tasks() -> tuple[dict[str, Any], str]:
         folder=Path(_TASK_PATH.value) if _TASK_PATH.value else None,
         limit=_LIMIT.value,
         dtype=_DTYPE.value,
+        tokenizer_from=_TOKENIZER.value,
     )
     from ramp_jax.scoring.tasks import text_table
 

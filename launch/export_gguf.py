@@ -7,16 +7,16 @@ Weights are rounded by the encoder that the allocation records. What calibration
 the allocation records; --imatrix takes an importance matrix of llama.cpp (GGUF or .dat) instead.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from ramp_jax import cli
 from ramp_jax.allocation import Allocation
-from ramp_jax.halo.export import check_writable, export_gguf
+from ramp_jax.halo.export import export_gguf
 from ramp_jax.quantization import recorded_encoder
+from ramp_jax.resources import check_disk
 
 _MODEL = flags.DEFINE_string("model", None, "The model that the allocation was made for.")
+_TOKENIZER = cli.define_tokenizer_from()
 _ALLOCATION = flags.DEFINE_string("allocation", None, "What launch/allocate.py wrote.")
 _OUTPUT = flags.DEFINE_string("output", None, "The GGUF to write.")
 _ENCODER = cli.define_encoder()
@@ -25,10 +25,11 @@ flags.mark_flags_as_required(["model", "allocation", "output"])
 
 
 def main() -> None:
-    output = Path(_OUTPUT.value)
-    check_writable(output)
-    model = cli.load(_MODEL.value)
+    files = (_ALLOCATION.value, _IMATRIX.value, _TOKENIZER.value)
+    output = cli.check_output_path(_OUTPUT.value, models=[_MODEL.value], files=files)
+    model = cli.load(_MODEL.value, tokenizer_from=_TOKENIZER.value)
     allocation = Allocation.load(_ALLOCATION.value, model)
+    check_disk(output, allocation.file_bytes)
     encoder = recorded_encoder(_ALLOCATION.value, model, _ENCODER.value, _IMATRIX.value)
     size = export_gguf(model, allocation, output, encoder)
     print(f"{size:,} bytes: {output}")

@@ -21,7 +21,6 @@ from ramp_jax import cli
 from ramp_jax import data as texts
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import from_dict
-from ramp_jax.halo.export import check_writable
 from ramp_jax.refs import make
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Pretraining config, configs/ref_*.py.")
@@ -57,7 +56,7 @@ def _train() -> None:
 
 def _report() -> None:
     if _JSON.value:
-        check_writable(Path(_JSON.value))
+        cli.check_output_path(_JSON.value, models=[_REPORT.value], files=[_DATA.value])
     model = cli.load(_REPORT.value)
     data = _DATA.value or "stdlib"
     windows = texts.windows(

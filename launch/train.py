@@ -8,6 +8,7 @@ instead, with `mixed` the tables are corrected between scans by what whole alloc
 the policy, the tables, `metrics.jsonl` and `training.png`. A run that was stopped goes on with the same command.
 """
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -16,15 +17,22 @@ from ml_collections import config_flags
 from ramp_jax import cli, workflow
 from ramp_jax.config import from_dict
 from ramp_jax.halo import report
+from ramp_jax.models.references import model_files
+from ramp_jax.resources import check_output
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, a file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives everything the run makes.")
+_TOKENIZER = cli.define_tokenizer_from()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
     workdir = Path(_WORKDIR.value)
-    workflow.train_policy(from_dict(_CONFIG.value.to_dict()), workdir)
+    config = from_dict(_CONFIG.value.to_dict())
+    if _TOKENIZER.value:
+        config = dataclasses.replace(config, tokenizer_from=_TOKENIZER.value)
+    check_output(workdir / workflow.CONFIG, [file for ref in config.models for file in model_files(ref)])
+    workflow.train_policy(config, workdir)
     rows = report.read_metrics(workdir / workflow.METRICS)
     picture = report.save_png(workdir / report.TRAINING_PNG, report.plot_training(rows))
     score = rows[-1]["best_loss_over_uniform"]

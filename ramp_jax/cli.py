@@ -4,7 +4,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -12,9 +12,13 @@ import jax
 from absl import app, flags, logging
 
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
+from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.footprint import bytes_that_fit, runtime_bytes
 from ramp_jax.models import Model, load_model
+from ramp_jax.models.references import model_files
 from ramp_jax.quantization import DEFAULT_ENCODER, EncoderName
+from ramp_jax.resources import check_output
+from ramp_jax.workflow import tokenizer_of
 
 _MOST_COMPILED = 1 << 28  # bytes on disk; what was not used for longest goes first
 _WORTH_KEEPING = 0.05  # seconds of compiling; JAX keeps what took one, and most of a short job are many small programs
@@ -68,10 +72,33 @@ def _fail(cause: object) -> NoReturn:
     sys.exit(1)
 
 
-def load(ref: str, dtype: str = "float32") -> Model:
-    """`load_model`, saying so: large models take a while."""
+def load(ref: str, dtype: str = "float32", tokenizer_from: str | None = None) -> Model:
+    """`load_model`, saying so: large models take a while. Raises `ValueError` where it has no vocabulary."""
     print(f"Loading {ref}", flush=True)
-    return load_model(ref, dtype)
+    model = load_model(ref, dtype, tokenizer_from)
+    tokenizer_of(model)
+    return model
+
+
+def check_output_path(path: str | Path, *, models: Iterable[str | None] = (), files: Iterable[str | None] = ()) -> Path:
+    """The path of a file that a script will write, of whose inputs some are models and some files, as flags name them.
+
+    Raises `OSError` where it cannot be written, `ValueError` where it is one of the inputs.
+    """
+    path = Path(path).expanduser()
+    check_writable(path)
+    inputs = [Path(file).expanduser() for file in files if file]
+    check_output(path, inputs + [file for ref in models if ref for file in model_files(ref)])
+    return path
+
+
+def define_tokenizer_from() -> flags.FlagHolder[str | None]:
+    """`--tokenizer_from`: whose vocabulary takes the place of the model's own."""
+    return flags.DEFINE_string(
+        "tokenizer_from",
+        None,
+        "A GGUF of the same vocabulary, whose tokenizer is used and exported instead of the model's own.",
+    )
 
 
 def define_encoder(*, recorded: bool = True) -> flags.FlagHolder[str | None]:

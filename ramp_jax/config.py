@@ -27,7 +27,8 @@ class RunConfig:
 
     `encoder` rounds the weights whose sensitivity is measured: `reference` as ggml without importance, or `best`.
     `sensitivity_method` is `exact` (half a forward pass per tensor and level) or `fisher` (an estimate from one
-    backward pass for all of them, for models that are too large to measure).
+    backward pass for all of them, for models that are too large to measure). `tokenizer_from` is a GGUF whose
+    vocabulary takes the place of the models' own.
     """
 
     models: tuple[str, ...] = ("smollm2-135m",)
@@ -39,6 +40,7 @@ class RunConfig:
     calibration: WindowsConfig = dataclasses.field(default_factory=WindowsConfig)
     sensitivity: WindowsConfig = dataclasses.field(default_factory=lambda: WindowsConfig(context=64, count=2))
     sensitivity_method: SensitivityMethod = "exact"
+    tokenizer_from: str | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

