@@ -11,6 +11,7 @@
 `transfer`: policies on models that they were not trained on, and without each number.
 `reward`: what rewards are made of, and how training converges under them.
 `accelerator`: what 7B shapes take on one GPU or TPU.
+`tokenizers`: ids of Hugging Face, llama.cpp and our reading of its file, for every kind of tokenizer.
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
 
 Each lives in launch/benchmarks/, where its file says what it does. --record writes a suite's table, the command and the
@@ -33,6 +34,7 @@ from benchmarks.policy import policy
 from benchmarks.reward import reward
 from benchmarks.sac import sac
 from benchmarks.sensitivity import sensitivity
+from benchmarks.tokenizers import tokenizers
 from benchmarks.transfer import transfer
 
 from ramp_jax.checkpoint import write_bytes
@@ -57,6 +59,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "policy": policy,
     "encoder": encoder,
     "accelerator": accelerator,
+    "tokenizers": tokenizers,
 }
 
 

@@ -13,9 +13,9 @@ from gguf import Keys
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ramp_jax.models.metadata import Metadata, typed
+from ramp_jax.models.metadata import Metadata, plain, typed
 from ramp_jax.models.tokenizers import spm
-from ramp_jax.models.tokenizers.from_gguf import add_around, added_tokens
+from ramp_jax.models.tokenizers.from_gguf import add_around, added_tokens, makeable, tokenizer_from_gguf
 from ramp_jax.models.tokenizers.pieces import Pieces, read_pieces
 from ramp_jax.models.tokenizers.templates import templates_from_directory, templates_to_gguf
 from ramp_jax.models.tokenizers.to_gguf import vocabulary_pairs
@@ -40,7 +40,8 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
         backend = _backend_of(pieces)
     else:
         return None
-    roles = (pieces.roles() if pieces else {}) | _roles(folder, config)
+    unknown = getattr(backend.model, "unk_token", None)
+    roles = ({"unk_token": unknown} if unknown else {}) | (pieces.roles() if pieces else {}) | _roles(folder, config)
     _add_missing(backend, _listed(folder, config), folder)
     roles |= _roles_by_id(backend, roles, _configs(folder))
     if backend.post_processor is None:
@@ -55,7 +56,8 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
     )
     pairs = vocabulary_pairs(tokenizer, vocab_size, folder, pieces or _scores_beside(folder))
     pairs |= _special_pairs(tokenizer, roles, _ends(_configs(folder)))
-    return tokenizer, typed(pairs | templates_to_gguf(templates))
+    metadata = typed(pairs | templates_to_gguf(templates))
+    return tokenizer if pieces is None else tokenizer_from_gguf(plain(metadata), folder / _PIECES), metadata
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -79,7 +81,9 @@ def _backend(path: Path) -> Tokenizer:
 
 
 def _backend_of(pieces: Pieces) -> Tokenizer:
-    backend = spm.backend(pieces.tokens, pieces.scores, pieces.prefix)
+    vocabulary = {token: i for i, token in enumerate(pieces.tokens)}
+    scores = makeable(pieces.tokens, pieces.kinds, pieces.scores)
+    backend = spm.backend(vocabulary, scores, pieces.prefix)
     backend.add_tokens(added_tokens(pieces.tokens, pieces.kinds))
     return backend
 

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ramp_jax.models.tokenizers import pre, spm
 from ramp_jax.models.tokenizers.templates import templates_from_gguf
-from ramp_jax.models.tokenizers.vocabulary import Kind, first_duplicate, kind_in_llama_cpp, special_ids
+from ramp_jax.models.tokenizers.vocabulary import SPACE, Kind, first_duplicate, kind_in_llama_cpp, padding, special_ids
 
 _SUPPORTED = ("gpt2", "llama")
+_FOUND_IN_TEXTS = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)
 _BPE_BOS = _BPE_EOS = 11  # llama.cpp's for a file that asks for them and names none
 
 
@@ -28,13 +29,14 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
     tokens = _tokens(fields, path)
     kinds = _per_token(fields, Keys.Tokenizer.TOKEN_TYPE, [Kind.NORMAL] * len(tokens), path)
     kinds = [kind_in_llama_cpp(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
+    vocabulary = _vocabulary(tokens, kinds)
     if model == "llama":
-        scores = _per_token(fields, Keys.Tokenizer.SCORES, [0.0] * len(tokens), path)
-        backend = spm.backend(tokens, scores, prefix=bool(fields.get(Keys.Tokenizer.ADD_PREFIX, True)))
+        scores = makeable(tokens, kinds, _per_token(fields, Keys.Tokenizer.SCORES, [0.0] * len(tokens), path))
+        backend = spm.backend(vocabulary, scores, prefix=bool(fields.get(Keys.Tokenizer.ADD_PREFIX, True)))
         adds_bos = True
     else:
         known = _pre(fields, path)
-        backend = _byte_level(known, tokens, _merges(fields, tokens, path))
+        backend = _byte_level(known, vocabulary, _merges(fields, vocabulary, path))
         adds_bos = known.add_bos
     backend.add_tokens(added_tokens(tokens, kinds, str(fields.get(Keys.General.NAME, ""))))
     ids = special_ids(fields, model, len(tokens))
@@ -43,12 +45,17 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
         ids.get("bos_token", _BPE_BOS) if fields.get(Keys.Tokenizer.ADD_BOS, adds_bos) else None,
         ids.get("eos_token", _BPE_EOS) if fields.get(Keys.Tokenizer.ADD_EOS, False) else None,
     )
-    return PreTrainedTokenizerFast(
+    built = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=templates_from_gguf(fields),
         clean_up_tokenization_spaces=False,
-        **{role: tokens[i] for role, i in ids.items()},
+        **{role: tokens[i] for role, i in ids.items() if kinds[i] in _FOUND_IN_TEXTS},
     )
+    for role, i in ids.items():  # given above, an ordinary token such as "!" for padding would be cut out of texts
+        setattr(built, role, tokens[i])
+    if model == "llama" and not spm.ranks_suffice(vocabulary, scores):
+        spm.use_scores(built.backend_tokenizer, vocabulary, scores)
+    return built
 
 
 def add_around(backend: Tokenizer, bos: int | None, eos: int | None) -> None:
@@ -75,6 +82,24 @@ def _tokens(fields: dict[str, Any], path: Path) -> list[str]:
     return tokens
 
 
+def _vocabulary(tokens: list[str], kinds: list[int]) -> dict[str, int]:
+    """Ids of tokens, without those that only fill the vocabulary up."""
+    return {
+        token: i
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind != Kind.UNUSED or token != padding(i)
+    }
+
+
+def makeable(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
+    """Scores of the tokens that merging may make. Special ones are cut out of a text before, spaces not yet escaped."""
+    return {
+        token: score
+        for token, kind, score in zip(tokens, kinds, scores, strict=True)
+        if kind not in _FOUND_IN_TEXTS or SPACE in token
+    }
+
+
 def _per_token(fields: dict[str, Any], key: str, default: list[Any], path: Path) -> list[Any]:
     values = fields.get(key, default)
     if not isinstance(values, list) or len(values) < len(default):
@@ -91,22 +116,21 @@ def _pre(fields: dict[str, Any], path: Path) -> pre.Pre:
     return known
 
 
-def _merges(fields: dict[str, Any], tokens: list[str], path: Path) -> list[tuple[str, str]]:
+def _merges(fields: dict[str, Any], vocabulary: dict[str, int], path: Path) -> list[tuple[str, str]]:
     merges = fields.get(Keys.Tokenizer.MERGES)
     if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
         raise ValueError(f"{path} has no merges ({Keys.Tokenizer.MERGES}); download or convert the file again.")
-    vocabulary, pairs = set(tokens), []
+    pairs = []
     for merge in merges:
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
-        if cut < 0 or not {left, right, left + right} <= vocabulary:
+        if cut < 0 or not all(token in vocabulary for token in (left, right, left + right)):
             raise ValueError(f"{path}: merge {merge!r} is not of two tokens to a third; convert the file again.")
         pairs.append((left, right))
     return pairs
 
 
-def _byte_level(known: pre.Pre, tokens: list[str], merges: list[tuple[str, str]]) -> Tokenizer:
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+def _byte_level(known: pre.Pre, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=known.ignore_merges))
     backend.pre_tokenizer = pre.pre_tokenizer(known.splits)
     backend.decoder = decoders.ByteLevel()
@@ -118,11 +142,10 @@ def added_tokens(tokens: Sequence[str], kinds: Sequence[int], name: str = "") ->
 
     In a model whose `name` is Phi-3's, the white space behind most of these goes with them.
     """
-    found = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)
     strips = any(phi in name.lower() for phi in ("phi-3", "phi3"))
     kept = ("<unk>", "<s>", "<|endoftext|>")
     return [
         AddedToken(token, normalized=False, special=kind != Kind.USER_DEFINED, rstrip=strips and token not in kept)
         for token, kind in zip(tokens, kinds, strict=True)
-        if kind in found
+        if kind in _FOUND_IN_TEXTS
     ]

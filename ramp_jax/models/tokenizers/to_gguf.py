@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ramp_jax.models.tokenizers import pre
 from ramp_jax.models.tokenizers.pieces import WAY_OUT, Pieces
-from ramp_jax.models.tokenizers.vocabulary import BYTES, SPACE, Kind, first_duplicate, looks_special
+from ramp_jax.models.tokenizers.vocabulary import BYTES, SPACE, Kind, first_duplicate, looks_special, padding
 
 Saved = dict[str, Any]  # a `tokenizer.json`
 
@@ -34,7 +34,7 @@ def vocabulary_pairs(
     ):
         if not expected:
             raise _inexpressible(folder, what)
-    tokens, kinds = _tokens(saved, vocab_size, folder)
+    tokens, kinds = _tokens(saved, vocab_size, tokenizer.unk_token, folder)
     pairs = {Keys.Tokenizer.LIST: tokens, Keys.Tokenizer.TOKEN_TYPE: np.asarray(kinds, np.int32)}
     if model.get("byte_fallback"):
         return pairs | _sentencepiece_pairs(tokenizer.backend_tokenizer, saved, pairs, pieces, folder)
@@ -56,7 +56,7 @@ def _inexpressible(folder: Path, what: str) -> ValueError:
     return ValueError(f"{folder}: its tokenizer cannot be written to GGUF, since {what}; {WAY_OUT}")
 
 
-def _tokens(saved: Saved, vocab_size: int, folder: Path) -> tuple[list[str], list[int]]:
+def _tokens(saved: Saved, vocab_size: int, unknown: str | None, folder: Path) -> tuple[list[str], list[int]]:
     """Tokens by id and their types; ids that the tokenizer leaves out hold unused tokens."""
     vocabulary, added = saved["model"]["vocab"], saved["added_tokens"]
     if isinstance(vocabulary, list):  # of other models than BPE
@@ -67,25 +67,25 @@ def _tokens(saved: Saved, vocab_size: int, folder: Path) -> tuple[list[str], lis
             f"{folder}: its tokenizer has {count:,} tokens, the model a vocabulary of {vocab_size:,}; put the "
             f"tokenizer files there that came with these weights."
         )
-    tokens, kinds = [f"[PAD{i}]" for i in range(vocab_size)], [int(Kind.UNUSED)] * vocab_size
+    tokens, kinds = [padding(i) for i in range(vocab_size)], [int(Kind.UNUSED)] * vocab_size
     bytes_too = BYTES if saved["model"].get("byte_fallback") else ()
     for token, i in vocabulary.items():
         tokens[i], kinds[i] = token, Kind.BYTE if token in bytes_too else Kind.NORMAL
     for token in added:
-        tokens[token["id"]], kinds[token["id"]] = _added(token, saved["model"])
+        tokens[token["id"]], kinds[token["id"]] = _added(token, bool(bytes_too), unknown)
     if (twice := first_duplicate(tokens)) is not None:
         raise ValueError(f"{folder}: token {twice!r} stands in the vocabulary twice; save the tokenizer again.")
     return tokens, kinds
 
 
-def _added(token: Saved, model: Saved) -> tuple[str, int]:
+def _added(token: Saved, sentencepiece: bool, unknown: str | None) -> tuple[str, int]:
     text = token["content"]
-    if model.get("byte_fallback") and text == model.get("unk_token"):
+    if sentencepiece and text == unknown:
         return text, Kind.UNKNOWN
     if token["special"] or looks_special(text):
         return text, Kind.CONTROL
     # llama.cpp looks for these in the text as it is, spaces not escaped
-    return text.replace(SPACE, " ") if model.get("byte_fallback") else text, Kind.USER_DEFINED
+    return text.replace(SPACE, " ") if sentencepiece else text, Kind.USER_DEFINED
 
 
 def _pre_name(tokenizer: PreTrainedTokenizerBase, saved: Saved) -> str | None:

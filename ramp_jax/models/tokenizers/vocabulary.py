@@ -49,6 +49,11 @@ _CONTROL_BY_TEXT = frozenset(_CONTROL_NAMES.split())
 _USER_DEFINED_BY_TEXT = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
 
 
+def padding(i: int) -> str:
+    """What llama.cpp's converter calls an id that the tokenizer leaves out."""
+    return f"[PAD{i}]"
+
+
 def kind_in_llama_cpp(token: str, kind: int) -> int:
     """The type by which llama.cpp goes, for which it also looks at the token's text."""
     if token in _USER_DEFINED_BY_TEXT:
