@@ -67,20 +67,7 @@ def lines(specials: Sequence[str], count: int = 2000, seed: int = 1) -> list[str
     ]
     digits = ["3", "33", "12345", "1234567", "3.14", "1e-9", "0xFF", "1,000,000", "2024-01-02", "v1.2.3"]
     spaces = [" ", "  ", "   ", "\t", "\t\t", " \t ", "    ", "          ", "\xa0", "\u3000", "\r", "\x0b"]
-    words = [
-        "don't",
-        "I'LL",
-        "We'Ve",
-        "'RE",
-        "he's'",
-        "iPhone",
-        "HTMLParser",
-        "__init__",
-        "ABCabcDEF",
-        "a'b",
-        "▁x",
-        "...",
-    ]
+    words, scripts = _WORDS.split(), _SCRIPTS.split()
 
     def piece() -> str:
         kind = rng.choice([scripts, emoji, code, digits, words, specials or words, ["\n", "\n\n", "\r\n", "/\n"]])
