@@ -12,6 +12,7 @@
 `reward`: what rewards are made of, and how training converges under them.
 `accelerator`: what 7B shapes take on one GPU or TPU.
 `loading`: memory and seconds of loading a sharded model of 1.5 billion weights, and a GGUF.
+`tokenizers`: ids of Hugging Face, llama.cpp and our reading of its file, for every kind of tokenizer.
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
 
 Each lives in launch/benchmarks/, where its file says what it does. --record writes a suite's table, the command and the
@@ -35,6 +36,7 @@ from benchmarks.policy import policy
 from benchmarks.reward import reward
 from benchmarks.sac import sac
 from benchmarks.sensitivity import sensitivity
+from benchmarks.tokenizers import tokenizers
 from benchmarks.transfer import transfer
 
 from ramp_jax.checkpoint import write_bytes
@@ -60,6 +62,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "loading": loading,
     "encoder": encoder,
     "accelerator": accelerator,
+    "tokenizers": tokenizers,
 }
 
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from ramp_jax import data
 from ramp_jax.models import load_model
 from ramp_jax.models.load import resolve
-from ramp_jax.models.metadata import plain, read_metadata, typed
-from ramp_jax.models.tokenizer import gguf_from_tokenizer, tokenizer_from_gguf
+from ramp_jax.models.metadata import plain, read_metadata
+from ramp_jax.models.tokenizers import tokenizer_from_directory, tokenizer_from_gguf
 
 TEXT = (
     data.read_text("builtin")[50_000:60_000]
@@ -54,10 +54,16 @@ PRE_TOKENIZERS = {
 }
 
 
+def fields_of(tokenizer, folder, vocab_size=tiny.VOCABULARY):
+    """GGUF values of a tokenizer, through its Hugging Face directory."""
+    tokenizer.save_pretrained(folder)
+    return plain(tokenizer_from_directory(folder, vocab_size)[1])
+
+
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_metadata_names_the_pre_tokenizer_and_gives_the_same_ids(tmp_path, pre):
     original = tiny.builtin_tokenizer(PRE_TOKENIZERS[pre])
-    fields = plain(typed(gguf_from_tokenizer(original, tiny.VOCABULARY)))
+    fields = fields_of(original, tmp_path)
     assert fields["tokenizer.ggml.pre"] == pre
     restored = tokenizer_from_gguf(fields, tmp_path / "tiny.gguf")
     assert restored.encode(TEXT) == original.encode(TEXT)
@@ -78,7 +84,7 @@ def test_bos_is_added_where_the_original_adds_it(tmp_path):
     original.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{tiny.END} $A", special_tokens=[bos]
     )
-    fields = plain(typed(gguf_from_tokenizer(original, tiny.VOCABULARY)))
+    fields = fields_of(original, tmp_path)
     assert fields["tokenizer.ggml.add_bos_token"] is True
     restored = tokenizer_from_gguf(fields, tmp_path / "tiny.gguf")
     assert restored.encode(TEXT)[0] == original.bos_token_id
@@ -94,34 +100,35 @@ def test_llama_bpe_takes_whole_words_of_the_vocabulary_before_merging(tmp_path, 
     assert len(tokenizer_from_gguf(fields, tmp_path / "tiny.gguf").encode("xyzzy")) == 5
 
 
-def test_metadata_carries_special_tokens_and_template():
+def test_metadata_carries_special_tokens_and_template(tmp_path):
     original = tiny.builtin_tokenizer(unk_token=tiny.END, pad_token=tiny.STOP, chat_template="{{ messages }}")
-    fields = gguf_from_tokenizer(original, tiny.VOCABULARY + 3)
+    fields = fields_of(original, tmp_path, tiny.VOCABULARY + 3)
     end, stop = original.convert_tokens_to_ids([tiny.END, tiny.STOP])
     assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.unknown_token_id"] == end
     assert fields["tokenizer.ggml.eos_token_id"] == fields["tokenizer.ggml.padding_token_id"] == stop
     assert fields["tokenizer.ggml.add_bos_token"] is False
     assert fields["tokenizer.chat_template"] == "{{ messages }}"
     assert len(fields["tokenizer.ggml.tokens"]) == tiny.VOCABULARY + 3
-    np.testing.assert_array_equal(np.flatnonzero(fields["tokenizer.ggml.token_type"] == 3), sorted([end, stop]))
-    np.testing.assert_array_equal(fields["tokenizer.ggml.token_type"][-3:], [5] * 3)
+    types = np.array(fields["tokenizer.ggml.token_type"])
+    np.testing.assert_array_equal(np.flatnonzero(types == 3), sorted([end, stop]))
+    np.testing.assert_array_equal(types[-3:], [5] * 3)
 
 
-def test_tokenizer_that_llama_cpp_has_no_name_for():
-    with pytest.raises(ValueError, match=r"no llama\.cpp pre-tokenizer matches"):
-        gguf_from_tokenizer(tiny.builtin_tokenizer(pre_tokenizers.Whitespace()), tiny.VOCABULARY)
+def test_tokenizer_that_llama_cpp_has_no_name_for(tmp_path):
+    with pytest.raises(ValueError, match=r"no pre-tokenizer that cuts words as this one.*--tokenizer_from=FILE\.gguf"):
+        fields_of(tiny.builtin_tokenizer(pre_tokenizers.Whitespace()), tmp_path)
 
 
-def test_tokenizer_that_is_no_byte_level_bpe():
+def test_tokenizer_that_is_no_bpe(tmp_path):
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
-    with pytest.raises(ValueError, match="only byte-level BPE"):
-        gguf_from_tokenizer(words, 2)
+    with pytest.raises(ValueError, match=r"no vocabulary of type WordLevel.*--tokenizer_from=FILE\.gguf"):
+        fields_of(words, tmp_path, 2)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken' is not supported; supported are gpt-2, smollm"),
+        ({"tokenizer.ggml.pre": "jina"}, "pre-tokenizer 'jina' is not supported; supported are gpt-2, olmo, smollm"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer model 't5' is not supported; supported are gpt2, llama"),
     ],
 )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
 from ramp_jax.models.families import TABLES
@@ -25,12 +25,12 @@ from ramp_jax.models.gguf_header import is_gguf
 from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.hf_names import find_decoder
 from ramp_jax.models.layout import Tensor, nest, tensors, unpermute_rope
-from ramp_jax.models.metadata import Metadata, plain, typed
+from ramp_jax.models.metadata import Metadata, plain
 from ramp_jax.models.references import model_name, resolve
 from ramp_jax.models.safetensors_source import open_directory, refuse_file
 from ramp_jax.models.source import Source, check_used, read_json
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
-from ramp_jax.models.tokenizer import gguf_from_tokenizer, tokenizer_from_gguf
+from ramp_jax.models.tokenizers import tokenizer_from_directory, tokenizer_from_gguf
 from ramp_jax.resources import check_memory
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -248,16 +248,8 @@ def _vocabulary_of_gguf(metadata: Metadata, path: Path) -> _Vocabulary | None:
 
 
 def _vocabulary_of_directory(folder: Path, vocab_size: int) -> _Vocabulary | None:
-    if not (folder / "tokenizer.json").is_file():
-        return None
     with _reading_tokenizer(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if len(tokenizer) > vocab_size:
-            raise ValueError(
-                f"{folder}: its tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {vocab_size}; "
-                f"put the tokenizer files there that came with these weights."
-            )
-        return tokenizer, typed(gguf_from_tokenizer(tokenizer, vocab_size))
+        return tokenizer_from_directory(folder, vocab_size)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,217 @@
+"""Tokenizers from Hugging Face directories, with the GGUF metadata under which llama.cpp gives the same ids.
+
+What counts is `tokenizer.json`, or `tokenizer.model` where that is all there is, and the special tokens and templates
+of the files beside them. Classes that these files name are not asked, since they put parts of their own in place of
+what is stored.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gguf import Keys
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ramp_jax.models.metadata import Metadata, plain, typed
+from ramp_jax.models.tokenizers import spm
+from ramp_jax.models.tokenizers.from_gguf import add_around, added_tokens, makeable, tokenizer_from_gguf
+from ramp_jax.models.tokenizers.pieces import Pieces, read_pieces
+from ramp_jax.models.tokenizers.templates import templates_from_directory, templates_to_gguf
+from ramp_jax.models.tokenizers.to_gguf import vocabulary_pairs
+from ramp_jax.models.tokenizers.vocabulary import ROLES
+
+_FILE, _PIECES, _CONFIG, _MAP = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"
+_LIMIT = 1 << 31  # ids are i32 in llama.cpp
+
+
+def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedTokenizerBase, Metadata] | None:
+    """The tokenizer of a Hugging Face directory and its pairs `tokenizer.*`; None where it has no tokenizer's files.
+
+    The pairs hold `vocab_size` tokens; those that the tokenizer lacks are unused ones, as llama.cpp's converter has it.
+    Raises `ValueError` for damaged files, a tokenizer larger than the vocabulary, and what GGUF has no name for.
+    """
+    config = read_json(folder / _CONFIG)
+    pieces = None
+    if (folder / _FILE).is_file():
+        backend = _backend(folder / _FILE)
+    elif (folder / _PIECES).is_file():
+        pieces = read_pieces(folder / _PIECES)
+        backend = _backend_of(pieces)
+    else:
+        return None
+    unknown = getattr(backend.model, "unk_token", None)
+    roles = ({"unk_token": unknown} if unknown else {}) | (pieces.roles() if pieces else {}) | _roles(folder, config)
+    _add_missing(backend, _listed(folder, config), folder)
+    roles |= _roles_by_id(backend, roles, _configs(folder))
+    if backend.post_processor is None:
+        _add_as_configured(backend, config, roles, bos=pieces is not None)
+    templates = templates_from_directory(folder, config)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=templates,
+        clean_up_tokenization_spaces=config.get("clean_up_tokenization_spaces") is True,
+        extra_special_tokens=_extra(config, folder),
+        **roles,
+    )
+    pairs = vocabulary_pairs(tokenizer, vocab_size, folder, pieces or _scores_beside(folder))
+    pairs |= _special_pairs(tokenizer, roles, _ends(_configs(folder)))
+    metadata = typed(pairs | templates_to_gguf(templates))
+    return tokenizer if pieces is None else tokenizer_from_gguf(plain(metadata), folder / _PIECES), metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file; raises `ValueError` for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download or save it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; download or save it again.")
+    return content
+
+
+def _backend(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is damaged ({error}); download or save it again.") from error
+
+
+def _backend_of(pieces: Pieces) -> Tokenizer:
+    vocabulary = {token: i for i, token in enumerate(pieces.tokens)}
+    scores = makeable(pieces.tokens, pieces.kinds, pieces.scores)
+    backend = spm.backend(vocabulary, scores, pieces.prefix)
+    backend.add_tokens(added_tokens(pieces.tokens, pieces.kinds))
+    return backend
+
+
+def _scores_beside(folder: Path) -> Pieces | None:
+    """The pieces beside a `tokenizer.json`, where they are SentencePiece's: the file may be of another kind."""
+    try:
+        return read_pieces(folder / _PIECES) if (folder / _PIECES).is_file() else None
+    except ValueError:
+        return None
+
+
+def _content(value: Any, key: str, source: Path) -> str:
+    """The text of a token, which files give as text or as an object with its properties."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ValueError(f"{source}: {key} is {value!r}, not a token; write the token's text there.")
+    return text
+
+
+def _roles(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that play a part, by transformers' names."""
+    found = {}
+    for source, content in ((_MAP, read_json(folder / _MAP)), (_CONFIG, config)):
+        for role in ROLES:
+            if content.get(role) is not None:
+                found[role] = _content(content[role], role, folder / source)
+    return found
+
+
+def _extra(config: dict[str, Any], folder: Path) -> list[str]:
+    """Further special tokens, under the names that transformers had for them over time."""
+    extra: list[str] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = config.get(key) or []
+        values = list(value.values()) if isinstance(value, dict) else value
+        if not isinstance(values, list):
+            raise ValueError(f"{folder / _CONFIG}: {key} is {value!r}, not a list of tokens; write a list there.")
+        extra += [_content(token, key, folder / _CONFIG) for token in values]
+    return extra
+
+
+def _listed(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+    """Tokens by id that stand in files beside `tokenizer.json` or `tokenizer.model`."""
+    source = folder / "added_tokens.json"
+    entries = [(i, token, {}, source) for token, i in read_json(source).items()]
+    source = folder / _CONFIG
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"{source}: added_tokens_decoder is no object of tokens by id; download it again.")
+    entries += [(i, token, token if isinstance(token, dict) else {}, source) for i, token in decoder.items()]
+    listed = {}
+    for i, token, flags, source in entries:
+        try:
+            number = int(i)
+        except (TypeError, ValueError):
+            number = -1
+        if not 0 <= number < _LIMIT:
+            raise ValueError(f"{source}: {i!r} is no id of a token; download the file again.")
+        known = {key: flags[key] for key in ("special", "lstrip", "rstrip", "single_word") if flags.get(key) is True}
+        listed[number] = AddedToken(_content(token, f"token {i}", source), normalized=False, **known)
+    return listed
+
+
+def _add_missing(backend: Tokenizer, listed: dict[int, AddedToken], folder: Path) -> None:
+    """Add what the tokenizer's own file lacks; raises `ValueError` where ids disagree."""
+    for i, token in sorted(listed.items()):
+        held = backend.token_to_id(token.content)
+        if held is None or (held == i and i not in backend.get_added_tokens_decoder()):
+            backend.add_tokens([token])
+            held = backend.token_to_id(token.content)
+        if held != i:
+            raise ValueError(
+                f"{folder}: token {token.content!r} has id {held} in the tokenizer and {i} beside it; download the "
+                f"tokenizer's files again, all of one version."
+            )
+
+
+def _configs(folder: Path) -> list[dict[str, Any]]:
+    """What says which ids end a text, what was meant for generation first."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    return [read_json(folder / "generation_config.json"), config, text if isinstance(text, dict) else {}]
+
+
+def _ends(configs: list[dict[str, Any]]) -> list[int]:
+    ends = []
+    for config in configs:
+        value = config.get(Keys.Tokenizer.EOS_ID.rpartition(".")[2])
+        ends += value if isinstance(value, list) else [value]
+    return [i for i in ends if isinstance(i, int) and not isinstance(i, bool)]
+
+
+def _roles_by_id(backend: Tokenizer, roles: dict[str, str], configs: list[dict[str, Any]]) -> dict[str, str]:
+    """BOS and EOS of the configs, where the tokenizer's files do not name them."""
+    begins = [config.get("bos_token_id") for config in configs]
+    found = {}
+    for role, ids in (("bos_token", begins), ("eos_token", _ends(configs))):
+        tokens = [backend.id_to_token(i) for i in ids if isinstance(i, int) and 0 <= i < _LIMIT]
+        known = [token for token in tokens if token is not None]
+        if role not in roles and known:
+            found[role] = known[0]
+    return found
+
+
+def _add_as_configured(backend: Tokenizer, config: dict[str, Any], roles: dict[str, str], bos: bool) -> None:
+    """BOS and EOS around texts as the config has it, for a tokenizer that stores no rule of its own."""
+    ids = {
+        role: backend.token_to_id(roles[role]) if role in roles and config.get(f"add_{role}", default) else None
+        for role, default in (("bos_token", bos), ("eos_token", False))
+    }
+    add_around(backend, ids["bos_token"], ids["eos_token"])
+
+
+def _special_pairs(tokenizer: PreTrainedTokenizerBase, roles: dict[str, str], ends: list[int]) -> dict[str, Any]:
+    """Which tokens play a part, which end a text besides EOS, and what stands around texts."""
+    ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in roles.items()}
+    pairs = {key: ids[role] for role, key in ROLES.items() if role in ids}
+    eos = ids.get("eos_token")
+    others = [i for i in dict.fromkeys(ends) if i != eos and 0 <= i < len(tokenizer)]
+    names = tokenizer.convert_ids_to_tokens(others)
+    messages = [i for i, name in zip(others, names, strict=True) if name == "<|eom_id|>"]
+    turns = [i for i in others if i not in messages]
+    if turns:
+        pairs[Keys.Tokenizer.EOT_ID] = turns[0]
+    if messages or turns[1:]:
+        pairs[Keys.Tokenizer.EOM_ID] = (messages or turns[1:])[0]
+    around = tokenizer("a")["input_ids"]
+    pairs[Keys.Tokenizer.ADD_BOS] = "bos_token" in ids and around[0] == ids["bos_token"]
+    pairs[Keys.Tokenizer.ADD_EOS] = eos is not None and len(around) > 1 and around[-1] == eos
+    return pairs

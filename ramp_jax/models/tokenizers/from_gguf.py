@@ -1,0 +1,151 @@
+"""Tokenizers from GGUF metadata: the ids that llama.cpp gives for the same file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gguf import Keys
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ramp_jax.models.tokenizers import pre, spm
+from ramp_jax.models.tokenizers.templates import templates_from_gguf
+from ramp_jax.models.tokenizers.vocabulary import SPACE, Kind, first_duplicate, kind_in_llama_cpp, padding, special_ids
+
+_SUPPORTED = ("gpt2", "llama")
+_FOUND_IN_TEXTS = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)
+_BPE_BOS = _BPE_EOS = 11  # llama.cpp's for a file that asks for them and names none
+
+
+def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that llama.cpp builds from the same metadata; special tokens are found in texts.
+
+    `fields` are the file's values, `path` names it in errors. Raises `ValueError` for a model or pre-tokenizer that is
+    not known here and for a damaged vocabulary.
+    """
+    model = fields.get(Keys.Tokenizer.MODEL)
+    if model not in _SUPPORTED:
+        raise ValueError(f"{path}: tokenizer model {model!r} is not supported; supported are {', '.join(_SUPPORTED)}.")
+    tokens = _tokens(fields, path)
+    kinds = _per_token(fields, Keys.Tokenizer.TOKEN_TYPE, [Kind.NORMAL] * len(tokens), path)
+    kinds = [kind_in_llama_cpp(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
+    vocabulary = _vocabulary(tokens, kinds)
+    if model == "llama":
+        scores = makeable(tokens, kinds, _per_token(fields, Keys.Tokenizer.SCORES, [0.0] * len(tokens), path))
+        backend = spm.backend(vocabulary, scores, prefix=bool(fields.get(Keys.Tokenizer.ADD_PREFIX, True)))
+        adds_bos = True
+    else:
+        known = _pre(fields, path)
+        backend = _byte_level(known, vocabulary, _merges(fields, vocabulary, path))
+        adds_bos = known.add_bos
+    backend.add_tokens(added_tokens(tokens, kinds, str(fields.get(Keys.General.NAME, ""))))
+    ids = special_ids(fields, model, len(tokens))
+    add_around(
+        backend,
+        ids.get("bos_token", _BPE_BOS) if fields.get(Keys.Tokenizer.ADD_BOS, adds_bos) else None,
+        ids.get("eos_token", _BPE_EOS) if fields.get(Keys.Tokenizer.ADD_EOS, False) else None,
+    )
+    built = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=templates_from_gguf(fields),
+        clean_up_tokenization_spaces=False,
+        **{role: tokens[i] for role, i in ids.items() if kinds[i] in _FOUND_IN_TEXTS},
+    )
+    for role, i in ids.items():  # given above, an ordinary token such as "!" for padding would be cut out of texts
+        setattr(built, role, tokens[i])
+    if model == "llama" and not spm.ranks_suffice(vocabulary, scores):
+        spm.use_scores(built.backend_tokenizer, vocabulary, scores)
+    return built
+
+
+def add_around(backend: Tokenizer, bos: int | None, eos: int | None) -> None:
+    """Let every text begin and end with these tokens, where they are given and in the vocabulary."""
+    special = [
+        {"id": name, "ids": [i], "tokens": [backend.id_to_token(i)]}
+        for name, i in (("bos", bos), ("eos", eos))
+        if i is not None and backend.id_to_token(i) is not None
+    ]
+    names = {token["id"] for token in special}
+    single = [part for part in ("bos", "$A", "eos") if part == "$A" or part in names]
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, pair=[*single, "$B:1"], special_tokens=special
+    )
+
+
+def _tokens(fields: dict[str, Any], path: Path) -> list[str]:
+    tokens = fields.get(Keys.Tokenizer.LIST)
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{path} has no vocabulary ({Keys.Tokenizer.LIST}); download or convert the file again.")
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]  # as llama.cpp calls them
+    if (twice := first_duplicate(tokens)) is not None:
+        raise ValueError(f"{path}: token {twice!r} stands in the vocabulary twice; convert the file again.")
+    return tokens
+
+
+def _vocabulary(tokens: list[str], kinds: list[int]) -> dict[str, int]:
+    """Ids of tokens, without those that only fill the vocabulary up."""
+    return {
+        token: i
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind != Kind.UNUSED or token != padding(i)
+    }
+
+
+def makeable(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
+    """Scores of the tokens that merging may make. Special ones are cut out of a text before, spaces not yet escaped."""
+    return {
+        token: score
+        for token, kind, score in zip(tokens, kinds, scores, strict=True)
+        if kind not in _FOUND_IN_TEXTS or SPACE in token
+    }
+
+
+def _per_token(fields: dict[str, Any], key: str, default: list[Any], path: Path) -> list[Any]:
+    values = fields.get(key, default)
+    if not isinstance(values, list) or len(values) < len(default):
+        raise ValueError(f"{path}: {key} does not hold a value for each of {len(default)} tokens; convert it again.")
+    return values[: len(default)]
+
+
+def _pre(fields: dict[str, Any], path: Path) -> pre.Pre:
+    name = fields.get(Keys.Tokenizer.PRE) or "default"
+    known = pre.get(name)
+    if known is None:
+        names = ", ".join(pre.PRE_TOKENIZERS)
+        raise ValueError(f"{path}: pre-tokenizer {name!r} is not supported; supported are {names}.")
+    return known
+
+
+def _merges(fields: dict[str, Any], vocabulary: dict[str, int], path: Path) -> list[tuple[str, str]]:
+    merges = fields.get(Keys.Tokenizer.MERGES)
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        raise ValueError(f"{path} has no merges ({Keys.Tokenizer.MERGES}); download or convert the file again.")
+    pairs = []
+    for merge in merges:
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut < 0 or not all(token in vocabulary for token in (left, right, left + right)):
+            raise ValueError(f"{path}: merge {merge!r} is not of two tokens to a third; convert the file again.")
+        pairs.append((left, right))
+    return pairs
+
+
+def _byte_level(known: pre.Pre, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=known.ignore_merges))
+    backend.pre_tokenizer = pre.pre_tokenizer(known.splits)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def added_tokens(tokens: Sequence[str], kinds: Sequence[int], name: str = "") -> list[AddedToken]:
+    """What llama.cpp cuts out of a text before anything else.
+
+    In a model whose `name` is Phi-3's, the white space behind most of these goes with them.
+    """
+    strips = any(phi in name.lower() for phi in ("phi-3", "phi3"))
+    kept = ("<unk>", "<s>", "<|endoftext|>")
+    return [
+        AddedToken(token, normalized=False, special=kind != Kind.USER_DEFINED, rstrip=strips and token not in kept)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in _FOUND_IN_TEXTS
+    ]
