@@ -5,6 +5,9 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from ramp_jax.models.families import FAMILIES, Family
 from ramp_jax.models.layout import Block
 from ramp_jax.models.metadata import Metadata, typed
@@ -43,6 +46,11 @@ class DecoderSpec:
     def embedding_scale(self) -> float:
         """What multiplies that which enters the first block."""
         return float(self.d_model) ** 0.5 if self.family.scaled_embedding else 1.0
+
+    @property
+    def tables(self) -> dict[str, Float[np.ndarray, " N"]]:
+        """Tables f32 that follow from the spec and that its GGUF holds after the tensors, by name, in order."""
+        return {}
 
 
 def make_spec(architecture: str, **sizes: Any) -> DecoderSpec:

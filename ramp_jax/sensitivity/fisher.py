@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ramp_jax import sweep
-from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
+from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup, tensors
 from ramp_jax.models.decoder import Params, embed, final_norm, head_weights
 from ramp_jax.models.layers import matmul
 from ramp_jax.models.layout import Block, SubBlock, of_block, replace_in_block
@@ -72,6 +72,7 @@ def fisher_sensitivity(
 
 
 Changes = Callable[[Tensor], Float[Array, "A O I"]]
+"""Of any tensor; A is 0 where nothing is to be changed."""
 
 
 def rounding_errors(model: Model, every: list[Cell], encoder: Encoder) -> Changes:
@@ -115,7 +116,7 @@ def fisher_moves(
     probes: int = PROBES,
     seed: int = 0,
 ) -> dict[str, Float[np.ndarray, "A S"]]:
-    """How far each of `changes(tensor)` moves every sample (a probe at a token), by tensor name.
+    """How far each of `changes(tensor)` moves every sample (a probe at a token), by name of the allocatable tensors.
 
     Several changes together move a sample by the sum of their moves; half the sum of the squares is what they cost,
     in nats per scored token. Forward to the last block, then back, block by block; `changes` is asked for one block's
@@ -124,7 +125,7 @@ def fisher_moves(
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
     members = {tensor.name: tensor for tensor in allocatable(spec)}
-    outside = {tensor.weight.name: tensor for tensor in members.values() if tensor.layer is None}
+    outside = {tensor.name: tensor for tensor in tensors(spec) if tensor.layer is None}
     head = outside.get("output.weight", outside["token_embd.weight"])
     moves: dict[str, Float[Array, "A P W T"]] = {}
     with jax.default_matmul_precision("default"):
@@ -137,8 +138,8 @@ def fisher_moves(
         ends = {name: params[name] for name in params if name != "blk"}
         g, moves[head.name] = _from_head(spec, ends, state, of_head, jax.random.key(seed), probes, start)
         for at in sweep.backward(spec, params, "estimating sensitivity"):
-            matrices = [weight.name for weight in at.block.weights if weight.kind == "matrix"]
-            new = {name: changes(members[at.full(name)]) for name in matrices}
+            names = [weight.name for weight in at.block.weights if at.full(weight.name) in members]
+            new = {name: changes(members[at.full(name)]) for name in names}
             g, moved = _through_block(at.block, at.weights, states.pop(), g, new)
             moves |= {at.full(name): value for name, value in moved.items()}
         looked_up = embedding[:, windows] * spec.embedding_scale
@@ -148,7 +149,7 @@ def fisher_moves(
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
     scale = np.float32(1 / np.sqrt(probes * scored))
     samples = probes * windows.size
-    return {name: np.asarray(values).reshape(-1, samples) * scale for name, values in moves.items()}
+    return {name: np.asarray(moves[name]).reshape(-1, samples) * scale for name in members}
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "probes", "start"))
