@@ -282,13 +282,13 @@ def test_probes_have_the_fisher_matrix_as_covariance(model, windows):
     """δz of a changed head: the mean of (r · δz)² over many probes is δzᵀ (diag p − p pᵀ) δz."""
     state = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, 64)), jnp.float32)
     change = jnp.asarray(np.random.default_rng(2).normal(size=(1, 320, 64)), jnp.float32)
-    _, moves = fisher._from_head(model.spec, model.params, state, change, jax.random.key(0), 4096, 2)
+    _, moves = fisher._from_head(model.spec, model.params, state, {"head": change}, jax.random.key(0), 4096, 2)
     hidden = np.asarray(exact._run_from(model.spec, model.params, state[None], 3)[0, 0, 2:-1], np.float64)
     logits = hidden @ np.asarray(model.params.get("output", model.params["token_embd"])["weight"], np.float64).T
     p, dz = np.exp(log_softmax(logits, axis=-1)), hidden @ np.asarray(change[0], np.float64).T
     expected = (p * dz**2).sum(axis=-1) - (p * dz).sum(axis=-1) ** 2
-    np.testing.assert_allclose(np.square(moves[0, :, 0, 2:-1]).mean(axis=0), expected, rtol=0.15)
-    np.testing.assert_array_equal(moves[0, :, 0, [0, 1, 5]], 0)
+    np.testing.assert_allclose(np.square(moves["head"][0, :, 0, 2:-1]).mean(axis=0), expected, rtol=0.15)
+    np.testing.assert_array_equal(moves["head"][0, :, 0, [0, 1, 5]], 0)
 
 
 @pytest.mark.parametrize("protocol", ["sliding", "llama.cpp"])
