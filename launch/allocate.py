@@ -67,6 +67,8 @@ def main() -> None:
         f"{allocation.file_bytes:,} of {size:,} bytes ({size - allocation.file_bytes:,} unused), "
         f"{allocation.linear_bpw:.3f} bits per weight: {_OUTPUT.value}"
     )
+    if allocation.fallback:
+        print(allocation.fallback)
 
 
 if __name__ == "__main__":

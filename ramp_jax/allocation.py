@@ -2,7 +2,8 @@
 
 Three sizes, never mixed: code bits (mean nominal level), linear bpw (allocated tensors with their scales) and file
 bpw (the whole GGUF over all parameters). Byte counts are exact: every tensor of a GGUF is padded to the alignment, so
-the file is a fixed part plus one term per allocated tensor.
+the file is a fixed part plus one term per allocated tensor. Matrices whose rows blocks cannot hold stay in F16, as in
+llama.cpp's own files, and belong to the fixed part.
 """
 
 import base64
@@ -20,21 +21,23 @@ from jaxtyping import Bool, Float, Int
 
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import format_for, get_format
-from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, tensors
-from ramp_jax.models.layout import foldable
+from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, matrices, tensors
+from ramp_jax.models.layout import SMALLEST_BLOCK, foldable
 from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _CALIBRATION_TEXT = "ramp.calibration_text"
 _UNKNOWN_TEXT = 64 * "0"  # as long as a fingerprint, so that sizes do not depend on it
-STORED = "F32"
-"""Format of the tensors that are never allocated (norms)."""
+STORED, FALLBACK = "F32", "F16"
+"""Formats of what is never allocated: gains, biases and tables; matrices whose rows blocks cannot hold."""
+_NAMED = 3  # such matrices in a summary's sentence
 
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """Tensor name → format name for every allocatable tensor of `spec`; `metadata` is the source model's.
+    """Tensor name → format name for every matrix of `spec`; `metadata` is the source model's.
 
+    A matrix that is not allocatable has a plain float format, `FALLBACK` unless a uniform float format was asked for.
     `folding` are the scales of Scale Folding with which the weights are meant to be quantized (see `Model.folding`),
     `calibration` says on which windows of which text they were found (`data`, `context`, `count`, and as `text` its
     `data.fingerprint`); equality leaves both out.
@@ -47,28 +50,28 @@ class Allocation:
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        expected = {tensor.name for tensor in allocatable(self.spec)}
+        expected = {tensor.name for tensor in matrices(self.spec)}
         if wrong := expected ^ set(self.formats):
             side = "lacks" if wrong & expected else "names unknown"
             raise ValueError(f"the allocation {side} tensor {min(wrong)}; it was made for another model.")
-        for tensor in allocatable(self.spec):
+        for tensor in matrices(self.spec):
             get_format(self.formats[tensor.name]).row_bytes(tensor.shape[-1])
 
     @classmethod
     def uniform(cls, model: Model, fmt: str) -> "Allocation":
-        """One format for all that is allocated of `model`, folded as it is.
+        """One format for all that is allocated of `model`, folded as it is; a plain float format for all matrices.
 
         Raises `ValueError` where it cannot hold a row.
         """
-        return cls(
-            model.spec, model.metadata, dict.fromkeys((t.name for t in allocatable(model.spec)), fmt), _host(model)
-        )
+        chosen = dict.fromkeys((t.name for t in allocatable(model.spec)), fmt)
+        return _completed(model, chosen, fmt if get_format(fmt).block_size == 1 else FALLBACK)
 
     @functools.cached_property
     def file_bytes(self) -> int:
         """Size of the exported GGUF."""
         data = sum(tensor_bytes(tensor, self.format_of(tensor)) for tensor in tensors(self.spec))
-        return header_bytes(self.spec, export_metadata(self)) + data
+        tables = sum(padded(table.nbytes) for table in self.spec.tables.values())
+        return header_bytes(self.spec, export_metadata(self)) + data + tables
 
     @property
     def linear_bpw(self) -> float:
@@ -90,15 +93,32 @@ class Allocation:
 
     def format_of(self, tensor: Tensor) -> str:
         """Format name of any tensor of the file."""
-        return self.formats[tensor.name] if tensor.allocatable else STORED
+        return self.formats.get(tensor.name, STORED)
+
+    @property
+    def fallback(self) -> str | None:
+        """One sentence on the matrices that blocks cannot hold, None where there is none."""
+        members = [tensor for tensor in matrices(self.spec) if not tensor.allocatable]
+        if not members:
+            return None
+        size = sum(tensor_bytes(tensor, self.format_of(tensor)) for tensor in members)
+        beyond = size - self.linear_bpw * sum(tensor.size for tensor in members) / 8
+        named = ", ".join(tensor.name for tensor in members[:_NAMED])
+        rest = f" and {len(members) - _NAMED} more" if len(members) > _NAMED else ""
+        return (
+            f"{len(members)} of {len(matrices(self.spec))} matrices stay in {self.format_of(members[0])}, since their "
+            f"rows are no multiple of {SMALLEST_BLOCK} weights: {named}{rest}; they take {size:,} bytes, {beyond:,.0f} "
+            f"beyond the {self.linear_bpw:.3f} bits per weight of the others."
+        )
 
     def summary(self) -> dict[str, Any]:
-        """Sizes and formats as plain values."""
+        """Sizes and formats as plain values; `fallback` where there is something to say."""
         return {
             "file_bytes": self.file_bytes,
             "linear_bpw": self.linear_bpw,
             "file_bpw": self.file_bpw,
             "code_bits": self.code_bits,
+            **({"fallback": self.fallback} if self.fallback else {}),
             "formats": dict(self.formats),
         }
 
@@ -187,7 +207,13 @@ def from_levels(model: Model, levels: Iterable[float]) -> Allocation:
         if fmt is None:
             raise ValueError(f"{tensor.name} has rows of {tensor.shape[-1]} weights, which level {level} cannot hold.")
         formats[tensor.name] = fmt.name
-    return Allocation(model.spec, model.metadata, formats, _host(model))
+    return _completed(model, formats, FALLBACK)
+
+
+def _completed(model: Model, formats: Mapping[str, str], fallback: str) -> Allocation:
+    """Allocation of `model`, folded as it is, from the formats of its allocatable tensors."""
+    every = {tensor.name: formats.get(tensor.name, fallback) for tensor in matrices(model.spec)}
+    return Allocation(model.spec, model.metadata, every, {name: np.asarray(s) for name, s in model.folding.items()})
 
 
 def costs(model: Model, levels: tuple[float, ...]) -> Costs:
@@ -228,7 +254,9 @@ def tensor_bytes(tensor: Tensor, fmt: str) -> int:
 
 def header_bytes(spec: DecoderSpec, metadata: Metadata) -> int:
     """Bytes before the first tensor's data: magic, version, two counts, pairs, tensor descriptions, padding."""
-    infos = sum(8 + len(tensor.name) + 4 + 8 * len(tensor.shape) + 4 + 8 for tensor in tensors(spec))
+    shapes = {tensor.name: tensor.shape for tensor in tensors(spec)}
+    shapes |= {name: table.shape for name, table in spec.tables.items()}
+    infos = sum(8 + len(name) + 4 + 8 * len(shape) + 4 + 8 for name, shape in shapes.items())
     return padded(4 + 4 + 8 + 8 + metadata_bytes(metadata) + infos)
 
 
@@ -237,17 +265,16 @@ def export_metadata(allocation: Allocation) -> Metadata:
 
     The type is that of the format with most bytes. The size of the pairs does not depend on which formats were chosen.
     """
-    members = allocatable(allocation.spec)
     bytes_of = collections.Counter()
-    for tensor in members:
-        bytes_of[allocation.formats[tensor.name]] += tensor_bytes(tensor, allocation.formats[tensor.name])
+    for tensor in matrices(allocation.spec):
+        bytes_of[allocation.format_of(tensor)] += tensor_bytes(tensor, allocation.format_of(tensor))
     dominant = get_format(bytes_of.most_common(1)[0][0])
     kept = {
         name: pair
         for name, pair in allocation.metadata.items()
         if not name.startswith(("ramp.", "quantize.")) and name != "general.alignment"
     }
-    types = [int(get_format(allocation.formats[tensor.name]).ggml_type) for tensor in members]
+    types = [int(get_format(allocation.format_of(tensor)).ggml_type) for tensor in allocatable(allocation.spec)]
     return kept | typed(
         {
             "general.file_type": np.uint32(dominant.llama_ftype),
@@ -263,11 +290,6 @@ def calibration_text(metadata: Metadata) -> str | None:
     """Fingerprint of the text that an exported file was calibrated on, None where it does not say."""
     pair = metadata.get(_CALIBRATION_TEXT)
     return None if pair is None or pair.value == _UNKNOWN_TEXT else str(pair.value)
-
-
-def _host(model: Model) -> dict[str, Float[np.ndarray, " C"]]:
-    """The model's folding as it is saved."""
-    return {name: np.asarray(s) for name, s in model.folding.items()}
 
 
 def padded(size: int) -> int:

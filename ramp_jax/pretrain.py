@@ -103,7 +103,7 @@ def optimizer(spec: DecoderSpec, config: OptimizerConfig) -> optax.GradientTrans
 
     def decays(params: Params) -> Any:
         del params
-        return nest((tensor, tensor.allocatable) for tensor in tensors(spec))
+        return nest((tensor, tensor.is_matrix) for tensor in tensors(spec))
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

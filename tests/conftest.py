@@ -58,6 +58,20 @@ def tied(tied_directory):
     return load_model(str(tied_directory))
 
 
+ODD = {
+    "what down reads": {"tied": False, "d_ff": 80},
+    "the stream": {"tied": False, "d_model": 80},
+    "the stream, tied": {"tied": True, "d_model": 80},
+}
+"""Whose width is no multiple of 32, so that no block holds the rows of the matrices that read it."""
+
+
+@pytest.fixture(scope="session", params=ODD)
+def odd(request, tmp_path_factory):
+    """Random Llama with matrices that cannot be quantized, f32; do not modify."""
+    return load_model(str(tiny.save(tiny.hf_model(**ODD[request.param]), tmp_path_factory.mktemp("hf") / "odd")))
+
+
 @pytest.fixture(scope="session", params=["untied", "tied"])
 def model(request):
     """Both tiny models, one after the other."""

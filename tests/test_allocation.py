@@ -144,24 +144,72 @@ def test_unknown_format(untied):
         Allocation(untied.spec, untied.metadata, Allocation.uniform(untied, "Q4_0").formats | {"output.weight": "Q1_X"})
 
 
-def narrow(model):
-    """The same model described with an ffn of 80, whose `ffn_down` rows are no whole blocks."""
-    return dataclasses.replace(model, spec=dataclasses.replace(model.spec, d_ff=80))
+def resized(model, **sizes):
+    """The same model described with other sizes."""
+    return dataclasses.replace(model, spec=dataclasses.replace(model.spec, **sizes))
 
 
 def test_masked_level_names_the_tensor(untied):
-    with pytest.raises(ValueError, match=r"blk\.0\.ffn_down\.weight has rows of 80 weights, which level 4 cannot hold"):
-        from_levels(narrow(untied), [4] * 23)
+    with pytest.raises(ValueError, match=r"token_embd\.weight has rows of 64 weights, which level 3 cannot hold"):
+        from_levels(untied, [3] * 23)
 
 
 def test_format_that_cannot_hold_the_rows(untied):
-    with pytest.raises(ValueError, match="Q4_0 holds rows of a multiple of 32 weights, not 80"):
-        Allocation.uniform(narrow(untied), "Q4_0")
+    with pytest.raises(ValueError, match="Q4_K holds rows of a multiple of 256 weights, not 64"):
+        Allocation.uniform(untied, "Q4_K")
 
 
 def test_tensor_that_no_level_can_hold(untied):
-    with pytest.raises(ValueError, match=r"no level of \(4, 5, 8\) can hold blk\.0\.ffn_down\.weight"):
-        costs(narrow(untied), LEVELS)
+    with pytest.raises(ValueError, match=r"no level of \(2, 3\) can hold token_embd\.weight"):
+        costs(untied, (2, 3))
+
+
+DOWN = 64 * 80  # weights of an `ffn_down` whose rows no block can hold
+
+
+def test_rows_that_no_block_can_hold_stay_in_f16(untied):
+    """They are counted with what is fixed, and with nothing that is said of the allocated weights."""
+    model = resized(untied, d_ff=80)
+    names = {f"blk.{layer}.ffn_down.weight" for layer in range(3)}
+    assert names == {t.name for t in tensors(model.spec) if t.is_matrix} - {t.name for t in allocatable(model.spec)}
+    allocation = from_levels(model, [4] * 20)
+    assert {allocation.formats[name] for name in names} == {"F16"}
+    assert set(allocation.formats.values()) == {"F16", "IQ4_NL"}
+    assert (allocation.linear_bpw, allocation.code_bits) == (4.5, 4)
+    assert len(plain(export_metadata(allocation))["ramp.recipe"]) == 20
+    table = costs(model, LEVELS)
+    assert len(table.per_level) == 20
+    assert table.smallest == allocation.file_bytes == data_bytes(allocation) + table.fixed - 3 * 2 * DOWN - NORMS * 4
+    assert Allocation.uniform(model, "Q8_0").formats["blk.0.ffn_down.weight"] == "F16"
+
+
+@pytest.mark.parametrize("name", ["F32", "BF16", "F16"])
+def test_uniform_float_format_is_that_of_every_matrix(untied, name):
+    assert set(Allocation.uniform(resized(untied, d_ff=80), name).formats.values()) == {name}
+
+
+def test_summary_says_which_tensors_fell_back_and_what_that_takes(untied):
+    summary = from_levels(resized(untied, d_ff=80, n_layers=4), [4] * 26).summary()
+    assert summary["fallback"] == (
+        "4 of 30 matrices stay in F16, since their rows are no multiple of 32 weights: blk.0.ffn_down.weight, "
+        "blk.1.ffn_down.weight, blk.2.ffn_down.weight and 1 more; they take 40,960 bytes, 29,440 beyond the 4.500 bits "
+        "per weight of the others."
+    )
+    assert "fallback" not in from_levels(untied, [4] * 23).summary()
+
+
+def test_block_format_where_no_block_fits(untied):
+    model = resized(untied, d_ff=80)
+    formats = Allocation.uniform(model, "Q8_0").formats | {"blk.1.ffn_down.weight": "Q8_0"}
+    with pytest.raises(ValueError, match="Q8_0 holds rows of a multiple of 32 weights, not 80"):
+        Allocation(model.spec, model.metadata, formats)
+
+
+def test_model_of_which_nothing_can_be_quantized(untied):
+    model = resized(untied, d_model=60, d_ff=80, head_size=12)
+    for ask in (lambda: costs(model, LEVELS), lambda: Allocation.uniform(model, "F16")):
+        with pytest.raises(ValueError, match=r"^nothing of this model can be .* have rows of 48, 60, 80; use another"):
+            ask()
 
 
 def test_number_of_levels_must_match(untied):

@@ -104,6 +104,14 @@ def test_file_holds_exactly_what_was_evaluated(untied, allocation, compensated, 
     jax.tree.map(np.testing.assert_array_equal, load_model(str(tmp_path / "out.gguf")).params, params)
 
 
+def test_file_holds_what_was_evaluated_where_no_block_can_hold_some(odd, windows, tmp_path):
+    allocation = from_levels(odd, [4] * len(allocatable(odd.spec)))
+    encoder = make_encoder("compensated", odd, windows, allocation)
+    export_gguf(odd, allocation, tmp_path / "out.gguf", encoder)
+    params = fake_quantize(odd, allocation, encoder)
+    jax.tree.map(np.testing.assert_array_equal, load_model(str(tmp_path / "out.gguf")).params, params)
+
+
 def test_first_layer_loses_less_and_no_row_more(untied, windows, allocation, compensated):
     """Of the first linears, whose inputs no other tensor but the embedding changes."""
     best = make_encoder("best", untied, windows, allocation)

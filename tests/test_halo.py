@@ -18,7 +18,7 @@ from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.halo import export, llama_quantize, report
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
-from ramp_jax.models import allocatable, load_model
+from ramp_jax.models import DecoderSpec, allocatable, load_model, matrices, tensors
 from ramp_jax.models.metadata import plain
 from ramp_jax.policy.inference import allocate
 from ramp_jax.quantization import Encoder, calibrate, fake_quantize, fold, importance_of, refold
@@ -121,6 +121,80 @@ def test_nothing_is_left_of_an_export_that_fails(untied, tmp_path, monkeypatch):
             export_gguf(untied, Allocation.uniform(untied, "Q4_0"), tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     assert (tmp_path / "out.gguf").read_bytes() == b"old"
+
+
+def test_matrices_that_no_block_can_hold_are_written_in_f16(odd, windows, tmp_path):
+    """Folded with the others; the file is what was evaluated, and runs in llama.cpp."""
+    folded = fold(odd, calibrate(odd, windows), 4)
+    allocation = from_levels(folded, [LEVELS[i % 3] for i in range(len(allocatable(odd.spec)))])
+    assert len(folded.folding) in (9, 6)
+    encoder = Encoder("reference", importance_of(odd.spec, calibrate(odd, windows)))
+    export_gguf(odd, allocation, tmp_path / "out.gguf", encoder)
+    stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    odd_ones = [t.name for t in tensors(odd.spec) if t.is_matrix and not t.allocatable]
+    assert len(odd_ones) in (3, 16, 17)
+    assert {stored[name] for name in odd_ones} == {"F16"}
+    expected = fake_quantize(folded, allocation, encoder)
+    equal(load_model(str(tmp_path / "out.gguf")).params, jax.tree.map(np.asarray, expected))
+    ours = evaluate(folded, windows, params=expected, protocol="sliding")
+    theirs = evaluate_gguf(tmp_path / "out.gguf", windows, protocol="sliding")
+    assert theirs.ppl == pytest.approx(ours.ppl, rel=0.02)
+    np.testing.assert_allclose(theirs.nll, ours.nll, atol=0.5)
+
+
+def test_f32_file_of_matrices_that_no_block_can_hold(odd, windows, tmp_path):
+    export_gguf(odd, Allocation.uniform(odd, "F32"), tmp_path / "out.gguf")
+    equal(load_model(str(tmp_path / "out.gguf")).params, jax.tree.map(np.asarray, odd.params))
+    ours = evaluate(odd, windows, protocol="sliding")
+    theirs = evaluate_gguf(tmp_path / "out.gguf", windows, protocol="sliding")
+    np.testing.assert_allclose(theirs.nll, ours.nll, atol=0.02)  # its cache holds keys and values in f16
+
+
+def test_llama_cpp_falls_back_as_we_do(odd, windows, tmp_path):
+    """Its mixes keep the same matrices in F16, and have the predicted sizes."""
+    source, importance = tmp_path / "F32.gguf", importance_of(odd.spec, calibrate(odd, windows))
+    export_gguf(odd, Allocation.uniform(odd, "F32"), source)
+    sizes = llama_quantize.predicted_bytes(source, importance)
+    for mix in ("Q4_K_M", "Q8_0"):
+        path = tmp_path / f"{mix}.gguf"
+        assert llama_quantize.quantize(source, path, mix, importance) == sizes[mix]
+        stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+        allocation = Allocation(odd.spec, odd.metadata, {t.name: stored[t.name] for t in matrices(odd.spec)})
+        assert {name for name, fmt in stored.items() if fmt == "F16"} == {
+            name for name, fmt in Allocation.uniform(odd, "Q8_0").formats.items() if fmt == "F16"
+        }
+        assert allocation.fallback
+    budget = Allocation.uniform(odd, "Q5_1").file_bytes
+    found = allocate(llama_quantize.mix_allocator(), odd, calibrate(odd, windows), budget_bytes=budget)
+    assert found.file_bytes <= budget
+
+
+TABLES = {"rope_freqs.weight": np.linspace(1, 3, 8, dtype=np.float32)}
+
+
+@pytest.fixture
+def with_tables(monkeypatch):
+    """Every spec asks for the table by which llama.cpp divides rotary frequencies."""
+    monkeypatch.setattr(DecoderSpec, "tables", TABLES)
+
+
+@pytest.mark.usefixtures("with_tables")
+def test_tables_are_written_after_the_tensors(untied, windows, tmp_path):
+    """Files have the predicted size with them, llama.cpp reads them, and its quantizer copies them."""
+    for fmt in ("Q8_0", "F32"):
+        allocation = Allocation.uniform(untied, fmt)
+        assert export_gguf(untied, allocation, tmp_path / fmt) == allocation.file_bytes
+        stored = gguf.GGUFReader(tmp_path / fmt).tensors
+        assert [t.name for t in stored] == [*(t.name for t in tensors(untied.spec)), *TABLES]
+        assert stored[-1].tensor_type == gguf.GGMLQuantizationType.F32
+        np.testing.assert_array_equal(stored[-1].data, TABLES["rope_freqs.weight"])
+    size = llama_quantize.quantize(tmp_path / "F32", tmp_path / "Q4_0", "Q4_0")
+    assert size == llama_quantize.predicted_bytes(tmp_path / "F32")["Q4_0"]
+    budget = Allocation.uniform(untied, "Q5_1").file_bytes
+    allocate(llama_quantize.mix_allocator(), untied, calibrate(untied, windows), budget_bytes=budget)
+    ours = evaluate(untied, windows, protocol="sliding")
+    theirs = evaluate_gguf(tmp_path / "F32", windows, protocol="sliding")
+    assert np.abs(theirs.nll - ours.nll).max() > 0.1  # our decoder does not know this table
 
 
 def test_folder_that_cannot_be_written(untied, tmp_path):

@@ -14,6 +14,7 @@ from tiny import GROUPS, changed, stacked, with_blocks
 from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.halo import libggml
 from ramp_jax.models import allocatable, lookup, tensors
+from ramp_jax.models.layout import foldable
 from ramp_jax.quantization import calibrate, fake_quantize, fold, refold
 from ramp_jax.quantization.calibrate import Moments
 from ramp_jax.quantization.calibrate import second_moments as layer_moments
@@ -249,6 +250,15 @@ def test_folding_takes_the_next_level_that_rows_can_hold(outliers, stats):
     expected = fold(outliers, stats, level=4)
     found = fold(outliers, stats, level=4.5)
     jax.tree.map(np.testing.assert_array_equal, found.folding, expected.folding)
+
+
+def test_activations_that_only_float_matrices_read_are_not_folded(odd, windows):
+    """What nothing reads in blocks stays as it is, also where that is all there is."""
+    found = fold(odd, calibrate(odd, windows), 4, second=layer_moments(odd, windows))
+    widths = {activation.width for name, activation in foldable(odd.spec).items() if name in found.folding}
+    assert widths
+    assert all(width % 32 == 0 for width in widths)
+    np.testing.assert_allclose(found.logits(windows), odd.logits(windows), atol=2e-4)
 
 
 def test_fake_quantized_weights_equal_those_of_ggml(model):

@@ -17,6 +17,10 @@ from ramp_jax.scoring.perplexity import evaluate
 LEVELS = (3, 4, 5, 8)
 
 
+def test_matrices_that_no_block_can_hold_are_rounded_to_f16(odd, windows, rng):
+    test_true_losses_are_those_of_fake_quantized_models(odd, windows, rng, "sliding")
+
+
 @pytest.mark.parametrize("protocol", ["llama.cpp", "sliding"])
 def test_true_losses_are_those_of_fake_quantized_models(model, windows, rng, protocol):
     """Every tensor at its own level, in two models, of which one has a head of its own."""

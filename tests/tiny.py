@@ -53,15 +53,16 @@ def builtin_tokenizer(pre_tokenizer=None, **special):
 
 
 @functools.cache
-def hf_model(tied):
+def hf_model(tied, d_model=64, d_ff=96):
     """Random `LlamaForCausalLM` with weights large enough for peaked predictions and gains that are not 1."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=d_model,
+        intermediate_size=d_ff,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
+        head_dim=16,
         max_position_embeddings=256,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},

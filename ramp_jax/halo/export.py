@@ -63,6 +63,8 @@ def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder) -
     with _begun(model, allocation, path) as writer:
         for tensor in track(tensors(model.spec), f"writing {path.stem}", "tensor"):
             writer.write_tensor_data(_encoded(model, tensor, allocation.format_of(tensor), encoder))
+        for table in model.spec.tables.values():
+            writer.write_tensor_data(table)
 
 
 @contextlib.contextmanager
@@ -76,6 +78,8 @@ def _begun(model: Model, allocation: Allocation, path: Path) -> Iterator[gguf.GG
         fmt = get_format(allocation.format_of(tensor))
         size = tensor.size // tensor.shape[-1] * fmt.row_bytes(tensor.shape[-1])
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=fmt.ggml_type)
+    for name, table in model.spec.tables.items():
+        writer.add_tensor_info(name, table.shape, table.dtype, table.nbytes)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

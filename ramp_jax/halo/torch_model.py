@@ -3,13 +3,15 @@
 Needs torch, which the `test` extra brings.
 """
 
+import dataclasses
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from ramp_jax.models import Model, lookup, tensors
-from ramp_jax.models.spec import hf_config
+from ramp_jax.models import Model, save_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,33 +20,20 @@ if TYPE_CHECKING:
 def torch_model(model: Model) -> "PreTrainedModel":
     """The model's weights in its family's own class of transformers, f32, in evaluation mode.
 
-    Raises `RuntimeError` where torch is not installed.
+    It is what transformers reads of the directory that `save_model` writes, on the disk for a moment. Raises
+    `RuntimeError` where torch is not installed, or where the class has other tensors.
     """
     try:
-        import torch
+        import torch  # noqa: F401
         import transformers
     except ImportError as error:
         raise RuntimeError(f"torch is not installed ({error}); run `pip install 'ramp-jax[test]'`.") from error
-    spec, family = model.spec, model.spec.family
-    described = hf_config(spec)
-    config = transformers.AutoConfig.for_model(described.pop("model_type"), **described)
-    with torch.device("meta"):
-        made = getattr(transformers, family.hf)(config)
-    made.to_empty(device="cpu")
-    made.model.rotary_emb = type(made.model.rotary_emb)(config)  # its tables are no weights
-    values = {
-        family.hf_name(t): torch.from_numpy(np.array(lookup(model.params, t), np.float32) - family.hf_offset(t))
-        for t in tensors(spec)
-    }
-    if spec.tied:
-        made.tie_weights()
-        values["lm_head.weight"] = values["model.embed_tokens.weight"]
-    missing = made.load_state_dict(values, strict=False)
-    if missing.missing_keys or missing.unexpected_keys:
-        raise RuntimeError(f"transformers' {family.hf} has other tensors: {missing}.")
-    for name, value in made.named_buffers():
-        if "embed_scale" in name:
-            value.fill_(spec.embedding_scale)
+    family = getattr(transformers, model.spec.family.hf)
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_model(dataclasses.replace(model, tokenizer=None), Path(folder) / "model", "float32")
+        made, found = family.from_pretrained(path, dtype="float32", output_loading_info=True)
+    if wrong := {kind: names for kind, names in found.items() if names}:
+        raise RuntimeError(f"transformers' {family.__name__} has other tensors: {wrong}.")
     return made.eval()
 
 

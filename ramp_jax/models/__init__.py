@@ -1,6 +1,6 @@
 """Decoders: what they look like, their tensors, their forward pass, and how they are loaded."""
 
-from ramp_jax.models.layout import Tensor, allocatable, lookup, tensors
+from ramp_jax.models.layout import Tensor, allocatable, lookup, matrices, tensors
 from ramp_jax.models.load import Model, load_model
 from ramp_jax.models.module import DecoderModule
 from ramp_jax.models.save import save_model
@@ -14,6 +14,7 @@ __all__ = [
     "allocatable",
     "load_model",
     "lookup",
+    "matrices",
     "save_model",
     "tensors",
 ]

@@ -94,7 +94,7 @@ def logits(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> Float[A
 def cast_weights(spec: DecoderSpec, params: Params, dtype: Any) -> Params:
     """Matrices in `dtype` (the dtype of all matrix products); gains and biases stay f32."""
     members = tensors(spec)
-    return nest((t, jnp.asarray(lookup(params, t), dtype if t.allocatable else jnp.float32)) for t in members)
+    return nest((t, jnp.asarray(lookup(params, t), dtype if t.is_matrix else jnp.float32)) for t in members)
 
 
 def weights_dtype(params: Params) -> Any:

@@ -33,6 +33,9 @@ STREAM = "residual"
 HEAD_INPUT, LOOKED_UP = "head_in", "token"
 """What the head reads, and what stands for the input of an embedding that is not the head as well."""
 
+SMALLEST_BLOCK = 32
+"""Weights in the smallest block of ggml's formats: rows that are no multiple of it cannot be quantized."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -198,9 +201,14 @@ class Tensor:
         return int(np.prod(self.shape))
 
     @property
-    def allocatable(self) -> bool:
-        """Whether a level is chosen for it; all others are stored in F32."""
+    def is_matrix(self) -> bool:
+        """Whether it multiplies an activation (or is looked up), in the dtype of all matrix products."""
         return self.weight.kind == "matrix"
+
+    @property
+    def allocatable(self) -> bool:
+        """Whether a level is chosen for it: it is a matrix whose rows blocks can hold."""
+        return self.is_matrix and self.shape[-1] % SMALLEST_BLOCK == 0
 
     @property
     def reads(self) -> str | None:
@@ -238,9 +246,22 @@ def tensors(spec: "DecoderSpec") -> tuple[Tensor, ...]:
 
 
 @functools.lru_cache(maxsize=64)
+def matrices(spec: "DecoderSpec") -> tuple[Tensor, ...]:
+    """All matrices, in forward order."""
+    return tuple(tensor for tensor in tensors(spec) if tensor.is_matrix)
+
+
+@functools.lru_cache(maxsize=64)
 def allocatable(spec: "DecoderSpec") -> tuple[Tensor, ...]:
-    """The tensors that an allocation covers, in forward order."""
-    return tuple(tensor for tensor in tensors(spec) if tensor.allocatable)
+    """The matrices that a level is chosen for, in forward order; raises `ValueError` where there is none."""
+    members = tuple(tensor for tensor in matrices(spec) if tensor.allocatable)
+    if not members:
+        widths = ", ".join(map(str, sorted({tensor.shape[-1] for tensor in matrices(spec)})))
+        raise ValueError(
+            f"nothing of this model can be quantized: blocks hold rows of a multiple of {SMALLEST_BLOCK} weights, its "
+            f"matrices have rows of {widths}; use another model."
+        )
+    return members
 
 
 @functools.lru_cache(maxsize=64)

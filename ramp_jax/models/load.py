@@ -91,7 +91,7 @@ def load_model(ref: str | Path, dtype: str = "float32", tokenizer_from: str | Pa
     with _describing(path):
         opened = _open_directory(path, tokenizer_from) if path.is_dir() else _open_gguf(path, tokenizer_from)
         _check(opened, path)
-    dtypes = {tensor: wanted if tensor.allocatable else jnp.dtype(jnp.float32) for tensor in tensors(opened.spec)}
+    dtypes = {tensor: wanted if tensor.is_matrix else jnp.dtype(jnp.float32) for tensor in tensors(opened.spec)}
     check_memory(sum(t.size * dtypes[t].itemsize for t in dtypes), f"{ref} in {wanted.name}")
     with _describing(path):
         params = nest((tensor, _read(opened, tensor, dtypes[tensor])) for tensor in dtypes)

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ramp_jax.formats.rounding import blocks_of, flatten_blocks, reciprocal, round_half_away
-from ramp_jax.models import Model, Tensor, allocatable, lookup
+from ramp_jax.models import Model, Tensor, allocatable, lookup, tensors
 from ramp_jax.models.layout import LOOKED_UP, STREAM, full_name
 from ramp_jax.progress import track
 from ramp_jax.quantization import Encoder, Stats, importance_of
@@ -55,7 +55,7 @@ _CENTER = np.array([1.2, 0.3, -1.5, 1.0, 0.7, -1.4, 0.0, 0.5, -2.5, 0.0, 0.5], n
 _WIDTH = np.array([0.5, 0.2, 0.7, 0.3, 0.7, 0.3, 0.5, 0.35, 0.7, 0.5, 0.35], np.float32)
 
 LOSS_LEVEL = 4
-"""The one level that rows of every length have."""
+"""The one level that every allocatable tensor can take."""
 
 _TINY = 1e-12
 
@@ -117,7 +117,7 @@ def _weight(model: Model, stats: Stats, tensor: Tensor) -> list[float]:
 
 def _structure(model: Model, tensor: Tensor, total: float) -> list[float]:
     last = max(len(model.spec.blocks) - 1, 1)
-    depth = tensor.layer / last if tensor.layer is not None else float(tensor != allocatable(model.spec)[0])
+    depth = tensor.layer / last if tensor.layer is not None else float(tensor != tensors(model.spec)[0])
     n_out, n_in = tensor.shape
     return [depth, float(np.log10(tensor.size / total)), float(np.log10(n_out / n_in)), tensor.weight.place]
 

@@ -24,7 +24,7 @@ from ramp_jax.formats import decode, get_format
 from ramp_jax.formats.best import codes_of, state_of
 from ramp_jax.formats.rounding import reciprocal
 from ramp_jax.formats.row_chunks import in_row_chunks
-from ramp_jax.models import Model, allocatable, lookup
+from ramp_jax.models import Model, lookup, matrices, tensors
 from ramp_jax.models.decoder import Params, embed
 from ramp_jax.models.layout import Block, replace_in_block
 from ramp_jax.quantization.calibrate import block_second_moments
@@ -45,9 +45,9 @@ def compensate(model: Model, allocation: Allocation, windows: Int[np.ndarray, "W
     outputs lose less than as `plain` rounds them. Tensors before which nothing was seen, or whose second moments are
     singular, are rounded by `plain`. Second moments of one activation exist at a time.
     """
-    members = {tensor.name: tensor for tensor in allocatable(model.spec)}
-    first = allocatable(model.spec)[0]
-    embedding = decoded(model, first, allocation.formats[first.name], plain)
+    members = {tensor.name: tensor for tensor in matrices(model.spec)}
+    first = tensors(model.spec)[0]
+    embedding = decoded(model, first, allocation.format_of(first), plain)
     x, fitted, failed = embed(model.spec, embedding, windows), {}, []
     for at in sweep.forward(model.spec, model.params, "compensating"):
         w = at.weights

@@ -26,7 +26,7 @@ from ramp_jax import sweep
 from ramp_jax.formats import format_up_to, get_format
 from ramp_jax.formats.row_chunks import in_row_chunks
 from ramp_jax.models import Model
-from ramp_jax.models.layout import Activation, Block, Params, foldable, of_block, replace_in_block
+from ramp_jax.models.layout import SMALLEST_BLOCK, Activation, Block, Params, foldable, of_block, replace_in_block
 from ramp_jax.quantization.calibrate import Stats
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(8))
@@ -53,14 +53,14 @@ def fold(
     Per activation, (α, β) minimizes the squared error of the outputs of the matrices that read it, quantized with the
     activations' importance: tr(E H Eᵀ) with the second moments H of `model`, block by block as `second_moments` gives
     them, else with their diagonal from `stats`. Activations whose readers' rows no level can hold stay as they are;
-    scales beyond 64 are clipped and reported. Raises `ValueError` where that is all of them.
+    scales beyond 64 are clipped and reported. Raises `ValueError` where other levels could hold rows, but none up to
+    this one.
     """
     members = foldable(model.spec)
-    formats = {a.width: fmt.name for a in members.values() if (fmt := format_up_to(level, a.width)) is not None}
-    if not formats:
-        raise ValueError(
-            f"no level up to {level} can hold rows of {model.spec.d_model} weights; fold at another level."
-        )
+    widths = {a.width for a in members.values() if a.width % SMALLEST_BLOCK == 0}
+    formats = {width: fmt.name for width in widths if (fmt := format_up_to(level, width)) is not None}
+    if widths and not formats:
+        raise ValueError(f"no level up to {level} can hold rows of {min(widths)} weights; fold at another level.")
     moments = stats.under(model.folding).moments
     grid = jnp.asarray([(a, b) for a in alphas for b in betas])
     chosen: dict[str, jax.Array] = {}

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from ramp_jax.models import DecoderSpec, Tensor, tensors
+from ramp_jax.models import DecoderSpec, Tensor, matrices
 from ramp_jax.quantization.calibrate import Stats
 
 Importance = Mapping[str, Float[np.ndarray, " I"]]
@@ -79,7 +79,7 @@ def read_imatrix(path: str | Path, spec: DecoderSpec) -> dict[str, Float[np.ndar
         raise
     except (ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no importance matrix of llama.cpp ({error}); make it again.") from error
-    wanted = {tensor.name: tensor for tensor in tensors(spec) if tensor.allocatable}
+    wanted = {tensor.name: tensor for tensor in matrices(spec)}
     for tensor in _linears(spec):
         size = len(found[tensor.name]) if tensor.name in found else "no"
         if size != tensor.shape[-1]:
@@ -136,4 +136,4 @@ def _from_dat(raw: bytes) -> dict[str, Float[np.ndarray, " I"]]:
 
 
 def _linears(spec: DecoderSpec) -> list[Tensor]:
-    return [tensor for tensor in tensors(spec) if tensor.layer is not None and tensor.allocatable]
+    return [tensor for tensor in matrices(spec) if tensor.layer is not None]

@@ -14,8 +14,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.formats import format_for
-from ramp_jax.models import DecoderSpec, Model, allocatable
+from ramp_jax.allocation import FALLBACK
+from ramp_jax.formats import format_for, get_format
+from ramp_jax.models import DecoderSpec, Model, allocatable, matrices
 from ramp_jax.models.decoder import Head, Params, embed, final_norm
 from ramp_jax.models.layout import by_run, full_name, of_block, replace_in_block, scan_blocks, stack
 from ramp_jax.progress import track
@@ -42,13 +43,16 @@ class Variants(struct.PyTreeNode):
 
 
 class Matrix(NamedTuple):
-    """A matrix at the K levels that can hold it; in a run every leaf has a first axis, and so has each part of it."""
+    """A matrix at the K levels that can hold it, or in F16 where no block can (K = 1).
+
+    In a run every leaf has a first axis, and so has each part of it.
+    """
 
     values: Float[Array, "K O I"]
     place: Int[Array, " A"]
     """Where each level lies among the K."""
     index: Int[Array, ""]
-    """Its place in an allocation."""
+    """Its place in an allocation, 0 where it has none."""
 
     def pick(self, action: Int[Array, " T"]) -> Float[Array, "O I"]:
         """The matrix at the level that an allocation gives it."""
@@ -67,16 +71,20 @@ def prepare(
 
     Raises `ValueError` where a tensor cannot be encoded or what the reference predicts is not finite.
     """
-    spec, members = model.spec, allocatable(model.spec)
+    spec = model.spec
     beside = reference_of(reference, windows, protocol)
+    index_of = {tensor.name: index for index, tensor in enumerate(allocatable(spec))}
     at = {}
-    for index, tensor in enumerate(track(members, "quantizing to every level", "tensor")):
-        formats = [format_for(level, tensor.shape[-1]) for level in levels]
+    for tensor in track(matrices(spec), "quantizing to every level", "tensor"):
+        if tensor.allocatable:
+            formats = [format_for(level, tensor.shape[-1]) for level in levels]
+        else:
+            formats = [get_format(FALLBACK)] + [None] * (len(levels) - 1)
         values = jnp.stack([decoded(model, tensor, fmt.name, encoder) for fmt in formats if fmt])
         places = jnp.cumsum(jnp.asarray([fmt is not None for fmt in formats])) - 1
-        at[tensor.name] = Matrix(values, places, jnp.int32(index))
+        at[tensor.name] = Matrix(values, places, jnp.int32(index_of.get(tensor.name, 0)))
 
-    def matrices(indices: Sequence[int]) -> dict[str, Matrix]:
+    def chosen(indices: Sequence[int]) -> dict[str, Matrix]:
         names = [weight.name for weight in spec.blocks[indices[0]].weights if weight.kind == "matrix"]
         return {name: stack([at.pop(full_name(index, name)) for index in indices]) for name in names}
 
@@ -86,7 +94,7 @@ def prepare(
         return stack([replace_in_block({}, {name: of_block(w, name) for name in names}) for w in blocks])
 
     return Variants(
-        by_run(spec.blocks, matrices),
+        by_run(spec.blocks, chosen),
         by_run(spec.blocks, others),
         dict(at),
         {"output_norm": model.params["output_norm"]},

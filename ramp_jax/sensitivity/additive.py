@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import lsq_linear
 
-from ramp_jax.models import Model, Tensor, allocatable
+from ramp_jax.allocation import FALLBACK
+from ramp_jax.models import Model, Tensor, allocatable, matrices
 from ramp_jax.models.layout import replaced
 from ramp_jax.progress import track
 from ramp_jax.quantization import decoded
@@ -95,10 +96,11 @@ def true_losses(
         choices[cell.row][cell.column] = np.asarray(decoded(model, cell.tensor, cell.format.name))
     reference = reference_of(model, windows, protocol)
     before = evaluate(model, windows, protocol=protocol).mean_nll
-    runs = []
+    stored = ((t, decoded(model, t, FALLBACK)) for t in matrices(model.spec) if not t.allocatable)
+    others, runs = replaced(model.params, stored), []
     for row in track(actions, "measuring allocations", "allocation"):
         chosen = [(tensor, jnp.asarray(choices[i][a])) for i, (tensor, a) in enumerate(zip(members, row, strict=True))]
-        params = replaced(model.params, chosen)
+        params = replaced(others, chosen)
         runs.append(evaluate(model, windows, params=params, reference=reference, protocol=protocol))
     return np.array([run.mean_kld for run in runs]), np.array([run.mean_nll - before for run in runs])
 

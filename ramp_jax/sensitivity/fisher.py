@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ramp_jax import sweep
-from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup
+from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup, tensors
 from ramp_jax.models.decoder import Params, embed, final_norm, output_head
 from ramp_jax.models.layers import matmul, soft_cap
 from ramp_jax.models.layout import Block, SubBlock, of_block, replace_in_block
@@ -115,7 +115,7 @@ def fisher_moves(
     probes: int = PROBES,
     seed: int = 0,
 ) -> dict[str, Float[np.ndarray, "A S"]]:
-    """How far each of `changes(tensor)` moves every sample (a probe at a token), by tensor name.
+    """How far each of `changes(tensor)` moves every sample (a probe at a token), by name of the allocatable tensors.
 
     Several changes together move a sample by the sum of their moves; half the sum of the squares is what they cost,
     in nats per scored token. Forward to the last block, then back, block by block; `changes` is asked for one block's
@@ -124,31 +124,29 @@ def fisher_moves(
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
     members = {tensor.name: tensor for tensor in allocatable(spec)}
-    outside = {tensor.weight.name: tensor for tensor in members.values() if tensor.layer is None}
-    head = outside.get("output.weight", outside["token_embd.weight"])
-    moves: dict[str, Float[Array, "A P W T"]] = {}
+    embedding, head = tensors(spec)[0].name, tensors(spec)[0 if spec.tied else -1].name
     with jax.default_matmul_precision("default"):
         state, states = embed(spec, params["token_embd"]["weight"], windows), []
         for at in sweep.forward(spec, params):
             states.append(np.asarray(state))
             state = sweep.advance(at, state)
-        embedding = changes(outside["token_embd.weight"])
-        of_head = embedding if spec.tied else changes(head)
+        outside = {name: changes(tensor) for name, tensor in members.items() if tensor.layer is None}
+        of_head = {name: change for name, change in outside.items() if name == head}
         ends = {name: params[name] for name in params if name != "blk"}
-        g, moves[head.name] = _from_head(spec, ends, state, of_head, jax.random.key(seed), probes, start)
+        g, moves = _from_head(spec, ends, state, of_head, jax.random.key(seed), probes, start)
         for at in sweep.backward(spec, params, "estimating sensitivity"):
-            matrices = [weight.name for weight in at.block.weights if weight.kind == "matrix"]
-            new = {name: changes(members[at.full(name)]) for name in matrices}
+            names = [weight.name for weight in at.block.weights if at.full(weight.name) in members]
+            new = {name: changes(members[at.full(name)]) for name in names}
             g, moved = _through_block(at.block, at.weights, states.pop(), g, new)
             moves |= {at.full(name): value for name, value in moved.items()}
-        looked_up = embedding[:, windows] * spec.embedding_scale
-        of_embedding = jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
-    tied = moves.get("token_embd.weight", 0.0)  # as a head, where it is one
-    moves["token_embd.weight"] = tied + of_embedding
+        if embedding in outside:
+            looked_up = outside[embedding][:, windows] * spec.embedding_scale
+            tied = moves.get(embedding, 0.0)  # as a head, where it is one
+            moves[embedding] = tied + jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
     scale = np.float32(1 / np.sqrt(probes * scored))
     samples = probes * windows.size
-    return {name: np.asarray(values).reshape(-1, samples) * scale for name, values in moves.items()}
+    return {name: np.asarray(moves[name]).reshape(-1, samples) * scale for name in members}
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "probes", "start"))
@@ -156,26 +154,30 @@ def _from_head(
     spec: DecoderSpec,
     params: Params,
     state: Float[Array, "W T D"],
-    changes: Float[Array, "A V D"],
+    changes: dict[str, Float[Array, "A V D"]],
     key: Key[Array, ""],
     probes: int,
     start: int,
-) -> tuple[Float[Array, "P W T D"], Float[Array, "A P W T"]]:
-    """Gradients of r · z at the last layer's output, and r · δz of the head's changes; 0 where no token is scored.
+) -> tuple[Float[Array, "P W T D"], dict[str, Float[Array, "A P W T"]]]:
+    """Gradients of r · z at the last layer's output, and r · δz of the head's changes, by name.
 
-    r = e − p Σ e with e = √p ∘ ε and random signs ε has E[r rᵀ] = diag(p) − p pᵀ.
+    Both are 0 where no token is scored. r = e − p Σ e with e = √p ∘ ε and random signs ε has E[r rᵀ] = diag(p) − p pᵀ.
     """
     head = output_head(spec, params)
     normed, pull = jax.vjp(functools.partial(final_norm, spec, params), state)
 
-    def one_token(inputs: tuple[jax.Array, jax.Array]) -> tuple[Float[Array, "P D"], Float[Array, "A P"]]:
+    def one_token(inputs: tuple[jax.Array, jax.Array]) -> tuple[Float[Array, "P D"], dict[str, Float[Array, "A P"]]]:
         x, key = inputs
         logits, uncap = jax.vjp(lambda z: soft_cap(z, head.cap), matmul(x, head.weight))
         p = jax.nn.softmax(logits)
         signed = jnp.sqrt(p)[None] * jax.random.rademacher(key, (probes, p.size), jnp.float32)
         r = signed - p[None] * jnp.sum(signed, axis=1, keepdims=True)
         (r,) = jax.vmap(uncap)(r)
-        return matmul(r, head.weight.T), jnp.einsum("PV,AV->AP", r, jnp.einsum("AVD,D->AV", changes, x))
+        moved = {name: jnp.einsum("PV,AV->AP", r, jnp.einsum("AVD,D->AV", c, x)) for name, c in changes.items()}
+        return matmul(r, head.weight.T), moved
+
+    def by_window(moved: Float[Array, "W*S A P"]) -> Float[Array, "A P W T"]:
+        return jnp.pad(moved.reshape(state.shape[0], -1, *moved.shape[1:]).transpose(2, 3, 0, 1), ((0, 0), *outside))
 
     scored = normed[:, start:-1].reshape(-1, normed.shape[-1])
     keys = jax.random.split(key, scored.shape[0])
@@ -183,9 +185,8 @@ def _from_head(
     g, moves = jax.lax.map(one_token, (scored, keys), batch_size=-(-scored.shape[0] // batches))
     outside = ((0, 0), (0, 0), (start, 1))
     g = g.reshape(state.shape[0], -1, probes, state.shape[-1]).transpose(2, 0, 1, 3)
-    moves = moves.reshape(state.shape[0], -1, *moves.shape[1:]).transpose(2, 3, 0, 1)
     (g,) = jax.vmap(pull)(jnp.pad(g, (*outside, (0, 0))))
-    return g, jnp.pad(moves, ((0, 0), *outside))
+    return g, {name: by_window(moved) for name, moved in moves.items()}
 
 
 @functools.partial(jax.jit, static_argnames="block")
