@@ -106,7 +106,7 @@ def test_file_describes_the_same_model(subject):
     np.testing.assert_allclose(again.logits(subject.ids), subject.ours, atol=1e-4, rtol=0)
 
 
-def test_fold_and_estimate(way):
+def test_folding_keeps_the_function(way):
     check = families.CHECKS["folded"]
     assert check.measure(way) <= check.limit
 
@@ -125,6 +125,14 @@ def test_llama_cpp_computes_something_else_where_the_zoo_says_so(name, tmp_path)
     off = np.abs(gguf_logits(subject.exported, subject.ids) - subject.expected).max((0, 2))
     assert off[: subject.kind.llama_cpp].max() < subject.kind.tolerance
     assert off[subject.kind.llama_cpp :].max() > 1
+
+
+def test_short_texts_turn_by_short_factors(tmp_path):
+    subject = families.Subject("phi3-longrope", tmp_path)
+    short = subject.ids[:, : zoo.SHORT]
+    expected = zoo.hf_logits(subject.name, short)
+    assert np.abs(expected - subject.expected[:, : zoo.SHORT]).max() > 1
+    np.testing.assert_allclose(subject.model.logits(short), expected, atol=1e-4, rtol=0)
 
 
 def test_llama_cpp_takes_the_long_factors_by_its_context(tmp_path):
