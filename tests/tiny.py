@@ -7,22 +7,16 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ramp_jax.halo import libggml
 from ramp_jax.models import tensors
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 from benchmarks.zoo import END, STOP, VOCABULARY, builtin_tokenizer, drawn, save
+from benchmarks.zoo import hf_model as family_model
 
-__all__ = ["END", "STOP", "VOCABULARY", "builtin_tokenizer", "drawn", "save"]
+__all__ = ["END", "STOP", "VOCABULARY", "builtin_tokenizer", "drawn", "family_model", "save"]
 
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
 
@@ -82,27 +76,6 @@ def stacked(params):
     """Weights of all blocks, `[L, ...]` by module."""
     blocks = [params["blk"][layer] for layer in range(len(params["blk"]))]
     return {module: np.stack([np.asarray(block[module]["weight"]) for block in blocks]) for module in blocks[0]}
-
-
-@functools.cache
-def family_model(family):
-    """Random `qwen3` (own head, heads wider than d_model / n_heads) or `gemma` (one key/value head)."""
-    config, cls, gain, sizes = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM, 1.0, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
-        "gemma": (GemmaConfig, GemmaForCausalLM, 0.0, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    }[family]
-    shared = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "head_dim": 32,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
-    }
-    return drawn(cls(config(**shared, **sizes)), seed=2, gain=gain)
 
 
 def save_hf(path, tied):
