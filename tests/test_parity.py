@@ -6,11 +6,15 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+import torch
 from benchmarks import families, zoo
 
 from ramp_jax import data
+from ramp_jax.allocation import Allocation
+from ramp_jax.halo.torch_model import torch_model
 from ramp_jax.halo.verify import gguf_logits
 from ramp_jax.models import allocatable, load_model
+from ramp_jax.quantization import fake_quantize
 from ramp_jax.sensitivity.fisher import fisher_sensitivity
 
 PERMUTED = ("llama", "mistral3", "smollm3", "granite")
@@ -90,14 +94,16 @@ def test_within_its_limit(subject, column):
 
 def test_gguf_holds_what_llama_cpp_reads(subject):
     """Names by gguf's own table; q and k permuted, gains whole."""
-    stored = {t.name: t.data for t in gguf.GGUFReader(subject.exported).tensors}
-    expected = expected_tensors(subject.name)
+    reader, expected = gguf.GGUFReader(subject.exported), expected_tensors(subject.name)
+    stored = {t.name: t.data for t in reader.tensors}
     assert stored.keys() == expected.keys()
     for name, value in expected.items():
         if name == "rope_freqs.weight":
             np.testing.assert_allclose(stored[name], value, rtol=1e-5)
         else:
             np.testing.assert_array_equal(stored[name], value, err_msg=name)
+    keys = ("block_count", "attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base")
+    assert {f"{subject.kind.architecture}.{key}" for key in keys} <= set(reader.fields)
 
 
 def test_file_describes_the_same_model(subject):
@@ -152,3 +158,31 @@ def test_allocate_export_evaluate(name, call, tmp_path):
     directory = zoo.save(zoo.hf_model(name), tmp_path / "model")
     found = families.through_scripts(directory, tmp_path, run)
     assert found["perplexity, llama.cpp"] == pytest.approx(found["perplexity, jax"], rel=0.03)
+
+
+def by_blocks(x, size):
+    """Activations `[..., I]` as llama.cpp rounds them to 8 bits: by 32 with an f16 scale (Q8_0), or by 256 (Q8_K)."""
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    if size == 32:
+        scale = largest.abs() / 127
+        return (torch.round(blocks / scale) * scale.half().float()).reshape(x.shape)
+    return (torch.round(blocks * (-127 / largest)).clamp(max=127) * (largest / -127)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "size"), [("llama", "Q8_0", 32), ("llama", "Q4_0", 32), ("qwen3-tied", "Q4_K", 256)]
+)
+def test_rounded_activations_are_all_that_sets_quantized_files_apart(name, fmt, size, tmp_path):
+    subject = families.Subject(name, tmp_path)
+    allocation = Allocation.uniform(subject.model, fmt)
+    path = subject.export(fmt, allocation)
+    decoded = dataclasses.replace(subject.model, params=fake_quantize(subject.model, allocation))
+    beside, ids = torch_model(decoded), torch.from_numpy(subject.ids.astype(np.int64))
+    with torch.no_grad():
+        plain = beside(ids).logits.numpy()
+        for module in beside.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda _, inputs: (by_blocks(inputs[0], size),))
+        rounded = beside(ids).logits.numpy()
+    assert families.apart(subject, rounded, path) < families.apart(subject, plain, path) / 2
