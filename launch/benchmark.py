@@ -3,6 +3,7 @@
     python launch/benchmark.py --suite=SUITE[,SUITE ...] [--json=FILE] [--plots=FOLDER] [--record]
 
 `forward`: tokens per second of perplexity in JAX beside transformers on torch.
+`families`: tiny models of every family beside transformers and llama.cpp.
 `parity`: losses of one file in JAX, llama.cpp and transformers.
 `quantize`, `errors`, `bytes`: the block formats beside ggml's.
 `sensitivity`: the two estimates beside each other and the truth.
@@ -28,6 +29,7 @@ from absl import app, flags
 from benchmarks import formats
 from benchmarks.accelerator import accelerator
 from benchmarks.encoder import encoder
+from benchmarks.families import families
 from benchmarks.forward import forward
 from benchmarks.loading import loading
 from benchmarks.measuring import RESULTS, plots_go_to, record
@@ -50,6 +52,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions per measurement.", lo
 
 SUITES: dict[str, Callable[[int], Any]] = {
     "forward": forward,
+    "families": families,
     "parity": parity,
     "quantize": formats.speed,
     "errors": formats.errors,

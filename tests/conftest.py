@@ -1,15 +1,20 @@
 """Strict JAX flags for every test, compiled programs kept on disk for the next run, tiny models that tests share."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from absl import app, flags
 from hypothesis import HealthCheck, settings
 
 from ramp_jax import data
 from ramp_jax.models import load_model
+
+LAUNCH = Path(__file__).parent.parent / "launch"
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -82,3 +87,24 @@ def model(request):
 def windows(untied):
     """Three windows of 24 real tokens; both tiny models share the tokenizer."""
     return data.windows("builtin", untied.tokenizer, context=24, count=3)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script in this process with flags of its own: (name, *arguments) → exit code, stdout, stderr."""
+
+    def run(name, *arguments):
+        app.define_help_flags()
+        known = set(flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(LAUNCH / f"{name}.py"), run_name="__main__")
+        finally:
+            for flag in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, flag)
+            flags.FLAGS.unparse_flags()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run

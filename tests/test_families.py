@@ -1,15 +1,13 @@
-"""Qwen3 and Gemma beside Llama: logits, files, and every step of the way on each of them."""
+"""What sets families apart, what their configs may not ask for, and every step of the way on Qwen3 and Gemma."""
 
 import dataclasses
 import json
 
 import gguf
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import torch
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation, from_levels
@@ -49,47 +47,11 @@ def stats(model, windows):
     return calibrate(model, windows)
 
 
-@pytest.mark.parametrize("length", [24, 150])  # 150: more than one block of queries
-def test_logits_equal_transformers(family, model, rng, length):
-    ids = rng.integers(0, tiny.VOCABULARY, (2, length))
-    with torch.no_grad():
-        expected = tiny.family_model(family)(torch.from_numpy(ids)).logits.numpy()
-    assert np.ptp(expected) > 5
-    np.testing.assert_allclose(model.logits(ids.astype(np.int32)), expected, atol=1e-4, rtol=0)
-
-
 def test_what_sets_the_families_apart(family, model):
     attention, mlp = model.spec.blocks[0].sub_blocks
     switches = (attention.qk_norm, mlp.activation, model.spec.embedding_scale, model.spec.tied)
-    assert switches == {"qwen3": ("heads", "silu", 1.0, False), "gemma": (None, "gelu_tanh", 8.0, True)}[family]
+    assert switches == {"qwen3": ("heads", "silu", 1.0, False), "gemma": (None, "gelu_tanh", 96.0**0.5, True)}[family]
     assert (model.spec.architecture, model.spec.head_size) == (family, 32)
-
-
-def test_gguf_holds_what_llama_cpp_reads(family, model, tmp_path):
-    """Names by gguf's own table, rows in HF order, Gemma's gains with their 1."""
-    export_gguf(model, Allocation.uniform(model, "F32"), tmp_path / "out.gguf")
-    reader = gguf.GGUFReader(tmp_path / "out.gguf")
-    stored = {t.name: t.data for t in reader.tensors}
-    table = gguf.get_tensor_name_map(ARCHITECTURES[family], tiny.LAYERS)
-    expected = {
-        table.get_name(key, try_suffixes=(".weight",)): value.numpy() + (family == "gemma" and "norm" in key)
-        for key, value in tiny.family_model(family).state_dict().items()
-        if not (model.spec.tied and key == "lm_head.weight")
-    }
-    assert stored.keys() == expected.keys() == {t.name for t in tensors(model.spec)}
-    for name, value in expected.items():
-        np.testing.assert_array_equal(stored[name], value, err_msg=name)
-    fields = {name for name in reader.fields if name.startswith(f"{family}.")}
-    keys = ("block_count", "attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base")
-    assert {f"{family}.{key}" for key in keys} <= fields
-
-
-def test_exported_file_is_the_same_model(model, windows, tmp_path):
-    export_gguf(model, Allocation.uniform(model, "F32"), tmp_path / "out.gguf")
-    loaded = load_model(str(tmp_path / "out.gguf"))
-    assert loaded.spec == model.spec
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.tree.map(np.asarray, model.params))
-    np.testing.assert_allclose(loaded.logits(windows), model.logits(windows), atol=1e-5, rtol=0)
 
 
 def test_llama_cpp_agrees(model, windows, tmp_path):
@@ -158,13 +120,6 @@ def test_only_llama_permutes_rows_and_only_those_that_turn(model, untied):
     assert not any(model.spec.family.permuted_heads(t) for t in tensors(model.spec))
     heads = {t.name: n for t in tensors(untied.spec) if (n := untied.spec.family.permuted_heads(t))}
     assert heads == {f"blk.{i}.attn_{kind}.weight": n for i in range(3) for kind, n in (("q", 4), ("k", 2))}
-
-
-def test_names_in_checkpoints_are_those_of_transformers(family, model):
-    state = tiny.family_model(family).state_dict()
-    ours = {model.spec.family.hf_name(t): t.shape for t in tensors(model.spec)}
-    tied = {"lm_head.weight"} if model.spec.tied else set()
-    assert ours == {name: tuple(value.shape) for name, value in state.items() if name not in tied}
 
 
 def test_untied_gemma_is_refused(tmp_path):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl import app, flags
 
 from ramp_jax import cli, data, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
@@ -56,27 +54,6 @@ def script(cache, name, *arguments):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a script in this process with flags of its own: (name, *arguments) → exit code, stdout, stderr."""
-
-    def run(name, *arguments):
-        app.define_help_flags()
-        known = set(flags.FLAGS)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
-                runpy.run_path(str(LAUNCH / f"{name}.py"), run_name="__main__")
-        finally:
-            for flag in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, flag)
-            flags.FLAGS.unparse_flags()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

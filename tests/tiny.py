@@ -2,29 +2,23 @@
 
 import dataclasses
 import functools
+import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from ramp_jax import data
 from ramp_jax.halo import libggml
 from ramp_jax.models import tensors
 
+sys.path.append(str(Path(__file__).parent.parent / "launch"))
+from benchmarks.zoo import END, STOP, VOCABULARY, builtin_tokenizer, drawn, save
+from benchmarks.zoo import hf_model as family_model
+
+__all__ = ["END", "STOP", "VOCABULARY", "builtin_tokenizer", "drawn", "family_model", "save"]
+
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
-VOCABULARY = 320
-TEXT_FOR_MERGES = 20_000  # characters
-END, STOP = "<|endoftext|>", "<|im_end|>"
 
 GROUPS = {
     "attn_in": ("attn_norm", ("attn_q", "attn_k", "attn_v")),
@@ -35,21 +29,6 @@ GROUPS = {
 """By activation of a block: what makes it channel by channel, and the linears that read it."""
 
 LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-
-
-def builtin_tokenizer(pre_tokenizer=None, **special):
-    """Byte-level BPE of at most VOCABULARY tokens trained on a little of the built-in text."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END, STOP],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([data.read_text("builtin")[:TEXT_FOR_MERGES]], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=STOP, **special)
 
 
 @functools.cache
@@ -100,47 +79,9 @@ def stacked(params):
     return {module: np.stack([np.asarray(block[module]["weight"]) for block in blocks]) for module in blocks[0]}
 
 
-def drawn(model, seed, gain=1.0):
-    """The model with random weights; `gain` is what its norms store for a channel that stays as it is."""
-    rng = np.random.default_rng(seed)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            center, spread = (gain, 0.3) if "norm" in name else (0.0, 0.15)
-            value.copy_(torch.from_numpy(rng.normal(center, spread, value.shape).astype(np.float32)))
-    return model.eval()
-
-
-@functools.cache
-def family_model(family):
-    """Random `qwen3` (own head, heads wider than d_model / n_heads) or `gemma` (one key/value head)."""
-    config, cls, gain, sizes = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM, 1.0, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
-        "gemma": (GemmaConfig, GemmaForCausalLM, 0.0, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    }[family]
-    shared = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "head_dim": 32,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
-    }
-    return drawn(cls(config(**shared, **sizes)), seed=2, gain=gain)
-
-
 def save_hf(path, tied):
     """Directory with config, safetensors and tokenizer."""
     return save(hf_model(tied), path)
-
-
-def save(model, path):
-    """Directory of a transformers model with the tiny tokenizer."""
-    model.save_pretrained(path)
-    builtin_tokenizer().save_pretrained(path)
-    return path
 
 
 def gguf_values(tied):

@@ -1,4 +1,4 @@
-"""What stock llama.cpp makes of a file: its losses on the very tokens that were scored in JAX.
+"""What stock llama.cpp makes of a file: its losses on the very tokens that were scored in JAX, and its logits.
 
 Needs the `verify` extra (llama-cpp-python).
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -51,7 +52,7 @@ def evaluate_gguf(
         beside = predictions(reference, windows, vocab_size, protocol)
         bar = track(windows, f"scoring {Path(path).stem} in llama.cpp", "window")
         for i, (window, hidden) in enumerate(zip(bar, beside.hidden, strict=True)):
-            logits = run(window, start)
+            logits = run(window, range(start, context - 1))
             for first in range(0, len(logits), _CHUNK):
                 rows = slice(first, first + _CHUNK)
                 ref_hidden = None if hidden is None else hidden[rows]
@@ -59,6 +60,15 @@ def evaluate_gguf(
                 if not np.isfinite(scores[-1].nll).all():
                     raise ValueError(f"llama.cpp's loss of window {i} is not finite; score {path} with --backend=jax.")
     return joined(scores)
+
+
+def gguf_logits(path: str | Path, ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
+    """Logits of every position in llama.cpp, with keys and values in f32: its usual f16 moves them by 1e-2.
+
+    Raises `RuntimeError` where llama.cpp cannot load or run the file.
+    """
+    with _session(path, ids.shape[1], exact=True) as (run, _):
+        return np.stack([run(window, range(len(window))) for window in ids])
 
 
 @jax.jit
@@ -69,8 +79,8 @@ def _scores(
 
 
 @contextlib.contextmanager
-def _session(path: str | Path, context: int) -> Iterator[tuple[Any, int]]:
-    """A function (ids `[T]`, start) → logits `[T − 1 − start, V]` of the positions from `start` on but the last; V."""
+def _session(path: str | Path, context: int, exact: bool = False) -> Iterator[tuple[Any, int]]:
+    """A function (ids `[T]`, positions wanted) → their logits `[S, V]`; V. `exact` keeps keys and values in f32."""
     require()
     import llama_cpp
 
@@ -79,6 +89,9 @@ def _session(path: str | Path, context: int) -> Iterator[tuple[Any, int]]:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = context
     params.n_threads = params.n_threads_batch = cores()
+    if exact:
+        params.type_k = params.type_v = int(gguf.GGMLQuantizationType.F32)
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     with captured_log() as log, contextlib.ExitStack() as stack:
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         if not model:
@@ -92,8 +105,7 @@ def _session(path: str | Path, context: int) -> Iterator[tuple[Any, int]]:
         stack.callback(llama_cpp.llama_batch_free, batch)
         vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
-        def run(ids: Int[np.ndarray, " T"], start: int) -> Float[np.ndarray, "S V"]:
-            wanted = range(start, len(ids) - 1)
+        def run(ids: Int[np.ndarray, " T"], wanted: range) -> Float[np.ndarray, "S V"]:
             batch.n_tokens = len(ids)
             for t, token in enumerate(ids):
                 batch.token[t], batch.pos[t], batch.n_seq_id[t], batch.seq_id[t][0] = int(token), t, 1, 0

@@ -1,0 +1,188 @@
+"""Every dense kind beside transformers, llama.cpp and gguf's own tables: logits, files, and the way through scripts."""
+
+import dataclasses
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import torch
+from benchmarks import families, zoo
+
+from ramp_jax import data
+from ramp_jax.allocation import Allocation
+from ramp_jax.halo.torch_model import torch_model
+from ramp_jax.halo.verify import gguf_logits
+from ramp_jax.models import allocatable, load_model
+from ramp_jax.quantization import fake_quantize
+from ramp_jax.sensitivity.fisher import fisher_sensitivity
+
+PERMUTED = ("llama", "mistral3", "smollm3", "granite")
+"""Architectures whose GGUF holds rows of q and k with neighbours that rotate together."""
+
+WAYS = ("llama-bias", "ministral3", "smollm3", "gemma2", "gemma3-vision", "phi4-mini", "olmo2", "granite")
+"""Kinds that go through calibration, folding and the estimate: one of every way to build a block."""
+
+
+def subjects(names):
+    return pytest.fixture(scope="module", params=names)(
+        lambda request, tmp_path_factory: families.Subject(request.param, tmp_path_factory.mktemp("kind"))
+    )
+
+
+subject, way = subjects(tuple(zoo.ZOO)), subjects(WAYS)
+
+
+def hf_values(name):
+    """Tensors of the text decoder by their names in a checkpoint that holds nothing else."""
+    state = zoo.hf_model(name).state_dict()
+    values = {key.replace("language_model.", "").removeprefix("model."): value.numpy() for key, value in state.items()}
+    text = {
+        key: value for key, value in values.items() if key.startswith(("layers.", "embed_tokens.", "norm.", "lm_head"))
+    }
+    return {key if key == "lm_head.weight" else f"model.{key}": value for key, value in text.items()}
+
+
+def expected_tensors(name):
+    """What a GGUF of the kind must hold, by name."""
+    kind, config = zoo.ZOO[name], zoo.hf_model(name).config.get_text_config()
+    architecture = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[kind.architecture]
+    table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    values = {}
+    for key, value in hf_values(name).items():
+        stored = table.get_name(key, try_suffixes=(".weight", ".bias"))
+        module = stored.split(".")[-2]
+        if kind.architecture in PERMUTED and module in heads:
+            value = tiny.neighbours_rotate(value, heads[module])
+        values[stored] = value + np.float32(1 - kind.gain) if "norm" in module else value
+    if config.tie_word_embeddings:
+        del values["output.weight"]
+    return values | rope_values(name, config)
+
+
+def rope_values(name, config):
+    """Tensors that a GGUF holds instead of what a config says of its frequencies."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{way}.weight": np.float32(rope[f"{way}_factor"]) for way in ("long", "short")}
+    if rope.get("rope_type") == "llama3":
+        scaled = zoo.hf_model(name).model.rotary_emb.inv_freq.numpy()
+        plain = rope["rope_theta"] ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
+    return {}
+
+
+def close(a, b):
+    """Equal but for floats that a GGUF rounds to f32."""
+    if dataclasses.is_dataclass(a):
+        return type(a) is type(b) and all(close(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == pytest.approx(b, rel=1e-6) if isinstance(a, float) else a == b
+
+
+def test_predictions_are_peaked(subject):
+    assert np.ptp(subject.expected) > 5
+
+
+@pytest.mark.parametrize("column", [column for column in families.CHECKS if column != "folded"])
+def test_within_its_limit(subject, column):
+    check = families.CHECKS[column]
+    assert check.measure(subject) <= check.allowed(subject.kind)
+
+
+def test_gguf_holds_what_llama_cpp_reads(subject):
+    """Names by gguf's own table; q and k permuted, gains whole."""
+    reader, expected = gguf.GGUFReader(subject.exported), expected_tensors(subject.name)
+    stored = {t.name: t.data for t in reader.tensors}
+    assert stored.keys() == expected.keys()
+    for name, value in expected.items():
+        if name == "rope_freqs.weight":
+            np.testing.assert_allclose(stored[name], value, rtol=1e-5)
+        else:
+            np.testing.assert_array_equal(stored[name], value, err_msg=name)
+    keys = ("block_count", "attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base")
+    assert {f"{subject.kind.architecture}.{key}" for key in keys} <= set(reader.fields)
+
+
+def test_file_describes_the_same_model(subject):
+    again = load_model(str(subject.exported))
+    assert close(again.spec, subject.model.spec)
+    np.testing.assert_allclose(again.logits(subject.ids), subject.ours, atol=1e-4, rtol=0)
+
+
+def test_folding_keeps_the_function(way):
+    check = families.CHECKS["folded"]
+    assert check.measure(way) <= check.limit
+
+
+def test_estimate_is_finite(way):
+    windows = data.windows("builtin", way.model.tokenizer, context=24, count=2)
+    loss = fisher_sensitivity(way.model, windows, (4,), "sliding").kld
+    assert loss.shape == (len(allocatable(way.model.spec)), 1)
+    assert np.isfinite(loss).all()
+    assert (loss > 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name, kind in zoo.ZOO.items() if kind.departs])
+def test_llama_cpp_computes_something_else_where_the_zoo_says_so(name, tmp_path):
+    subject = families.Subject(name, tmp_path)
+    off = np.abs(gguf_logits(subject.exported, subject.ids) - subject.expected).max((0, 2))
+    assert off[: subject.kind.llama_cpp].max() < subject.kind.tolerance
+    assert off[subject.kind.llama_cpp :].max() > 1
+
+
+def test_short_texts_turn_by_short_factors(tmp_path):
+    subject = families.Subject("phi3-longrope", tmp_path)
+    short = subject.ids[:, : zoo.SHORT]
+    expected = zoo.hf_logits(subject.name, short)
+    assert np.abs(expected - subject.expected[:, : zoo.SHORT]).max() > 1
+    np.testing.assert_allclose(subject.model.logits(short), expected, atol=1e-4, rtol=0)
+
+
+def test_llama_cpp_takes_the_long_factors_by_its_context(tmp_path):
+    """Where a context is longer than the original one, though the text is not."""
+    subject = families.Subject("phi3-longrope", tmp_path)
+    short = subject.ids[:, : zoo.SHORT]
+    off = np.abs(gguf_logits(subject.exported, short) - zoo.hf_logits(subject.name, short))
+    assert off.max() > 1
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi4-mini", "olmo2"])
+def test_allocate_export_evaluate(name, call, tmp_path):
+    def run(*arguments):
+        code, _, errors = call(*arguments)
+        assert code == 0, errors
+
+    directory = zoo.save(zoo.hf_model(name), tmp_path / "model")
+    found = families.through_scripts(directory, tmp_path, run)
+    assert found["perplexity, llama.cpp"] == pytest.approx(found["perplexity, jax"], rel=0.03)
+
+
+def by_blocks(x, size):
+    """Activations `[..., I]` as llama.cpp rounds them to 8 bits: by 32 with an f16 scale (Q8_0), or by 256 (Q8_K)."""
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    if size == 32:
+        scale = largest.abs() / 127
+        return (torch.round(blocks / scale) * scale.half().float()).reshape(x.shape)
+    return (torch.round(blocks * (-127 / largest)).clamp(max=127) * (largest / -127)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "size"), [("llama", "Q8_0", 32), ("llama", "Q4_0", 32), ("qwen3-tied", "Q4_K", 256)]
+)
+def test_rounded_activations_are_all_that_sets_quantized_files_apart(name, fmt, size, tmp_path):
+    subject = families.Subject(name, tmp_path)
+    allocation = Allocation.uniform(subject.model, fmt)
+    path = subject.export(fmt, allocation)
+    decoded = dataclasses.replace(subject.model, params=fake_quantize(subject.model, allocation))
+    beside, ids = torch_model(decoded), torch.from_numpy(subject.ids.astype(np.int64))
+    with torch.no_grad():
+        plain = beside(ids).logits.numpy()
+        for module in beside.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda _, inputs: (by_blocks(inputs[0], size),))
+        rounded = beside(ids).logits.numpy()
+    assert families.apart(subject, rounded, path) < families.apart(subject, plain, path) / 2
