@@ -1,25 +1,26 @@
 """Memory beside the weights, against what llama.cpp says that it takes."""
 
+import collections
 import dataclasses
 import os
 import re
 
 import llama_cpp
 import pytest
-import tiny
+from benchmarks import zoo
 
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
-from ramp_jax.halo.footprint import runtime_bytes
+from ramp_jax.halo.footprint import cache_bytes, runtime_bytes
 from ramp_jax.halo.llama_quantize import captured_log
 from ramp_jax.models import load_model
 
 
-@pytest.fixture(scope="module", params=["untied", "qwen3", "gemma", "ref-llama", "smollm2-135m"])
+@pytest.fixture(scope="module", params=["qwen3", "gemma2", "gemma3", "mistral-window", "ref-llama", "smollm2-135m"])
 def model(request, tmp_path_factory):
-    if request.param in ("qwen3", "gemma"):
-        return load_model(str(tiny.save(tiny.family_model(request.param), tmp_path_factory.mktemp("hf") / "model")))
-    return request.getfixturevalue("untied") if request.param == "untied" else load_model(request.param)
+    if request.param in zoo.ZOO:
+        return load_model(str(zoo.save(zoo.hf_model(request.param), tmp_path_factory.mktemp("hf") / "model")))
+    return load_model(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +31,17 @@ def path(model, tmp_path_factory):
 
 
 def taken(path, context):
-    """MiB by the name of the buffer, as llama.cpp logs them for a context of its defaults."""
+    """MiB by the kind of the buffer, as llama.cpp logs them for a context of its programs' defaults."""
     model_params, params = llama_cpp.llama_model_default_params(), llama_cpp.llama_context_default_params()
-    model_params.use_extra_bufts, params.n_ctx = False, context
+    model_params.use_extra_bufts, params.n_ctx, params.swa_full = False, context, False
     with captured_log() as log:
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         llama_cpp.llama_free(llama_cpp.llama_init_from_model(model, params))
         llama_cpp.llama_model_free(model)
-    return {
-        name: float(mib) for name, mib in re.findall(r"(KV|output|compute) buffer size = +([\d.]+) MiB", "".join(log))
-    }
+    mib = collections.Counter()
+    for name, size in re.findall(r"(KV|output|compute) buffer size = +([\d.]+) MiB", "".join(log)):
+        mib[name] += float(size)
+    return mib
 
 
 @pytest.mark.parametrize("context", [1, 100, 512, 1100, 8192])
@@ -49,6 +51,13 @@ def test_bound_is_above_what_llama_cpp_takes_and_near_it(model, path, context):
     assert mib.keys() == {"KV", "output", "compute"}
     bound = runtime_bytes(dataclasses.replace(model.spec, context_length=8192), context) / 2**20
     assert sum(mib.values()) <= bound <= 1.1 * sum(mib.values()) + 2
+
+
+@pytest.mark.parametrize("context", [512, 8192])
+def test_cache_of_windows_is_what_llama_cpp_takes(model, path, context):
+    """To what its log rounds; where it runs windows, a long context takes hardly more than a short one."""
+    spec = dataclasses.replace(model.spec, context_length=8192)
+    assert cache_bytes(spec, context) / 2**20 == pytest.approx(taken(path, context)["KV"], abs=0.011)
 
 
 @pytest.mark.parametrize("context", [0, -5, 257])

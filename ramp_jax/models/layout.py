@@ -98,11 +98,12 @@ class SubBlock(abc.ABC):
 
     `name` begins the names of its tensors, `<name>_out` is the activation that it writes to the stream. `mixes` says
     whether tokens meet in it. `inner` is the width of its widest activation, `cache_channels` how many numbers per
-    token it keeps for later ones.
+    token it keeps for later ones, `window` how many tokens back it looks at most.
     """
 
     name: ClassVar[str]
     mixes: ClassVar[bool] = False
+    window: int | None = None
 
     @property
     @abc.abstractmethod
