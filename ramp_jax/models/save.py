@@ -13,6 +13,8 @@ from ramp_jax.models.load import Model
 from ramp_jax.models.spec import hf_config
 from ramp_jax.resources import check_disk
 
+_SPECIAL = ("bos", "eos", "pad")  # tokens whose ids transformers else takes from its class, beyond small vocabularies
+
 
 def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
     """Write `config.json`, `model.safetensors` in `dtype` and the tokenizer's files to the new folder `path`.
@@ -29,7 +31,8 @@ def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        config = hf_config(model.spec) | {"dtype": dtype, "torch_dtype": dtype}
+        ids = {f"{kind}_token_id": getattr(model.tokenizer, f"{kind}_token_id", None) for kind in _SPECIAL}
+        config = hf_config(model.spec) | ids | {"dtype": dtype, "torch_dtype": dtype}
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
