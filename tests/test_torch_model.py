@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from benchmarks import zoo
 from scipy.special import log_softmax
 
 from ramp_jax.halo.torch_model import token_losses, torch_model
@@ -63,6 +64,19 @@ def test_token_losses_are_those_of_our_logits(model, twin, windows, start):
     found = token_losses(twin, windows, start)
     assert found.shape == (3, 23 - start)
     np.testing.assert_allclose(found, expected, atol=2e-4, rtol=0)
+
+
+KINDS = ("llama-llama3", "ministral", "smollm3", "gemma2", "gemma3-vision", "phi4-mini", "olmo2", "granite")
+"""With what a twin needs beside weights: tables of positions, scales, caps, windows, fused matrices."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_are_those_of_the_checkpoint_in_transformers(name, tmp_path, rng):
+    twin = torch_model(load_model(str(zoo.save(zoo.hf_model(name), tmp_path / name))))
+    ids = rng.integers(0, zoo.VOCABULARY, (1, 50))
+    with torch.inference_mode():
+        found = twin(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(found, zoo.hf_logits(name, ids), atol=1e-4, rtol=0)
 
 
 def test_weights_of_any_dtype_become_f32(untied, windows):
