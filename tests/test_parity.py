@@ -73,15 +73,6 @@ def rope_values(name, config):
     return {}
 
 
-def close(a, b):
-    """Equal but for floats that a GGUF rounds to f32."""
-    if dataclasses.is_dataclass(a):
-        return type(a) is type(b) and all(close(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(close, a, b))
-    return a == pytest.approx(b, rel=1e-6) if isinstance(a, float) else a == b
-
-
 def test_predictions_are_peaked(subject):
     assert np.ptp(subject.expected) > 5
 
@@ -108,7 +99,7 @@ def test_gguf_holds_what_llama_cpp_reads(subject):
 
 def test_file_describes_the_same_model(subject):
     again = load_model(str(subject.exported))
-    assert close(again.spec, subject.model.spec)
+    assert again.spec == subject.model.spec
     np.testing.assert_allclose(again.logits(subject.ids), subject.ours, atol=1e-4, rtol=0)
 
 
