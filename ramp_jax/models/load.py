@@ -15,6 +15,7 @@ import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
@@ -92,6 +93,8 @@ def load_model(ref: str | Path, dtype: str = "float32", tokenizer_from: str | Pa
         opened = _open_directory(path, tokenizer_from) if path.is_dir() else _open_gguf(path, tokenizer_from)
         _check(opened, path)
     dtypes = {tensor: wanted if tensor.is_matrix else jnp.dtype(jnp.float32) for tensor in tensors(opened.spec)}
+    if opened.spec.caveat is not None:
+        logging.warning("%s: %s", ref, opened.spec.caveat)
     check_memory(sum(t.size * dtypes[t].itemsize for t in dtypes), f"{ref} in {wanted.name}")
     with _describing(path):
         params = nest((tensor, _read(opened, tensor, dtypes[tensor])) for tensor in dtypes)

@@ -235,7 +235,7 @@ def _filled(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     try:
         return given | CONFIG_MAPPING[model_type].from_dict(given).to_dict()
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"config.json is not a sound description of a {model_type} model: {reason:.200}.") from error
 
 

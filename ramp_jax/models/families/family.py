@@ -35,6 +35,7 @@ HF_NAMES = {
 }
 """Modules of a GGUF by the names that most Hugging Face checkpoints have for them, inside a layer or outside."""
 
+_MOST_BLOCKS = 512  # llama.cpp's limit
 _OF_WINDOWED_HEADS = ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
 
 
@@ -46,7 +47,7 @@ def _embedding_rows(found: Values) -> int:
 
 
 SIZES: tuple[Property, ...] = (
-    Number("n_layers", "num_hidden_layers", "block_count", whole=True),
+    Number("n_layers", "num_hidden_layers", "block_count", whole=True, most=_MOST_BLOCKS),
     Number("d_model", "hidden_size", "embedding_length", whole=True),
     Number("n_heads", "num_attention_heads", "attention.head_count", whole=True),
     Number(

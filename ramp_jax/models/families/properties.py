@@ -55,7 +55,7 @@ class Property(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Number(Property):
-    """A number that both descriptions hold as it is: a count (`whole`) or any positive number.
+    """A number that both descriptions hold as it is: a count (`whole`, at most `most`) or any positive number.
 
     `default` makes it of the fields found before where a description lacks it (`gguf_default` where a GGUF does, if
     that differs); None where it must be there. A `neutral` value is not written to a GGUF.
@@ -65,6 +65,7 @@ class Number(Property):
     hf: str
     gguf: str
     whole: bool = False
+    most: int = 2**31 - 1
     default: Callable[[Values], Any] | None = None
     neutral: float | None = None
     gguf_default: Callable[[Values], Any] | None = None
@@ -110,7 +111,7 @@ class Number(Property):
             if default is None:
                 raise ValueError(f"{where} is missing; download the model again or add it.")
             return default(found)
-        return whole(where, value) if self.whole else positive(where, value)
+        return whole(where, value, self.most) if self.whole else positive(where, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,11 +332,10 @@ class Windows(Property):
         return {"window": whole(where, size), "windowed": tuple(layers)} if any(layers) else {}
 
 
-def whole(where: str, value: Any) -> int:
-    """A number above 0 and below 2³¹; raises `ValueError` for anything else."""
-    sound = not isinstance(value, bool) and isinstance(value, int) and 0 < value < 2**31
-    if not sound:
-        raise ValueError(f"{where} is {_shown(value)}, a whole number above 0 was expected.")
+def whole(where: str, value: Any, most: int = 2**31 - 1) -> int:
+    """A number from 1 to `most`; raises `ValueError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise ValueError(f"{where} is {_shown(value)}, a whole number from 1 to {most:,} was expected.")
     return int(value)
 
 
