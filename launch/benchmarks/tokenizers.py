@@ -18,7 +18,7 @@ from benchmarks.tokenizer_kinds import KINDS, VOCABULARY, Kind, lines
 from tokenizers import Tokenizer
 
 from ramp_jax.halo.llama_quantize import captured_log, last_line, require
-from ramp_jax.models.metadata import Metadata, plain, read_metadata, typed
+from ramp_jax.models.metadata import Metadata, PairsWriter, plain, read_metadata, typed
 from ramp_jax.models.tokenizers import pre, tokenizer_from_directory, tokenizer_from_gguf
 
 Encode = Callable[[str], list[int]]
@@ -89,7 +89,7 @@ def hugging_face(folder: Path) -> Encode:
 
 def write_vocabulary(path: Path, pairs: Metadata, name: str = "model") -> Path:
     """A GGUF of a tokenizer alone."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = PairsWriter(path, "llama")
     for key, pair in (typed({"general.name": name}) | pairs).items():
         writer.add_key_value(key, pair.value, pair.type, pair.sub_type)
     writer.write_header_to_file()
