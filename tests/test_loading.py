@@ -20,10 +20,12 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
+from ramp_jax.allocation import Allocation
+from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import load_model, source
 from ramp_jax.models.gguf_header import read_header
 from ramp_jax.models.gguf_source import open_gguf
-from ramp_jax.models.metadata import KeyValue, plain, read_metadata, typed
+from ramp_jax.models.metadata import KeyValue, plain, typed
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 from benchmarks import loading
@@ -287,7 +289,9 @@ def test_gguf_is_known_by_its_magic(gguf_file, untied, name):
 
 def test_header_is_what_gguf_reads(gguf_file):
     header, reader = read_header(gguf_file), gguf.GGUFReader(gguf_file)
-    assert header.metadata == read_metadata(reader)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert plain(header.metadata) == {name: field.contents() for name, field in fields.items()}
+    assert [pair.type for pair in header.metadata.values()] == [field.types[0] for field in fields.values()]
     assert list(header.tensors) == [tensor.name for tensor in reader.tensors]
     for tensor in reader.tensors:
         stored = header.tensors[tensor.name]
@@ -468,17 +472,18 @@ def test_damage_anywhere_in_a_header_is_an_error_of_the_file(gguf_file, rng):
             load_model(str(gguf_file))
 
 
-def test_empty_array_is_left_out_and_named(tmp_path, untied, caplog):
+def test_empty_array_is_carried(tmp_path, untied):
     pairs = untied.metadata | {"general.tags": KeyValue(["z" * 24], GGUFValueType.ARRAY, GGUFValueType.STRING)}
     path = tiny.write_gguf(tmp_path / "a.gguf", pairs, tiny.gguf_values(tied=False))
     raw = path.read_bytes()
     at = raw.index(b"general.tags") + len("general.tags") + 8
     path.write_bytes(raw[:at] + struct.pack("<Q", 0) + raw[at + 8 + 32 :])
-    with caplog.at_level(logging.WARNING):
-        model = load_model(str(path))
+    model = load_model(str(path))
     same(model, untied)
-    assert "general.tags" not in model.metadata
-    assert "general.tags is empty and left out" in caplog.text
+    allocation = Allocation.uniform(model, "F32")
+    assert export_gguf(model, allocation, tmp_path / "out.gguf") == allocation.file_bytes
+    carried = load_model(str(tmp_path / "out.gguf")).metadata["general.tags"]
+    assert carried == model.metadata["general.tags"] == KeyValue([], GGUFValueType.ARRAY, GGUFValueType.STRING)
 
 
 def test_vocabulary_of_another_file(make, weights, gguf_file, untied, tmp_path):

@@ -1,6 +1,5 @@
 """Tokenizers through GGUF metadata and back give the same ids."""
 
-import gguf
 import numpy as np
 import pytest
 import tiny
@@ -9,8 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ramp_jax import data
 from ramp_jax.models import load_model
+from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.load import resolve
-from ramp_jax.models.metadata import plain, read_metadata
+from ramp_jax.models.metadata import plain
 from ramp_jax.models.tokenizers import tokenizer_from_directory, tokenizer_from_gguf
 
 TEXT = (
@@ -139,7 +139,7 @@ def test_metadata_of_an_unknown_tokenizer(tmp_path, untied, change, message):
 
 def test_smollm2_cuts_words_and_digits_as_published():
     path = resolve("smollm2-135m")
-    fields = plain(read_metadata(gguf.GGUFReader(path)))
+    fields = plain(open_gguf(path).metadata)
     tokenizer = tokenizer_from_gguf(fields, path)
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("Hello world 2024")) == [
         *("Hello", "Ġworld", "Ġ", "2", "0", "2", "4"),

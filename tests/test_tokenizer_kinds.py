@@ -7,11 +7,11 @@ by llama.cpp.
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
-from ramp_jax.models.metadata import plain, read_metadata, typed
+from ramp_jax.models.gguf_source import open_gguf
+from ramp_jax.models.metadata import plain, typed
 from ramp_jax.models.tokenizers import tokenizer_from_directory, tokenizer_from_gguf
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
@@ -54,7 +54,7 @@ def written(fields, folder):
     """A GGUF of a tokenizer's values, and our reading of it."""
     pairs = typed({key: np.asarray(v, NUMBERS[key]) if key in NUMBERS else v for key, v in fields.items()})
     path = suite.write_vocabulary(folder / "vocabulary.gguf", pairs)
-    return path, tokenizer_from_gguf(plain(read_metadata(gguf.GGUFReader(path))), path)
+    return path, tokenizer_from_gguf(plain(open_gguf(path).metadata), path)
 
 
 @pytest.fixture(scope="module")

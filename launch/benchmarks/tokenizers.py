@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import sentencepiece
 from benchmarks.measuring import Numbers, said
 from benchmarks.tokenizer_kinds import KINDS, VOCABULARY, Kind, lines
 from tokenizers import Tokenizer
 
 from ramp_jax.halo.llama_quantize import captured_log, last_line, require
-from ramp_jax.models.metadata import Metadata, plain, read_metadata, typed
+from ramp_jax.models.gguf_source import open_gguf
+from ramp_jax.models.metadata import Metadata, PairsWriter, plain, typed
 from ramp_jax.models.tokenizers import pre, tokenizer_from_directory, tokenizer_from_gguf
 
 Encode = Callable[[str], list[int]]
@@ -39,7 +39,7 @@ def compare(kind: Kind, folder: Path) -> dict[str, Any]:
     kind.build(folder / "hf")
     _, pairs = tokenizer_from_directory(folder / "hf", VOCABULARY)
     path = write_vocabulary(folder / "vocabulary.gguf", pairs, kind.name)
-    fields = plain(read_metadata(gguf.GGUFReader(path)))
+    fields = plain(open_gguf(path).metadata)
     ours = tokenizer_from_gguf(fields, path)
     texts = lines(kind.specials)
     apart = [kind.apart(text) for text in texts]
@@ -89,7 +89,7 @@ def hugging_face(folder: Path) -> Encode:
 
 def write_vocabulary(path: Path, pairs: Metadata, name: str = "model") -> Path:
     """A GGUF of a tokenizer alone."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = PairsWriter(path, "llama")
     for key, pair in (typed({"general.name": name}) | pairs).items():
         writer.add_key_value(key, pair.value, pair.type, pair.sub_type)
     writer.write_header_to_file()

@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
 import numpy as np
 
 from ramp_jax.allocation import Allocation, export_metadata
 from ramp_jax.formats import get_format
 from ramp_jax.models import Model, Tensor, tensors
 from ramp_jax.models.layout import permute_rope
+from ramp_jax.models.metadata import PairsWriter
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, refold
 
@@ -68,9 +68,9 @@ def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder) -
 
 
 @contextlib.contextmanager
-def _begun(model: Model, allocation: Allocation, path: Path) -> Iterator[gguf.GGUFWriter]:
+def _begun(model: Model, allocation: Allocation, path: Path) -> Iterator[PairsWriter]:
     """A writer behind everything that comes before the first tensor's data."""
-    writer = gguf.GGUFWriter(path, model.spec.architecture)
+    writer = PairsWriter(path, model.spec.architecture)
     for name, pair in export_metadata(allocation).items():
         if name != _ARCHITECTURE:  # the writer's constructor adds it
             writer.add_key_value(name, pair.value, pair.type, pair.sub_type)

@@ -9,8 +9,7 @@ from typing import Any
 import gguf
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGMLQuantizationType
 
 from ramp_jax.models.gguf_header import Header, StoredTensor, read_header
 from ramp_jax.models.metadata import Metadata
@@ -56,8 +55,8 @@ class GgufSource:
 def open_gguf(path: Path) -> GgufSource:
     """A GGUF, none of whose weights is read; any part of a split one stands for all.
 
-    `split.*` and empty arrays, which no writer of GGUFs accepts, are left out of its pairs. Raises `ValueError` for a
-    damaged file, `FileNotFoundError` for a part that is missing.
+    `split.*` is left out of its pairs. Raises `ValueError` for a damaged file, `FileNotFoundError` for a part that is
+    missing.
     """
     refuse_pointer(path)
     header = read_header(path)
@@ -70,7 +69,8 @@ def open_gguf(path: Path) -> GgufSource:
     expected = _split(header, "tensors.count")
     if len(parts) > 1 and expected is not None and expected != len(tensors):
         raise ValueError(f"the parts of {path} hold {len(tensors)} of {expected} tensors; download the model again.")
-    return GgufSource(_carried(parts[0].metadata, path), tensors)
+    carried = {name: pair for name, pair in parts[0].metadata.items() if not name.startswith("split.")}
+    return GgufSource(carried, tensors)
 
 
 def parts_beside(path: Path) -> list[Path]:
@@ -117,11 +117,3 @@ def _parts(path: Path, header: Header) -> list[Path]:
     if missing := [part.name for part in parts if not part.is_file()]:
         raise FileNotFoundError(f"{path.parent} lacks {some(missing)}; download the rest of the model.")
     return parts
-
-
-def _carried(metadata: Metadata, path: Path) -> Metadata:
-    """Pairs that an exported file can carry on."""
-    empty = [name for name, pair in metadata.items() if pair.type == GGUFValueType.ARRAY and not pair.value]
-    if empty:
-        logging.warning("%s: %s is empty and left out.", path, some(empty))
-    return {name: pair for name, pair in metadata.items() if not name.startswith("split.") and name not in empty}

@@ -17,41 +17,41 @@ class KeyValue(NamedTuple):
 
 Metadata = dict[str, KeyValue]
 
-_SCALAR_BYTES = {
-    GGUFValueType.UINT8: 1,
-    GGUFValueType.INT8: 1,
-    GGUFValueType.BOOL: 1,
-    GGUFValueType.UINT16: 2,
-    GGUFValueType.INT16: 2,
-    GGUFValueType.UINT32: 4,
-    GGUFValueType.INT32: 4,
-    GGUFValueType.FLOAT32: 4,
-    GGUFValueType.UINT64: 8,
-    GGUFValueType.INT64: 8,
-    GGUFValueType.FLOAT64: 8,
-}
-_NUMPY_TYPES = {
+_SCALARS = {
     np.dtype(np.uint8): GGUFValueType.UINT8,
+    np.dtype(np.int8): GGUFValueType.INT8,
+    np.dtype(np.uint16): GGUFValueType.UINT16,
+    np.dtype(np.int16): GGUFValueType.INT16,
     np.dtype(np.uint32): GGUFValueType.UINT32,
     np.dtype(np.int32): GGUFValueType.INT32,
+    np.dtype(np.uint64): GGUFValueType.UINT64,
+    np.dtype(np.int64): GGUFValueType.INT64,
     np.dtype(np.float32): GGUFValueType.FLOAT32,
+    np.dtype(np.float64): GGUFValueType.FLOAT64,
     np.dtype(np.bool_): GGUFValueType.BOOL,
 }
+_SCALAR_BYTES = {scalar: dtype.itemsize for dtype, scalar in _SCALARS.items()}
 
 
-def read_metadata(reader: gguf.GGUFReader) -> Metadata:
-    """Every key-value pair of a file, in file order."""
-    pairs = {}
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF."):
-            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            pairs[name] = KeyValue(field.contents(), field.types[0], sub_type)
-    return pairs
+class PairsWriter(gguf.GGUFWriter):
+    """gguf's writer, which also writes arrays without elements: files have them, and they are carried on."""
+
+    def _pack_val(
+        self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
+    ) -> bytes:
+        if vtype == GGUFValueType.ARRAY and not len(val) and sub_type is not None:
+            head = self._pack("I", vtype) if add_vtype else b""
+            return head + self._pack("I", sub_type) + self._pack("Q", 0)
+        return super()._pack_val(val, vtype, add_vtype, sub_type)
 
 
 def typed(values: dict[str, Any]) -> Metadata:
-    """Pairs with the GGUF type that each Python or NumPy value asks for (int: u32, float: f32)."""
-    return {name: _typed_value(value) for name, value in values.items()}
+    """Pairs with the GGUF type that each Python or NumPy value asks for (int: u32 where it fits, float: f32).
+
+    An empty list is one of strings; an empty array keeps the type of its elements. Raises `ValueError` for what GGUF
+    cannot hold.
+    """
+    return {name: _typed_value(name, value) for name, value in values.items()}
 
 
 def plain(metadata: Metadata) -> dict[str, Any]:
@@ -64,17 +64,30 @@ def metadata_bytes(metadata: Metadata) -> int:
     return sum(_string_bytes(name) + 4 + _value_bytes(pair) for name, pair in metadata.items())
 
 
-def _typed_value(value: Any) -> KeyValue:
-    if isinstance(value, str):
-        return KeyValue(value, GGUFValueType.STRING)
-    if isinstance(value, bool | np.bool_):
-        return KeyValue(bool(value), GGUFValueType.BOOL)
-    if isinstance(value, np.ndarray):
-        return KeyValue(value.tolist(), GGUFValueType.ARRAY, _NUMPY_TYPES[value.dtype])
+def _typed_value(name: str, value: Any) -> KeyValue:
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype in _SCALARS:
+        return KeyValue(value.tolist(), GGUFValueType.ARRAY, _SCALARS[value.dtype])
     if isinstance(value, list):
-        return KeyValue(value, GGUFValueType.ARRAY, GGUFValueType.STRING)
-    is_int = isinstance(value, int | np.integer)
-    return KeyValue(value, GGUFValueType.UINT32 if is_int else GGUFValueType.FLOAT32)
+        of = {_scalar(item) for item in value} or {GGUFValueType.STRING}
+        if len(of) == 1 and None not in of:
+            return KeyValue(value, GGUFValueType.ARRAY, of.pop())
+    elif (kind := _scalar(value)) is not None:
+        return KeyValue(value.item() if isinstance(value, np.generic) else value, kind)
+    raise ValueError(f"{name} cannot be written to GGUF: {value!r:.80} is neither text, a number nor a list of these.")
+
+
+def _scalar(value: Any) -> GGUFValueType | None:
+    """The type of one value; None where GGUF has none."""
+    if isinstance(value, str):
+        return GGUFValueType.STRING
+    if isinstance(value, bool | np.bool_):
+        return GGUFValueType.BOOL
+    if isinstance(value, float | np.floating):
+        return GGUFValueType.FLOAT32
+    if isinstance(value, int | np.integer):
+        fitting = (GGUFValueType.UINT32, 0, 32), (GGUFValueType.INT64, -(1 << 63), 63), (GGUFValueType.UINT64, 0, 64)
+        return next((kind for kind, least, bits in fitting if least <= value < 1 << bits), None)
+    return None
 
 
 def _value_bytes(pair: KeyValue) -> int:

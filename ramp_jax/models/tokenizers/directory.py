@@ -5,18 +5,18 @@ of the files beside them. Classes that these files name are not asked, since the
 what is stored.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from gguf import Keys
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ramp_jax.models.metadata import Metadata, plain, typed
 from ramp_jax.models.tokenizers import spm
+from ramp_jax.models.tokenizers.files import read_json
 from ramp_jax.models.tokenizers.from_gguf import add_around, added_tokens, makeable, tokenizer_from_gguf
 from ramp_jax.models.tokenizers.pieces import Pieces, read_pieces
+from ramp_jax.models.tokenizers.special import ends, special_pairs
 from ramp_jax.models.tokenizers.templates import templates_from_directory, templates_to_gguf
 from ramp_jax.models.tokenizers.to_gguf import vocabulary_pairs
 from ramp_jax.models.tokenizers.vocabulary import ROLES
@@ -32,18 +32,20 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
     Raises `ValueError` for damaged files, a tokenizer larger than the vocabulary, and what GGUF has no name for.
     """
     config = read_json(folder / _CONFIG)
+    listed = _listed(folder, config)
     pieces = None
     if (folder / _FILE).is_file():
         backend = _backend(folder / _FILE)
+        _add_missing(backend, listed, folder)
     elif (folder / _PIECES).is_file():
-        pieces = read_pieces(folder / _PIECES)
+        pieces = read_pieces(folder / _PIECES).with_added(listed, vocab_size, folder)
         backend = _backend_of(pieces)
     else:
         return None
+    configs = _configs(folder)
     unknown = getattr(backend.model, "unk_token", None)
     roles = ({"unk_token": unknown} if unknown else {}) | (pieces.roles() if pieces else {}) | _roles(folder, config)
-    _add_missing(backend, _listed(folder, config), folder)
-    roles |= _roles_by_id(backend, roles, _configs(folder))
+    roles |= _roles_by_id(backend, roles, configs)
     if backend.post_processor is None:
         _add_as_configured(backend, config, roles, bos=pieces is not None)
     templates = templates_from_directory(folder, config)
@@ -55,29 +57,21 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
         **roles,
     )
     pairs = vocabulary_pairs(tokenizer, vocab_size, folder, pieces or _scores_beside(folder))
-    pairs |= _special_pairs(tokenizer, roles, _ends(_configs(folder)))
-    metadata = typed(pairs | templates_to_gguf(templates))
-    return tokenizer if pieces is None else tokenizer_from_gguf(plain(metadata), folder / _PIECES), metadata
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file; raises `ValueError` for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download or save it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; download or save it again.")
-    return content
+    pairs |= special_pairs(tokenizer, ends(configs), folder) | templates_to_gguf(templates)
+    metadata = typed(pairs)
+    if pieces is not None:  # nothing but scores says how it merges, so it is read as llama.cpp reads it
+        tokenizer = tokenizer_from_gguf(plain(metadata), folder / _PIECES)
+    return tokenizer, metadata
 
 
 def _backend(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is damaged ({error}); download or save it again.") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _backend_of(pieces: Pieces) -> Tokenizer:
@@ -109,7 +103,7 @@ def _roles(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     found = {}
     for source, content in ((_MAP, read_json(folder / _MAP)), (_CONFIG, config)):
         for role in ROLES:
-            if content.get(role) is not None:
+            if content.get(role) not in (None, ""):
                 found[role] = _content(content[role], role, folder / source)
     return found
 
@@ -169,19 +163,11 @@ def _configs(folder: Path) -> list[dict[str, Any]]:
     return [read_json(folder / "generation_config.json"), config, text if isinstance(text, dict) else {}]
 
 
-def _ends(configs: list[dict[str, Any]]) -> list[int]:
-    ends = []
-    for config in configs:
-        value = config.get(Keys.Tokenizer.EOS_ID.rpartition(".")[2])
-        ends += value if isinstance(value, list) else [value]
-    return [i for i in ends if isinstance(i, int) and not isinstance(i, bool)]
-
-
 def _roles_by_id(backend: Tokenizer, roles: dict[str, str], configs: list[dict[str, Any]]) -> dict[str, str]:
     """BOS and EOS of the configs, where the tokenizer's files do not name them."""
     begins = [config.get("bos_token_id") for config in configs]
     found = {}
-    for role, ids in (("bos_token", begins), ("eos_token", _ends(configs))):
+    for role, ids in (("bos_token", begins), ("eos_token", ends(configs))):
         tokens = [backend.id_to_token(i) for i in ids if isinstance(i, int) and 0 <= i < _LIMIT]
         known = [token for token in tokens if token is not None]
         if role not in roles and known:
@@ -196,22 +182,3 @@ def _add_as_configured(backend: Tokenizer, config: dict[str, Any], roles: dict[s
         for role, default in (("bos_token", bos), ("eos_token", False))
     }
     add_around(backend, ids["bos_token"], ids["eos_token"])
-
-
-def _special_pairs(tokenizer: PreTrainedTokenizerBase, roles: dict[str, str], ends: list[int]) -> dict[str, Any]:
-    """Which tokens play a part, which end a text besides EOS, and what stands around texts."""
-    ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in roles.items()}
-    pairs = {key: ids[role] for role, key in ROLES.items() if role in ids}
-    eos = ids.get("eos_token")
-    others = [i for i in dict.fromkeys(ends) if i != eos and 0 <= i < len(tokenizer)]
-    names = tokenizer.convert_ids_to_tokens(others)
-    messages = [i for i, name in zip(others, names, strict=True) if name == "<|eom_id|>"]
-    turns = [i for i in others if i not in messages]
-    if turns:
-        pairs[Keys.Tokenizer.EOT_ID] = turns[0]
-    if messages or turns[1:]:
-        pairs[Keys.Tokenizer.EOM_ID] = (messages or turns[1:])[0]
-    around = tokenizer("a")["input_ids"]
-    pairs[Keys.Tokenizer.ADD_BOS] = "bos_token" in ids and around[0] == ids["bos_token"]
-    pairs[Keys.Tokenizer.ADD_EOS] = eos is not None and len(around) > 1 and around[-1] == eos
-    return pairs

@@ -3,14 +3,19 @@
 import dataclasses
 from pathlib import Path
 
-from ramp_jax.models.tokenizers.vocabulary import SPACE, Kind
+from tokenizers import AddedToken
+
+from ramp_jax.models.tokenizers.vocabulary import SPACE, Kind, looks_special, padding, too_large
 
 _BPE = 2  # of TrainerSpec.ModelType
+_ADDED_SCORE = -1000.0  # as llama.cpp's converter writes
+
+WAY_OUT = "take the tokenizer of a GGUF of this model with --tokenizer_from=FILE.gguf."
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Tokens by id with score and type; `prefix`: texts get a space in front. User-defined tokens have real spaces."""
+    """Tokens by id with score and type; `prefix`: texts get a space in front."""
 
     tokens: tuple[str, ...]
     scores: tuple[float, ...]
@@ -19,6 +24,28 @@ class Pieces:
     bos: int
     eos: int
     unk: int
+
+    def with_added(self, added: dict[int, AddedToken], vocab_size: int, folder: Path) -> "Pieces":
+        """With these tokens by id, some of which stand in place of pieces; ids between them are unused.
+
+        Raises `ValueError` for an id that the vocabulary does not have.
+        """
+        size = max([len(self.tokens) - 1, *added]) + 1
+        if size > vocab_size:
+            raise ValueError(too_large(folder, size, vocab_size))
+        more = range(len(self.tokens), size)
+        tokens = [*self.tokens, *(padding(i) for i in more)]
+        scores = [*self.scores, *(_ADDED_SCORE for _ in more)]
+        kinds = [*self.kinds, *(Kind.UNUSED for _ in more)]
+        for i, token in added.items():
+            tokens[i], scores[i] = token.content, _ADDED_SCORE
+            if i >= len(self.kinds) or self.kinds[i] not in (Kind.UNKNOWN, Kind.CONTROL):
+                kinds[i] = Kind.CONTROL if token.special or looks_special(token.content) else Kind.USER_DEFINED
+        tokens = [
+            token.replace(SPACE, " ") if kind == Kind.USER_DEFINED else token
+            for token, kind in zip(tokens, kinds, strict=True)
+        ]
+        return dataclasses.replace(self, tokens=tuple(tokens), scores=tuple(scores), kinds=tuple(kinds))
 
     def roles(self) -> dict[str, str]:
         """The special tokens by transformers' names."""
@@ -36,8 +63,8 @@ def read_pieces(path: Path) -> Pieces:
         model.ParseFromString(path.read_bytes())
     except DecodeError as error:
         raise ValueError(f"{path} is not a SentencePiece model ({error}); download it again.") from error
-    if not model.pieces:
-        raise ValueError(f"{path} is a SentencePiece model without pieces; download it again.")
+    if not model.pieces or not all(isinstance(piece.piece, str) for piece in model.pieces):  # bytes: not UTF-8
+        raise ValueError(f"{path} is a SentencePiece model without pieces of text; download it again.")
     trained, normalizer = model.trainer_spec, model.normalizer_spec
     for expected, what in (
         (trained.model_type == _BPE, "it is no BPE"),
@@ -48,11 +75,8 @@ def read_pieces(path: Path) -> Pieces:
     ):
         if not expected:
             raise ValueError(f"{path}: llama.cpp cannot run this SentencePiece model, since {what}; {WAY_OUT}")
-    tokens = tuple(
-        piece.piece.replace(SPACE, " ") if piece.type == Kind.USER_DEFINED else piece.piece for piece in model.pieces
-    )
     return Pieces(
-        tokens,
+        tuple(piece.piece for piece in model.pieces),
         tuple(piece.score for piece in model.pieces),
         tuple(piece.type for piece in model.pieces),
         normalizer.add_dummy_prefix,
@@ -60,6 +84,3 @@ def read_pieces(path: Path) -> Pieces:
         trained.eos_id,
         trained.unk_id,
     )
-
-
-WAY_OUT = "take the tokenizer of a GGUF of this model with --tokenizer_from=FILE.gguf."

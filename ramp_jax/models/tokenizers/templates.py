@@ -3,12 +3,13 @@
 A tokenizer has one template, a string, or several by name, of which `default` is taken where no name is given.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from gguf import Keys
+
+from ramp_jax.models.tokenizers.files import read_json
 
 Templates = str | dict[str, str]
 
@@ -25,13 +26,12 @@ def templates_from_directory(folder: Path, config: dict[str, Any]) -> Templates 
     if file.is_file():
         others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
         named = {_DEFAULT: file, **{other.stem: other for other in others}}
-        return _simplest({name: path.read_text(encoding="utf-8") for name, path in named.items()})
+        return _simplest({name: _text(path) for name, path in named.items()})
     if config.get("chat_template") is not None:
         return _named(config["chat_template"], folder / "tokenizer_config.json")
     file = folder / "chat_template.json"
     if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return _named(content.get("chat_template") if isinstance(content, dict) else content, file)
+        return _named(read_json(file).get("chat_template"), file)
     return None
 
 
@@ -55,6 +55,13 @@ def templates_from_gguf(fields: dict[str, Any]) -> Templates | None:
     if Keys.Tokenizer.CHAT_TEMPLATE in fields:
         named[_DEFAULT] = fields[Keys.Tokenizer.CHAT_TEMPLATE]
     return _simplest({name: text for name, text in named.items() if isinstance(text, str)}) if named else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); download or save it again.") from error
 
 
 def _named(value: Any, source: Path) -> Templates:

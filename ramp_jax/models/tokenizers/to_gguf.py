@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ramp_jax.models.tokenizers import pre
 from ramp_jax.models.tokenizers.pieces import WAY_OUT, Pieces
-from ramp_jax.models.tokenizers.vocabulary import BYTES, SPACE, Kind, first_duplicate, looks_special, padding
+from ramp_jax.models.tokenizers.vocabulary import BYTES, SPACE, Kind, first_duplicate, looks_special, padding, too_large
 
 Saved = dict[str, Any]  # a `tokenizer.json`
 
@@ -63,10 +63,7 @@ def _tokens(saved: Saved, vocab_size: int, unknown: str | None, folder: Path) ->
         vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
     count = 1 + max([*vocabulary.values(), *(token["id"] for token in added)], default=-1)
     if count > vocab_size:
-        raise ValueError(
-            f"{folder}: its tokenizer has {count:,} tokens, the model a vocabulary of {vocab_size:,}; put the "
-            f"tokenizer files there that came with these weights."
-        )
+        raise ValueError(too_large(folder, count, vocab_size))
     tokens, kinds = [padding(i) for i in range(vocab_size)], [int(Kind.UNUSED)] * vocab_size
     bytes_too = BYTES if saved["model"].get("byte_fallback") else ()
     for token, i in vocabulary.items():

@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from gguf import Keys
@@ -52,6 +53,14 @@ _USER_DEFINED_BY_TEXT = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<
 def padding(i: int) -> str:
     """What llama.cpp's converter calls an id that the tokenizer leaves out."""
     return f"[PAD{i}]"
+
+
+def too_large(folder: Path, size: int, vocab_size: int) -> str:
+    """What to say of a tokenizer with ids up to `size` that the model's vocabulary does not have."""
+    return (
+        f"{folder}: its tokenizer has {size:,} tokens, the model a vocabulary of {vocab_size:,}; put the tokenizer "
+        f"files there that came with these weights."
+    )
 
 
 def kind_in_llama_cpp(token: str, kind: int) -> int:
