@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from ramp_jax import cli, data, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
 from ramp_jax.halo.footprint import runtime_bytes
+from ramp_jax.models import load_model
 from ramp_jax.policy import embedding
 from ramp_jax.policy.inference import load_policy
 from ramp_jax.quantization import DEFAULT_ENCODER
@@ -362,6 +365,66 @@ def test_models_that_cannot_be_read(fails, whole, allocate, tmp_path, kind):
     assert list(output.iterdir()) == []
 
 
+def test_nothing_is_allocated_or_exported_without_a_vocabulary(call, fails, allocate, whole, tmp_path):
+    bare, allocation, output = tmp_path / "bare", tmp_path / "alloc.json", tmp_path / "out.gguf"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(whole.model) / name, bare)
+    (tmp_path / "config.py").write_text(CONFIG.format(model=str(bare)))
+    arguments = allocate(model=bare, source_policy="uniform", output=allocation)
+    export = (f"--model={bare}", f"--output={output}", "--encoder=reference")
+    for name, given in {
+        "allocate": arguments,
+        "export_gguf": (*export, f"--allocation={whole.allocation}"),
+        "calibrate": (f"--model={bare}", f"--output={output}", *WINDOWS),
+        "evaluate": (f"--model={bare}", *WINDOWS),
+        "train": (f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"),
+    }.items():
+        assert "name a GGUF of the same vocabulary with --tokenizer_from=FILE.gguf" in fails(name, *given)
+    assert not allocation.exists()
+    assert not output.exists()
+    vocabulary = f"--tokenizer_from={whole.exported}"
+    code, _, errors = call("allocate", *arguments, vocabulary)
+    assert code == 0, errors
+    code, _, errors = call("export_gguf", *export, f"--allocation={allocation}", vocabulary)
+    assert code == 0, errors
+    text = data.read_text("builtin")[:500]
+    assert load_model(output).tokenizer.encode(text) == load_model(whole.model).tokenizer.encode(text)
+
+
+def test_outputs_that_are_inputs(fails, allocate, whole, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(whole.exported)
+    same = {
+        "allocate": allocate(model=whole.exported, output=link),
+        "export_gguf": (f"--model={link}", f"--allocation={whole.allocation}", f"--output={whole.exported}"),
+        "calibrate": (f"--model={whole.exported}", f"--output={link}"),
+        "evaluate": (f"--model={whole.model}", f"--reference={whole.exported}", f"--json={link}"),
+    }
+    for name, arguments in same.items():
+        assert re.search(r"the output .* is the input .*; choose another output", fails(name, *arguments))
+    target = tmp_path / "alloc.json"
+    shutil.copy(whole.allocation, target)
+    given = (f"--model={whole.model}", f"--allocation={target}", f"--output={target}")
+    assert "alloc.json is the input" in fails("export_gguf", *given)
+    knapsack = next(whole.workdir.glob("knapsack-*.gguf"))
+    given = (f"--workdir={whole.workdir}", f"--allocation={whole.allocation}", f"--gguf={knapsack}")
+    assert "gguf is the input" in fails("compare", *given)
+    given = (f"--config={whole.config}", f"--workdir={whole.model}")
+    assert "config.json is the input" in fails("train", *given)
+
+
+def test_machines_that_are_too_small(fails, allocate, whole, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+        given = (f"--model={whole.model}", f"--allocation={whole.allocation}", f"--output={tmp_path / 'out.gguf'}")
+        needed = f"needs {whole.exported.stat().st_size:,} bytes on disk, and 1,000 are free"
+        assert needed in fails("export_gguf", *given)
+    monkeypatch.setattr("ramp_jax.resources.available_memory", lambda: 1000)
+    error = fails("allocate", *allocate(output=tmp_path / "alloc.json"))
+    assert re.search(r"needs [\d,]{7,} bytes of memory, and 1,000 are available", error)
+
+
 @pytest.mark.parametrize("source", ["fisher", "pretrained", "greedy"])
 def test_allocation_without_training(call, allocate, whole, untied, tmp_path, source):
     """By the estimate alone, or by the policy of the package: the file fits and holds what its rows allow."""
@@ -508,8 +571,9 @@ def test_report_and_comparison_before_their_time(fails, whole, tmp_path):
     assert "write it with launch/export_gguf.py" in fails("compare", f"--workdir={whole.workdir}", *missing, *WINDOWS)
 
 
-def test_comparison_of_a_file_that_is_not_the_allocation_s(fails, whole):
-    uniform = whole.workdir / "uniform-IQ4_NL.gguf"
+def test_comparison_of_a_file_that_is_not_the_allocation_s(fails, whole, tmp_path):
+    uniform = tmp_path / "uniform.gguf"
+    shutil.copy(whole.workdir / "uniform-IQ4_NL.gguf", uniform)
     arguments = (f"--workdir={whole.workdir}", f"--allocation={whole.allocation}", f"--gguf={uniform}", *WINDOWS)
     assert re.search("holds .* as IQ4_NL, the allocation says Q[58]_0", fails("compare", *arguments))
 

@@ -141,13 +141,17 @@ def _dtype(name: str) -> np.dtype:
 
 @contextlib.contextmanager
 def _describing(path: Path) -> Iterator[None]:
-    """What a damaged description makes the code inside stumble over becomes an error that names the file."""
+    """What a damaged or unsupported description makes the code inside raise becomes an error that names the file."""
     try:
         yield
     except KeyError as error:
         raise ValueError(
             f"{path} does not describe its model: {error} is missing; download or save it again."
         ) from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
     except (TypeError, AttributeError, LookupError, ArithmeticError, struct.error, SafetensorError) as error:
         raise ValueError(
             f"{path} does not describe its model: {error} ({type(error).__name__}); download or save it again."
