@@ -237,16 +237,20 @@ def hf_model(name: str) -> Any:
     if kind.around:
         values = {**kind.around, "text_config": values, "tie_word_embeddings": values["tie_word_embeddings"]}
     model = cls._from_config(cls.config_class(**values), attn_implementation="eager")
-    return drawn(model, seed=len(name), gain=kind.gain)
+    width = model.config.get_text_config().hidden_size
+    return drawn(model, seed=len(name), gain=kind.gain, spread=1.2 / width**0.5)
 
 
-def drawn(model: Any, seed: int, gain: float = 1.0) -> Any:
-    """The model with random weights; `gain` is what its norms store for a channel that stays as it is."""
+def drawn(model: Any, seed: int, gain: float = 1.0, spread: float = 0.15) -> Any:
+    """The model with random weights; `gain` is what its norms store for a channel that stays as it is.
+
+    `spread` is the standard deviation of all other weights.
+    """
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            center, spread = (gain, 0.3) if "norm" in name else (0.0, 0.15)
-            value.copy_(torch.from_numpy(rng.normal(center, spread, value.shape).astype(np.float32)))
+            values = rng.normal(gain, 0.3, value.shape) if "norm" in name else rng.normal(0.0, spread, value.shape)
+            value.copy_(torch.from_numpy(values.astype(np.float32)))
     return model.eval()
 
 

@@ -172,7 +172,8 @@ def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
 
 def hf_config(spec: DecoderSpec) -> dict[str, Any]:
     """The contents of a `config.json` that `spec_from_hf` and transformers read as `spec`."""
-    config = {"architectures": [spec.family.hf], "model_type": spec.model_type}
+    # some classes of transformers pad with a token that small vocabularies do not have
+    config = {"architectures": [spec.family.hf], "model_type": spec.model_type, "pad_token_id": None}
     for part in spec.family.all_properties:
         config |= part.to_hf(spec)
     return config
