@@ -15,6 +15,7 @@
 `loading`: memory and seconds of loading a sharded model of 1.5 billion weights, and a GGUF.
 `tokenizers`: ids of Hugging Face, llama.cpp and our reading of its file, for every kind of tokenizer.
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
+`sizes`: what files of known models weigh at every level, and Llama-2-7B as the paper has it.
 
 Each lives in launch/benchmarks/, where its file says what it does. --record writes a suite's table, the command and the
 machine to launch/benchmarks/results/, and its plots beside it; these are the numbers that README and notes speak of.
@@ -38,6 +39,7 @@ from benchmarks.policy import policy
 from benchmarks.reward import reward
 from benchmarks.sac import sac
 from benchmarks.sensitivity import sensitivity
+from benchmarks.sizes import sizes
 from benchmarks.tokenizers import tokenizers
 from benchmarks.transfer import transfer
 
@@ -66,6 +68,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "encoder": encoder,
     "accelerator": accelerator,
     "tokenizers": tokenizers,
+    "sizes": sizes,
 }
 
 
