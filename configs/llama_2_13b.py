@@ -8,9 +8,8 @@ r"""Llama-2-13B, to which the paper carries its policy over: files from 4.272 to
         --allocation=llama-2-13b.json --output=llama-2-13b.gguf
 
 With --source_policy=runs/llama-2-7b (configs/llama_2_7b.py) nothing is trained here, as in the paper. Rows hold every
-level. While it measures, the weights lie in memory as loaded, folded, and folded in f32: 8 bytes each, 104 GB; where
-that is too much, --config.sensitivity_method=fisher estimates the table, and the policy learns what the estimate says.
-Not run here yet.
+level. While it measures, the weights lie in memory as loaded, folded, and folded in f32: about 8 bytes each, 104 GB,
+more than most accelerators have; the policy of Llama-2-7B asks for the first two alone. Not run here yet.
 """
 
 from ml_collections import ConfigDict

@@ -11,7 +11,7 @@ r"""Llama-2-7B, the paper's model: a policy to carry over to others, and files f
 
 Its rows hold every level. The paper reports perplexity 5.54 at 3.68 GB and 3.65 bits (FP16 5.47, AWQ 5.60 at 3.90 GB);
 that size has 3.90 stored bits per linear weight, and the embedding and the head in F16 (benchmarks/results/sizes.md).
-Not run here yet. While it measures, the weights lie in memory as loaded, folded, and folded in f32: 8 bytes each,
+Not run here yet. While it measures, the weights lie in memory as loaded, folded, and folded in f32: about 8 bytes each,
 54 GB. Half of the episodes lack the lowest levels and all embeddings are shifted, as for `pretrained`, so that the
 policy transfers.
 """

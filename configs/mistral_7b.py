@@ -8,9 +8,9 @@ r"""Mistral-7B v0.3, grouped queries, no windows: files from 2.379 to 7.702 GB.
         --allocation=mistral-7b.json --output=mistral-7b.gguf
 
 The paper carries its policy over to Mistral-7B, without saying which: --source_policy=runs/llama-2-7b does that here.
-v0.3 was chosen since llama.cpp computes all of it; v0.1 has windows of 4,096 tokens, which it leaves out, and the
-same matrices but for the vocabulary (--config.models="('mistralai/Mistral-7B-v0.1',)"). Rows hold every level. While it
-measures, the weights lie in memory as loaded, folded, and folded in f32: 8 bytes each, 58 GB. Not run here yet.
+v0.3 was chosen since llama.cpp computes all of it; v0.1 has windows of 4,096 tokens, which it leaves out, and the same
+matrices but for the vocabulary (--config.models="('mistralai/Mistral-7B-v0.1',)"). Rows hold every level. While it
+measures, the weights lie in memory as loaded, folded, and folded in f32: about 8 bytes each, 58 GB. Not run here yet.
 """
 
 from ml_collections import ConfigDict
