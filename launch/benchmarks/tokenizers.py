@@ -100,26 +100,32 @@ def write_vocabulary(path: Path, pairs: Metadata, name: str = "model") -> Path:
 
 
 @contextlib.contextmanager
-def llama_cpp(path: Path, special: bool = True) -> Iterator[Encode]:
-    """llama.cpp's ids of a text, with what a file puts around texts; `special`: special tokens in texts are found."""
+def vocabulary(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The library, and the vocabulary that it loads from a file; what it logs meanwhile is kept back."""
     require()
-    import llama_cpp as library
+    import llama_cpp
 
-    params = library.llama_model_default_params()
+    params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
-
-    def encode(text: str) -> list[int]:
-        raw = text.encode("utf-8")
-        buffer = (library.llama_token * (len(raw) + 8))()
-        count = library.llama_tokenize(vocabulary, raw, len(raw), buffer, len(buffer), True, special)
-        return list(buffer[:count])
-
     with captured_log() as log:
-        model = library.llama_model_load_from_file(str(path).encode(), params)
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not model:
             raise RuntimeError(f"llama.cpp could not load the vocabulary of {path}: {last_line(log)}.")
-        vocabulary = library.llama_model_get_vocab(model)
         try:
-            yield encode
+            yield llama_cpp, llama_cpp.llama_model_get_vocab(model)
         finally:
-            library.llama_model_free(model)
+            llama_cpp.llama_model_free(model)
+
+
+@contextlib.contextmanager
+def llama_cpp(path: Path, special: bool = True) -> Iterator[Encode]:
+    """llama.cpp's ids of a text, with what a file puts around texts; `special`: special tokens in texts are found."""
+    with vocabulary(path) as (library, loaded):
+
+        def encode(text: str) -> list[int]:
+            raw = text.encode("utf-8")
+            buffer = (library.llama_token * (len(raw) + 8))()
+            count = library.llama_tokenize(loaded, raw, len(raw), buffer, len(buffer), True, special)
+            return list(buffer[:count])
+
+        yield encode

@@ -14,12 +14,18 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ramp_jax.models.metadata import Metadata, plain, typed
 from ramp_jax.models.tokenizers import spm
 from ramp_jax.models.tokenizers.files import read_json
-from ramp_jax.models.tokenizers.from_gguf import add_around, added_tokens, makeable, tokenizer_from_gguf
+from ramp_jax.models.tokenizers.from_gguf import (
+    add_around,
+    added_tokens,
+    makeable,
+    tokenizer_from_gguf,
+    without_padding,
+)
 from ramp_jax.models.tokenizers.pieces import Pieces, read_pieces
 from ramp_jax.models.tokenizers.special import ends, special_pairs
 from ramp_jax.models.tokenizers.templates import templates_from_directory, templates_to_gguf
 from ramp_jax.models.tokenizers.to_gguf import vocabulary_pairs
-from ramp_jax.models.tokenizers.vocabulary import ROLES
+from ramp_jax.models.tokenizers.vocabulary import ROLES, too_large
 
 _FILE, _PIECES, _CONFIG, _MAP = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"
 _LIMIT = 1 << 31  # ids are i32 in llama.cpp
@@ -35,7 +41,7 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
     listed = _listed(folder, config)
     pieces = None
     if (folder / _FILE).is_file():
-        backend = _backend(folder / _FILE)
+        backend = _backend(folder / _FILE, vocab_size)
         _add_missing(backend, listed, folder)
     elif (folder / _PIECES).is_file():
         pieces = read_pieces(folder / _PIECES).with_added(listed, vocab_size, folder)
@@ -64,7 +70,11 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
     return tokenizer, metadata
 
 
-def _backend(path: Path) -> Tokenizer:
+def _backend(path: Path, vocab_size: int) -> Tokenizer:
+    """What the file stores, without its rules of truncation and padding, which are no part of a text's ids."""
+    largest = _largest_id(read_json(path))  # `tokenizers` takes minutes and gigabytes over an id of billions
+    if largest >= vocab_size:
+        raise ValueError(too_large(path.parent, largest + 1, vocab_size))
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -74,8 +84,16 @@ def _backend(path: Path) -> Tokenizer:
     return backend
 
 
+def _largest_id(saved: dict[str, Any]) -> int:
+    model, added = saved.get("model"), saved.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return max((i for i in ids if isinstance(i, int)), default=-1)
+
+
 def _backend_of(pieces: Pieces) -> Tokenizer:
-    vocabulary = {token: i for i, token in enumerate(pieces.tokens)}
+    vocabulary = without_padding(pieces.tokens, pieces.kinds)
     scores = makeable(pieces.tokens, pieces.kinds, pieces.scores)
     backend = spm.backend(vocabulary, scores, pieces.prefix)
     backend.add_tokens(added_tokens(pieces.tokens, pieces.kinds))

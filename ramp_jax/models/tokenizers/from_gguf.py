@@ -29,7 +29,7 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
     tokens = _tokens(fields, path)
     kinds = _per_token(fields, Keys.Tokenizer.TOKEN_TYPE, [Kind.NORMAL] * len(tokens), path)
     kinds = [kind_in_llama_cpp(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
-    vocabulary = _vocabulary(tokens, kinds)
+    vocabulary = without_padding(tokens, kinds)
     if model == "llama":
         scores = makeable(tokens, kinds, _per_token(fields, Keys.Tokenizer.SCORES, [0.0] * len(tokens), path))
         backend = spm.backend(vocabulary, scores, prefix=bool(fields.get(Keys.Tokenizer.ADD_PREFIX, True)))
@@ -45,7 +45,8 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
         ids.get("bos_token", _BPE_BOS) if fields.get(Keys.Tokenizer.ADD_BOS, adds_bos) else None,
         ids.get("eos_token", _BPE_EOS) if fields.get(Keys.Tokenizer.ADD_EOS, False) else None,
     )
-    built = PreTrainedTokenizerFast(
+    by_score = model == "llama" and not spm.ranks_suffice(vocabulary, scores)
+    built = (spm.ScoredTokenizer if by_score else PreTrainedTokenizerFast)(
         tokenizer_object=backend,
         chat_template=templates_from_gguf(fields),
         clean_up_tokenization_spaces=False,
@@ -53,7 +54,7 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
     )
     for role, i in ids.items():  # given above, an ordinary token such as "!" for padding would be cut out of texts
         setattr(built, role, tokens[i])
-    if model == "llama" and not spm.ranks_suffice(vocabulary, scores):
+    if by_score:
         spm.use_scores(built.backend_tokenizer, vocabulary, scores)
     return built
 
@@ -82,7 +83,7 @@ def _tokens(fields: dict[str, Any], path: Path) -> list[str]:
     return tokens
 
 
-def _vocabulary(tokens: list[str], kinds: list[int]) -> dict[str, int]:
+def without_padding(tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, int]:
     """Ids of tokens, without those that only fill the vocabulary up."""
     return {
         token: i
@@ -102,14 +103,15 @@ def makeable(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float
 
 def _per_token(fields: dict[str, Any], key: str, default: list[Any], path: Path) -> list[Any]:
     values = fields.get(key, default)
-    if not isinstance(values, list) or len(values) < len(default):
-        raise ValueError(f"{path}: {key} does not hold a value for each of {len(default)} tokens; convert it again.")
+    numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+    if not numbers or len(values) < len(default):
+        raise ValueError(f"{path}: {key} does not hold a number for each of {len(default)} tokens; convert it again.")
     return values[: len(default)]
 
 
 def _pre(fields: dict[str, Any], path: Path) -> pre.Pre:
     name = fields.get(Keys.Tokenizer.PRE) or "default"
-    known = pre.get(name)
+    known = pre.get(name) if isinstance(name, str) else None
     if known is None:
         names = ", ".join(pre.PRE_TOKENIZERS)
         raise ValueError(f"{path}: pre-tokenizer {name!r} is not supported; supported are {names}.")

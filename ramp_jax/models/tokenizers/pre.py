@@ -110,7 +110,7 @@ def find(
     cuts = _cuts(found)
     alike = [name for name, pre in PRE_TOKENIZERS.items() if (pre.nfc or not nfc) and cuts in _known_cuts(pre)]
     alike.sort(key=lambda name: (PRE_TOKENIZERS[name].nfc != nfc, (name == "smollm") == cleans))
-    if len({PRE_TOKENIZERS[name].ignore_merges for name in alike} | {ignore_merges}) > 1 and merges_matter():
+    if alike and PRE_TOKENIZERS[alike[0]].ignore_merges != ignore_merges and merges_matter():
         alike = [name for name in alike if PRE_TOKENIZERS[name].ignore_merges == ignore_merges]
     return alike[0] if alike else None
 

@@ -6,10 +6,11 @@ where scores are equal. A space is written as U+2581; texts, and what follows a 
 """
 
 import heapq
-from collections.abc import Set
+from typing import Any
 
 from tokenizers import NormalizedString, PreTokenizedString, Tokenizer, decoders, models, normalizers
 from tokenizers.pre_tokenizers import PreTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from ramp_jax.models.tokenizers.vocabulary import SPACE
 
@@ -42,12 +43,17 @@ def _merges(vocabulary: dict[str, int], scores: Scores) -> list[tuple[str, str]]
 
 def ranks_suffice(vocabulary: dict[str, int], scores: Scores) -> bool:
     """Whether ranks of merges, which know no ties and no unknown characters, do what scores do."""
-    made = [token for token in scores if len(token) > 1 and _makeable(token, vocabulary)]
-    alone = all(token[0] in vocabulary and token[-1] in vocabulary for token in made)
-    return alone and len({scores[token] for token in made}) == len(made)
+    longer = {token: score for token, score in scores.items() if len(token) > 1}
+    unknown = (token for token in longer if token[0] not in vocabulary or token[-1] not in vocabulary)
+    if any(_makeable(token, vocabulary) for token in unknown):
+        return False
+    if len(set(longer.values())) == len(longer):
+        return True
+    made = [score for token, score in longer.items() if _makeable(token, vocabulary)]
+    return len(set(made)) == len(made)
 
 
-def _makeable(token: str, vocabulary: Set[str] | dict[str, int]) -> bool:
+def _makeable(token: str, vocabulary: dict[str, int]) -> bool:
     def part(text: str) -> bool:
         return len(text) == 1 or text in vocabulary
 
@@ -57,7 +63,7 @@ def _makeable(token: str, vocabulary: Set[str] | dict[str, int]) -> bool:
 class ByScore:
     """A custom pre-tokenizer that cuts texts into tokens by scores, ties and unknown characters included.
 
-    The model behind it has to take whole words. `tokenizers` cannot store it.
+    The model behind it has to take whole words.
     """
 
     def __init__(self, scores: Scores) -> None:
@@ -106,6 +112,17 @@ def _halved(part: NormalizedString, ends: list[int]) -> list[NormalizedString]:
     half = len(ends) // 2
     middle = ends[half - 1]
     return _halved(part[:middle], ends[:half]) + _halved(part[middle:], [end - middle for end in ends[half:]])
+
+
+class ScoredTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer behind `ByScore`, which `tokenizers` cannot store."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Raises `ValueError`: a `tokenizer.json` knows ranks of merges, and these scores are no ranks."""
+        raise ValueError(
+            f"a tokenizer that merges by scores, some of them equal, cannot be saved to {save_directory}, since a "
+            f"tokenizer.json ranks merges; take the tokenizer of the model that the GGUF was made from."
+        )
 
 
 def use_scores(built: Tokenizer, vocabulary: dict[str, int], scores: Scores) -> None:
