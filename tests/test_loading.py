@@ -605,7 +605,7 @@ def test_hub_that_does_not_deliver(hub, answer, message):
 def test_memory_while_loading_is_little_more_than_the_model(tmp_path):
     """In a process of its own, a sharded bf16 model of 94 million weights."""
     loading.write_shards(tmp_path / "big", loading.llama_spec(512))
-    assert loading.loaded("shards", tmp_path / "big", "float32")["peak"] < 1.25
+    assert loading.loaded("shards", tmp_path / "big", "float32")["peak_over_bytes"] < 1.25
 
 
 def test_too_little_memory_is_said_before_anything_is_read(gguf_file, untied, monkeypatch):
