@@ -242,6 +242,20 @@ def test_matrix_of_integers(make, weights):
         load_model(make({"model.safetensors": weights | {name: weights[name].astype(np.int8)}}))
 
 
+def test_directory_without_a_config(make, weights, tmp_path):
+    path = make({"model.safetensors": weights})
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is not a model directory: it lacks config\.json"):
+        load_model(path)
+
+
+def test_config_is_judged_before_the_weights(make, tmp_path):
+    path = make({}, architectures=["BloomForCausalLM"])
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="BloomForCausalLM is not supported"):
+        load_model(path)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '"x"', "[" * 99_999, "\xff"])
 def test_config_that_is_no_object(make, weights, tmp_path, content):
     path = make({"model.safetensors": weights})
