@@ -242,6 +242,20 @@ def test_matrix_of_integers(make, weights):
         load_model(make({"model.safetensors": weights | {name: weights[name].astype(np.int8)}}))
 
 
+def test_directory_without_a_config(make, weights, tmp_path):
+    path = make({"model.safetensors": weights})
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is not a model directory: it lacks config\.json"):
+        load_model(path)
+
+
+def test_config_is_judged_before_the_weights(make, tmp_path):
+    path = make({}, architectures=["BloomForCausalLM"])
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="BloomForCausalLM is not supported"):
+        load_model(path)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '"x"', "[" * 99_999, "\xff"])
 def test_config_that_is_no_object(make, weights, tmp_path, content):
     path = make({"model.safetensors": weights})
@@ -605,7 +619,7 @@ def test_hub_that_does_not_deliver(hub, answer, message):
 def test_memory_while_loading_is_little_more_than_the_model(tmp_path):
     """In a process of its own, a sharded bf16 model of 94 million weights."""
     loading.write_shards(tmp_path / "big", loading.llama_spec(512))
-    assert loading.loaded("shards", tmp_path / "big", "float32")["peak"] < 1.25
+    assert loading.loaded("shards", tmp_path / "big", "float32")["peak_over_bytes"] < 1.25
 
 
 def test_too_little_memory_is_said_before_anything_is_read(gguf_file, untied, monkeypatch):

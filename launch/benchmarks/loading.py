@@ -1,8 +1,8 @@
 """The suite `loading` of launch/benchmark.py: what memory and time it takes to load a model.
 
 A Llama of 1.5 billion random weights in bfloat16, in four shards with an index, its vocabulary that of Llama 3 and its
-head not tied; and SmolLM2-135M as a Q8_0 file. Each is loaded in a process of its own. `peak` is the most memory that
-loading had beyond what the process held before, over the bytes of the parameters in the chosen dtype.
+head not tied; and SmolLM2-135M as a Q8_0 file. Each is loaded in a process of its own. `peak_over_bytes` is the most
+memory that the process had while loading, less what it had before, over the bytes of the parameters in the dtype.
 """
 
 import json
@@ -34,11 +34,12 @@ import jax
 import ramp_jax
 jax.block_until_ready(jax.numpy.zeros(1))
 status = lambda name: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) * 1024
-before, started = status("VmRSS"), time.perf_counter()
+before, started, busy = status("VmRSS"), time.perf_counter(), time.process_time()
 model = jax.block_until_ready(ramp_jax.load_model(sys.argv[1], sys.argv[2]).params)
 seconds = time.perf_counter() - started
 held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-print(json.dumps({"bytes": held, "seconds": seconds, "peak": (status("VmHWM") - before) / held}))
+cpu, peak = time.process_time() - busy, (status("VmHWM") - before) / held
+print(json.dumps({"bytes": held, "seconds": seconds, "cpu_seconds": cpu, "peak_over_bytes": peak}))
 """
 
 

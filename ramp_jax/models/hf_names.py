@@ -39,11 +39,11 @@ def find_decoder(
             names[tensor] = found
     left = {name for name in source.shapes if _ROPE_TABLE not in f".{name}"} - set(names.values())
     left -= _copies_of_the_embedding(spec, source, left, names.get(tensors(spec)[0]), folder)
-    if any(_TOWER.search(key) for key in config):
-        body = {prefix + _in_body(spec, tensor).split(".")[0] for tensor in names}
-        beside = {name for name in left if not name.startswith(tuple(body))}
+    if any(_TOWER.search(key) and isinstance(value, Mapping) for key, value in config.items()):
+        body = {_first(_in_body(spec, tensor)) for tensor in names}
+        beside = {name for name in left if not (name.startswith(prefix) and _first(name.removeprefix(prefix)) in body)}
         if beside:
-            parts = {name.removeprefix(_BODY).split(".")[0] for name in beside}
+            parts = {_first(name.removeprefix(_BODY)) for name in beside}
             logging.warning("%s: only its text decoder is loaded; left out: %s.", folder, some(parts))
         left -= beside
     check_used(spec.architecture, left, folder)
@@ -52,6 +52,10 @@ def find_decoder(
 
 def _in_body(spec: DecoderSpec, tensor: Tensor) -> str:
     return spec.family.hf_name(tensor).removeprefix(_BODY)
+
+
+def _first(name: str) -> str:
+    return name.split(".")[0]
 
 
 def _ending_in(name: str, source: SafetensorsSource, folder: Path, default: str) -> str:

@@ -28,7 +28,7 @@ from ramp_jax.models.hf_names import find_decoder
 from ramp_jax.models.layout import Tensor, nest, tensors, unpermute_rope
 from ramp_jax.models.metadata import Metadata, plain
 from ramp_jax.models.references import model_name, resolve
-from ramp_jax.models.safetensors_source import open_directory, refuse_file
+from ramp_jax.models.safetensors_source import find_shards, open_shards, refuse_file
 from ramp_jax.models.source import Source, check_used, read_json
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
 from ramp_jax.models.tokenizers import tokenizer_from_directory, tokenizer_from_gguf
@@ -178,9 +178,12 @@ def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
 
 
 def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
-    source = open_directory(folder)
-    config = read_json(folder / "config.json")
+    shards, described = find_shards(folder), folder / "config.json"
+    if not described.is_file():
+        raise FileNotFoundError(f"{folder} is not a model directory: it lacks config.json; download the whole model.")
+    config = read_json(described)
     spec = spec_from_hf(config)
+    source = open_shards(folder, shards)
     stored = find_decoder(spec, config, source, folder)
 
     def finish(tensor: Tensor, value: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -58,26 +58,40 @@ class SafetensorsSource:
         return read_rows
 
 
-def open_directory(folder: Path) -> SafetensorsSource:
-    """The tensors of a directory, none of them read.
+class Shards(NamedTuple):
+    """The names of the files that make up a model, and where its index puts each tensor; empty without one."""
 
-    The index says which files count; without one `model.safetensors`, else the files `model-*.safetensors`, else the
-    only one there is. Raises `FileNotFoundError` where there are none, `ValueError` for a damaged or a missing file and
-    for an index that does not fit its files.
+    names: list[str]
+    index: dict[str, str]
+
+
+def find_shards(folder: Path) -> Shards:
+    """The files of a directory that make up its model.
+
+    The index says which those are; without one `model.safetensors`, else the files `model-*.safetensors`, else the only
+    one there is. Raises `FileNotFoundError` where there are none or one is missing, `ValueError` where the index is
+    damaged or none says which of several files count.
     """
-    listed = _listed(folder)
-    shards = sorted(set(listed.values())) if listed else _without_index(folder)
-    files, shapes, dtypes = {}, {}, {}
-    for name in shards:
+    index = _index(folder)
+    return Shards(sorted(set(index.values())) if index else _without_index(folder), index)
+
+
+def open_shards(folder: Path, shards: Shards) -> SafetensorsSource:
+    """The tensors of these files, none of them read.
+
+    Raises `ValueError` for a damaged file, for tensors that are there twice and for an index that does not fit.
+    """
+    index, files, shapes, dtypes = shards.index, {}, {}, {}
+    for name in shards.names:
         path = folder / name
         for key, (shape, dtype) in _contents(path).items():
             if key in files:
                 raise ValueError(f"{path} and {files[key]} both hold {key}; keep the files of one model only.")
-            if listed and listed.get(key, name) != name:
-                raise ValueError(f"{path} holds {key}, which {INDEX} puts in {listed[key]}; download both again.")
+            if index.get(key, name) != name:
+                raise ValueError(f"{path} holds {key}, which {INDEX} puts in {index[key]}; download both again.")
             files[key], shapes[key], dtypes[key] = path, shape, dtype
-    if absent := [key for key in listed if key not in files]:
-        raise ValueError(f"{folder / listed[absent[0]]} lacks {some(absent)}, which {INDEX} puts there; download both.")
+    if absent := [key for key in index if key not in files]:
+        raise ValueError(f"{folder / index[absent[0]]} lacks {some(absent)}, which {INDEX} puts there; download both.")
     return SafetensorsSource(files, shapes, dtypes)
 
 
@@ -89,7 +103,7 @@ def refuse_file(path: Path) -> None:
         raise ValueError(f"{path} is {_UNSAFE}")
 
 
-def _listed(folder: Path) -> dict[str, str]:
+def _index(folder: Path) -> dict[str, str]:
     """Files by tensor as the index has them; empty without an index."""
     path = folder / INDEX
     if not path.is_file():
