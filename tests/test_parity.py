@@ -9,19 +9,22 @@ import tiny
 import torch
 from benchmarks import families, zoo
 
-from ramp_jax import data
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.torch_model import torch_model
 from ramp_jax.halo.verify import gguf_logits
-from ramp_jax.models import allocatable, load_model
+from ramp_jax.models import load_model
 from ramp_jax.quantization import fake_quantize
-from ramp_jax.sensitivity.fisher import fisher_sensitivity
 
 PERMUTED = ("llama", "mistral3", "smollm3", "granite")
 """Architectures whose GGUF holds rows of q and k with neighbours that rotate together."""
 
-WAYS = ("llama-bias", "ministral3", "smollm3", "gemma2", "gemma3-vision", "phi4-mini", "olmo2", "granite")
-"""Kinds that go through calibration, folding and the estimate: one of every way to build a block."""
+WAYS = ("llama-bias", "gemma2", "phi4-mini", "olmo2")
+"""Kinds whose blocks differ in what folding looks at: biases, norms around, fused matrices, norms after."""
+
+LONG = ("folded", "estimate")
+QUANTIZED = tuple(column for column in families.CHECKS if "bits" in column or "llama-quantize" in column)
+ONE_PER_ARCHITECTURE = set({kind.architecture: name for name, kind in reversed(zoo.ZOO.items())}.values())
+"""Kinds that are quantized here; the suite `families` quantizes all."""
 
 
 def subjects(names):
@@ -51,13 +54,13 @@ def expected_tensors(name):
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     values = {}
     for key, value in hf_values(name).items():
+        if config.tie_word_embeddings and key == "lm_head.weight":
+            continue
         stored = table.get_name(key, try_suffixes=(".weight", ".bias"))
         module = stored.split(".")[-2]
         if kind.architecture in PERMUTED and module in heads:
             value = tiny.neighbours_rotate(value, heads[module])
         values[stored] = value + np.float32(1 - kind.gain) if "norm" in module else value
-    if config.tie_word_embeddings:
-        del values["output.weight"]
     return values | rope_values(name, config)
 
 
@@ -77,10 +80,16 @@ def test_predictions_are_peaked(subject):
     assert np.ptp(subject.expected) > 5
 
 
-@pytest.mark.parametrize("column", [column for column in families.CHECKS if column != "folded"])
+@pytest.mark.parametrize("column", [column for column in families.CHECKS if column not in (*LONG, *QUANTIZED)])
 def test_within_its_limit(subject, column):
     check = families.CHECKS[column]
     assert check.measure(subject) <= check.allowed(subject.kind)
+
+
+def test_quantized_files_are_those_that_jax_decodes(subject):
+    if subject.name in ONE_PER_ARCHITECTURE:
+        for column in QUANTIZED:
+            assert families.CHECKS[column].measure(subject) <= families.CHECKS[column].limit, column
 
 
 def test_gguf_holds_what_llama_cpp_reads(subject):
@@ -99,21 +108,15 @@ def test_gguf_holds_what_llama_cpp_reads(subject):
 
 def test_file_describes_the_same_model(subject):
     again = load_model(str(subject.exported))
-    assert again.spec == subject.model.spec
+    again_as_named = dataclasses.replace(again.spec, model_type=subject.model.spec.model_type)
+    assert again_as_named == subject.model.spec  # a Mistral without windows is a Llama in a GGUF
+    assert again.spec.blocks == subject.model.spec.blocks
     np.testing.assert_allclose(again.logits(subject.ids), subject.ours, atol=1e-4, rtol=0)
 
 
-def test_folding_keeps_the_function(way):
-    check = families.CHECKS["folded"]
-    assert check.measure(way) <= check.limit
-
-
-def test_estimate_is_finite(way):
-    windows = data.windows("builtin", way.model.tokenizer, context=24, count=2)
-    loss = fisher_sensitivity(way.model, windows, (4,), "sliding").kld
-    assert loss.shape == (len(allocatable(way.model.spec)), 1)
-    assert np.isfinite(loss).all()
-    assert (loss > 0).all()
+@pytest.mark.parametrize("column", LONG)
+def test_the_way_to_an_allocation(way, column):
+    assert families.CHECKS[column].measure(way) <= families.CHECKS[column].limit
 
 
 @pytest.mark.parametrize("name", [name for name, kind in zoo.ZOO.items() if kind.departs])

@@ -1,9 +1,10 @@
 """The suite `families` of launch/benchmark.py: every kind of `zoo.py` beside transformers and llama.cpp.
 
 Logits of random tokens, f32 matrix products, the largest differences; what a column compares, `CHECKS` says. `read
-again` counts numbers that a written file changed. Quantized files are compared by the root mean square of the
-differences over the spread of the logits: llama.cpp rounds activations to 8 bits there, JAX does not. The last columns
-are perplexities of a text after `allocate`, `export_gguf` and `evaluate` as scripts.
+again` counts numbers that a written file changed, `estimate` losses of the Fisher estimate that are no positive
+numbers. Quantized files are compared by the root mean square of the differences over the spread of the logits:
+llama.cpp rounds activations to 8 bits there, JAX does not. The last columns are perplexities of a text after
+`allocate`, `export_gguf` and `evaluate` as scripts.
 """
 
 import functools
@@ -31,6 +32,7 @@ from ramp_jax.halo.verify import gguf_logits
 from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.models.save import save_model
 from ramp_jax.quantization import calibrate, fake_quantize, fold
+from ramp_jax.sensitivity.fisher import fisher_sensitivity
 
 LAUNCH = Path(__file__).parents[1]
 
@@ -129,6 +131,13 @@ def folded(subject: Subject) -> float:
     return largest(np.asarray(model.logits(subject.ids)) - subject.ours)
 
 
+def estimated(subject: Subject) -> float:
+    """Losses of the Fisher estimate that are no positive numbers."""
+    windows = data.windows("builtin", subject.model.tokenizer, **_CALIBRATION)
+    loss = fisher_sensitivity(subject.model, windows, (4,), "sliding").kld
+    return float((~(np.isfinite(loss) & (loss > 0))).sum())
+
+
 class Check(NamedTuple):
     """What a column of the table measures, and the most that it may be."""
 
@@ -151,6 +160,7 @@ CHECKS: Mapping[str, Check] = {
     "8 bits in llama.cpp": Check(functools.partial(fake_quantized, "Q8_0", "Q8_0"), _EIGHT_BITS),
     "4 bits in llama.cpp": Check(functools.partial(fake_quantized, "Q4_0", "Q4_K"), _EIGHT_BITS),
     "folded": Check(folded, 1e-3),
+    "estimate": Check(estimated, 0),
 }
 """By column of the table."""
 
@@ -181,7 +191,7 @@ def through_scripts(directory: Path, folder: Path, run: Callable[..., Any] = scr
     allocation, exported = folder / "allocation.json", folder / "exported.gguf"
     short = ("--context=24", "--count=2")
     model = f"--model={directory}"
-    size = ("--levels=4,8", "--linear_bpw=6.5")
+    size = ("--levels=4,8", "--budget_bits=6.5")
     run("allocate", model, "--source_policy=fisher", *size, *short, f"--output={allocation}")
     run("export_gguf", model, f"--allocation={allocation}", f"--output={exported}")
     found = {}

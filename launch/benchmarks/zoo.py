@@ -157,7 +157,7 @@ ZOO = {
     "ministral3": Kind("Ministral3ForCausalLM", "mistral3", _MINISTRAL3 | _WIDE_HEADS),
     "mistral3": Kind(
         "Mistral3ForConditionalGeneration",
-        "mistral3",
+        "llama",
         {"model_type": "mistral", "sliding_window": None, **_WIDE_HEADS},
         around=_PIXTRAL,
     ),

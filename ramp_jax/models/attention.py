@@ -134,9 +134,9 @@ class Attention(SubBlock):
         return norm(q, w, "attn_q_norm", self.norm_eps), norm(k, w, "attn_k_norm", self.norm_eps)
 
 
-def _temperature(beta: float, length: int, time: int) -> Float[Array, "T 1 1"]:
+def _temperature(beta: float, length: int, time: int) -> Float[Array, "1 T 1 1"]:
     """What multiplies the queries of every position."""
-    return 1 + beta * jnp.log1p(jnp.floor(jnp.arange(time, dtype=jnp.float32) / length))[:, None, None]
+    return 1 + beta * jnp.log1p(jnp.floor(jnp.arange(time, dtype=jnp.float32) / length))[None, :, None, None]
 
 
 def causal_attention(
