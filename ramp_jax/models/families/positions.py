@@ -67,6 +67,8 @@ class Positions(Property):
         described = _mapping(config, "rope_parameters") or _mapping(config, "rope_scaling")
         by_kind = {kind: described[kind] for kind in (FULL, WINDOWED) if isinstance(described.get(kind), Mapping)}
         main = by_kind.get(FULL, described)
+        if not self.local and any(other != main for other in by_kind.values()):
+            raise not_computed("config.json asks for other positions in layers with a window")
         rope = self._rope_from_hf(config, main, found)
         local = None
         if self.local:
@@ -104,7 +106,8 @@ class Positions(Property):
             return dataclasses.replace(plain, factors=tuple(map(shortest, factors)))
         if rope.get("truncate", True) is not True:
             raise not_computed("config.json asks for YaRN whose bounds are not whole dimensions (truncate)")
-        bounds = Yarn(original, float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1))
+        betas = {"beta_fast": rope.get("beta_fast") or 32, "beta_slow": rope.get("beta_slow") or 1}
+        bounds = Yarn(original, *(positive(f"config.json: {key}", beta) for key, beta in betas.items()))
         self._check_bounds(bounds, "config.json")
         return dataclasses.replace(plain, factor=factor, yarn=bounds, magnitude=_yarn_magnitude(rope, factor))
 
@@ -118,9 +121,11 @@ class Positions(Property):
             bounds = {"beta_fast": rope.yarn.beta_fast, "beta_slow": rope.yarn.beta_slow}
             described |= {"rope_type": "yarn", "factor": rope.factor, "attention_factor": rope.magnitude, **bounds}
             described["original_max_position_embeddings"] = rope.yarn.original_context
-        elif rope.factors:
+        elif rope.factors or rope.magnitude != 1:
             original = rope.original_context or spec.context_length
-            factors = {"short_factor": list(rope.factors), "long_factor": list(rope.long_factors or rope.factors)}
+            short = rope.factors or (1.0,) * (rope.size // 2)
+            both = {"short_factor": short, "long_factor": rope.long_factors or short}
+            factors = {key: [shortest(f * rope.factor) for f in values] for key, values in both.items()}
             described |= {"rope_type": "longrope", "attention_factor": rope.magnitude, **factors}
             described |= {"factor": spec.context_length / original, "original_max_position_embeddings": original}
         elif rope.factor != 1:
