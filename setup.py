@@ -40,7 +40,7 @@ setup(
         "ml_collections>=1.1",
         "numpy>=2.4",
         "optax>=0.2.8",
-        "protobuf>=6.33",
+        "protobuf>=7.36.1",
         "safetensors>=0.8",
         "scipy>=1.17",
         "sentencepiece>=0.2.1",

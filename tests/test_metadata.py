@@ -1,5 +1,8 @@
 """GGUF's key-value pairs: their types, their bytes, and what files of others hold."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gguf import GGUFValueType as T
@@ -8,6 +11,11 @@ from hypothesis import strategies as st
 
 from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.metadata import KeyValue, PairsWriter, metadata_bytes, plain, typed
+from ramp_jax.models.tokenizers import tokenizer_from_directory
+
+sys.path.append(str(Path(__file__).parent.parent / "launch"))
+from benchmarks.tokenizer_kinds import KINDS, VOCABULARY
+from benchmarks.tokenizers import llama_cpp, write_vocabulary
 
 ALIGNMENT = 32
 PAIRS = {
@@ -82,3 +90,10 @@ def test_what_is_typed_can_be_written(tmp_path_factory, values):
     pairs = typed(values)
     path = written(tmp_path_factory.mktemp("pairs") / "pairs.gguf", pairs)
     assert plain(open_gguf(path).metadata) == {"general.architecture": "llama"} | values
+
+
+def test_llama_cpp_reads_empty_arrays(tmp_path):
+    KINDS["GPT-2"].build(tmp_path)
+    pairs = tokenizer_from_directory(tmp_path, VOCABULARY)[1] | {"a.none": KeyValue([], T.ARRAY, T.STRING)}
+    with llama_cpp(write_vocabulary(tmp_path / "v.gguf", pairs)) as encode:
+        assert encode("a")

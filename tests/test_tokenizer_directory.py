@@ -338,6 +338,8 @@ def test_damaged_sentencepiece_model(tmp_path, content):
     ("change", "message"),
     [
         ({"tokens": ["a", "a"]}, "token 'a' stands in the vocabulary twice"),
+        ({"model": None}, r"brings no tokenizer; .*--tokenizer_from=FILE\.gguf"),
+        ({"model": "no_vocab"}, "brings no tokenizer"),
         ({"tokens": []}, r"has no vocabulary \(tokenizer\.ggml\.tokens\)"),
         ({"merges": ["a"]}, "merge 'a' is not of two tokens to a third"),
         ({"merges": ["no such"]}, "merge 'no such' is not of two tokens to a third"),

@@ -10,7 +10,15 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ramp_jax.models.tokenizers import pre, spm
 from ramp_jax.models.tokenizers.templates import templates_from_gguf
-from ramp_jax.models.tokenizers.vocabulary import SPACE, Kind, first_duplicate, kind_in_llama_cpp, padding, special_ids
+from ramp_jax.models.tokenizers.vocabulary import (
+    SPACE,
+    WAY_OUT,
+    Kind,
+    first_duplicate,
+    kind_in_llama_cpp,
+    padding,
+    special_ids,
+)
 
 _SUPPORTED = ("gpt2", "llama")
 _FOUND_IN_TEXTS = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)
@@ -24,6 +32,8 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
     not known here and for a damaged vocabulary.
     """
     model = fields.get(Keys.Tokenizer.MODEL)
+    if model in (None, "none", "no_vocab"):
+        raise ValueError(f"{path} brings no tokenizer; {WAY_OUT}")
     if model not in _SUPPORTED:
         raise ValueError(f"{path}: tokenizer model {model!r} is not supported; supported are {', '.join(_SUPPORTED)}.")
     tokens = _tokens(fields, path)

@@ -3,14 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken
 
-from ramp_jax.models.tokenizers.vocabulary import SPACE, Kind, looks_special, padding, too_large
+from ramp_jax.models.tokenizers.vocabulary import SPACE, WAY_OUT, Kind, looks_special, padding, too_large
 
 _BPE = 2  # of TrainerSpec.ModelType
 _ADDED_SCORE = -1000.0  # as llama.cpp's converter writes
-
-WAY_OUT = "take the tokenizer of a GGUF of this model with --tokenizer_from=FILE.gguf."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,6 @@ class Pieces:
 
 def read_pieces(path: Path) -> Pieces:
     """Raises `ValueError` for a damaged file, and for a model that llama.cpp does not run under the name `llama`."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())

@@ -6,8 +6,7 @@ from typing import Any
 from gguf import Keys
 from transformers import PreTrainedTokenizerBase
 
-from ramp_jax.models.tokenizers.pieces import WAY_OUT
-from ramp_jax.models.tokenizers.vocabulary import ROLES
+from ramp_jax.models.tokenizers.vocabulary import ROLES, WAY_OUT
 
 _MESSAGE_ENDS = "<|eom_id|>"
 

@@ -10,8 +10,17 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from ramp_jax.models.tokenizers import pre
-from ramp_jax.models.tokenizers.pieces import WAY_OUT, Pieces
-from ramp_jax.models.tokenizers.vocabulary import BYTES, SPACE, Kind, first_duplicate, looks_special, padding, too_large
+from ramp_jax.models.tokenizers.pieces import Pieces
+from ramp_jax.models.tokenizers.vocabulary import (
+    BYTES,
+    SPACE,
+    WAY_OUT,
+    Kind,
+    first_duplicate,
+    looks_special,
+    padding,
+    too_large,
+)
 
 Saved = dict[str, Any]  # a `tokenizer.json`
 

@@ -13,6 +13,8 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPACE = "▁"
 """What SentencePiece writes for a space."""
 
+WAY_OUT = "take the tokenizer of a GGUF of this model with --tokenizer_from=FILE.gguf."
+
 
 class Kind(enum.IntEnum):
     """llama.cpp's types of tokens, which are SentencePiece's too."""
