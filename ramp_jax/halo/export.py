@@ -14,6 +14,7 @@ from ramp_jax.models.layout import permute_rope
 from ramp_jax.models.metadata import PairsWriter
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, refold
+from ramp_jax.resources import check_disk
 
 _ARCHITECTURE = "general.architecture"
 
@@ -30,6 +31,7 @@ def export_gguf(model: Model, allocation: Allocation, path: str | Path, encoder:
         raise ValueError("the allocation was made for another model; make one for this model with launch/allocate.py.")
     path = Path(path)
     check_writable(path)
+    check_disk(path, allocation.file_bytes)
     partial = path.with_name(path.name + ".partial")
     try:
         _write(refold(model, allocation.folding), allocation, partial, encoder)
