@@ -41,7 +41,9 @@ _CONTEXT = flags.DEFINE_integer(
 )
 _COUNT = flags.DEFINE_integer("count", None, "Windows, spread evenly over the text; default: all.", lower_bound=1)
 _BACKEND = flags.DEFINE_enum("backend", "jax", ["jax", "llama.cpp"], "What runs the model.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Data type of the matrices in JAX; auto is the fastest here.")
+_DTYPE = flags.DEFINE_string(
+    "dtype", "float32", "Data type of the matrices in JAX: auto is the fastest here, stored the checkpoint's."
+)
 _TASKS = flags.DEFINE_list("tasks", [], "Measure accuracy on these instead of perplexity.")
 _TASK_PATH = flags.DEFINE_string("task_path", None, "A folder with more tasks: lm-eval's YAML files.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first examples of each task.", lower_bound=2)

@@ -98,6 +98,13 @@ def test_windows_that_llama_cpp_ignores_are_said(kind):
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads"),
         ({"head_dim": 33}, "even rotary dimension"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
+        ({"architectures": None, "model_type": ["llama"]}, "is not supported"),
+        ({"rope_parameters": {"rope_type": ["yarn"], "factor": 2}}, "rope"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            r"low_freq_factor 4\.0 is not below high_freq_factor 4\.0",
+        ),
         ({"rope_theta": math.nan}, "rope_theta is nan"),
         ({"rope_parameters": [1]}, "rope_parameters"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor of the rope scaling is '2'"),
@@ -145,6 +152,8 @@ def test_old_and_new_key_of_positions_that_disagree():
         (config(hidden_act="relu"), "activation 'relu'"),
         (of("qwen2", use_sliding_window=True, sliding_window=64), "sliding windows"),
         (of("qwen2", rope_scaling={"rope_type": "llama3", "factor": 2.0}), "'llama3'"),
+        (config(num_experts=1), "num_experts 1"),
+        (of("qwen2", num_attention_heads=7, num_key_value_heads=1, hidden_size=63), "9 dimensions have no pairs"),
         (of("qwen2", head_dim=32), "4 heads of 32 instead of a width of 64"),
         (of("qwen3", attention_bias=True), "attention_bias True"),
         (of("smollm3", no_rope_layers=[1, 0, 1, 0]), "no_rope_layers"),
@@ -167,7 +176,7 @@ def test_what_is_not_computed_is_refused_by_name(asked, message):
     ("key", "value"),
     [
         ("attention.causal", False),
-        ("attention.clamp_kqv", 8.0),
+        ("attention.clamp_kqv", 1.0),
         ("attention.max_alibi_bias", 8.0),
         ("attention.scale", 0.5),
         ("attention.value_length", 8),
@@ -287,6 +296,17 @@ def test_queries_of_a_gemma_are_scaled_on_loading_where_llama_cpp_scales_otherwi
 def test_old_gemmas_gelu_is_the_tanh_approximation():
     gemma = spec_from_hf(of("gemma", num_key_value_heads=1, hidden_act="gelu", hidden_activation=None))
     assert gemma.blocks[0].sub_blocks[1].activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_later_gemmas_without_a_name_of_the_activation_too(name):
+    spec = spec_from_hf(of(name, hidden_act="gelu", hidden_activation=None))
+    assert spec.blocks[0].sub_blocks[1].activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma3_text"])
+def test_heads_without_a_number_of_key_value_heads_have_their_own(name):
+    assert spec_from_hf(of(name, num_key_value_heads=None)).n_kv_heads == 4
 
 
 @pytest.mark.parametrize("name", FAMILIES)

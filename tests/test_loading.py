@@ -18,11 +18,12 @@ import tiny
 from gguf import GGMLQuantizationType, GGUFValueType
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.flax import save_file as save_flax
 from safetensors.numpy import load_file, save_file
 
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
-from ramp_jax.models import load_model, source
+from ramp_jax.models import load_model, save_model, source
 from ramp_jax.models.gguf_header import read_header
 from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.metadata import KeyValue, plain, typed
@@ -292,7 +293,7 @@ def test_weights_go_straight_into_their_dtype(make, weights, tmp_path, untied, m
 
 @pytest.mark.parametrize("dtype", ["float33", "int8", "float64"])
 def test_dtypes_that_matrices_cannot_have(gguf_file, dtype):
-    with pytest.raises(ValueError, match=r"choose auto or one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match=r"choose auto, stored or one of float32, bfloat16, float16"):
         load_model(str(gguf_file), dtype)
 
 
@@ -630,3 +631,51 @@ def test_too_little_memory_is_said_before_anything_is_read(gguf_file, untied, mo
         OSError, match=rf"tiny\.gguf in float32 needs {needed:,} bytes of memory, and 1,000 are available"
     ):
         load_model(str(gguf_file))
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_dtype_of_the_checkpoint_is_kept_where_that_is_wanted(make, weights, stored):
+    low = {name: jnp.asarray(value, stored) for name, value in weights.items()}
+    path = make({})
+    save_flax(low, Path(path) / "model.safetensors")
+    model = load_model(path, "stored")
+    assert model.params["token_embd"]["weight"].dtype == stored
+    np.testing.assert_array_equal(model.params["token_embd"]["weight"], low["model.embed_tokens.weight"])
+
+
+def test_checkpoint_of_several_dtypes_is_float32(gguf_file, make, weights):
+    path = make({})
+    low = {name: jnp.asarray(value, "bfloat16" if "mlp" in name else "float16") for name, value in weights.items()}
+    save_flax(low, Path(path) / "model.safetensors")
+    assert load_model(path, "stored").params["token_embd"]["weight"].dtype == "float32"
+    assert load_model(gguf_file, "stored").params["token_embd"]["weight"].dtype == "float32"
+
+
+def test_values_beyond_float16_are_named(make, weights, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    path = make({"model.safetensors": {**weights, name: weights[name] * 1e6}})
+    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight holds values that float16 cannot"):
+        load_model(path, "float16")
+    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight holds values that float16 cannot"):
+        save_model(load_model(path), tmp_path / "half", "float16")
+    assert not (tmp_path / "half").exists()
+
+
+def test_pairs_of_other_types_are_written_as_llama_cpp_reads_them(tmp_path, untied):
+    """Counts as u64, floats as f64, ids as i32 or out of range, flags as numbers."""
+    odd = {
+        "llama.block_count": KeyValue(3, GGUFValueType.UINT64),
+        "llama.rope.freq_base": KeyValue(5000.0, GGUFValueType.FLOAT64),
+        "llama.attention.head_count_kv": KeyValue([2, 2, 2], GGUFValueType.ARRAY, GGUFValueType.INT32),
+        "llama.rope.scale_linear": KeyValue(1.0, GGUFValueType.FLOAT32),
+        "tokenizer.ggml.bos_token_id": KeyValue(0, GGUFValueType.INT32),
+        "tokenizer.ggml.padding_token_id": KeyValue(-1, GGUFValueType.INT32),
+        "tokenizer.ggml.unknown_token_id": KeyValue(2**32 - 1, GGUFValueType.UINT32),
+        "tokenizer.ggml.add_bos_token": KeyValue(0, GGUFValueType.UINT32),
+    }
+    path = tiny.write_gguf(tmp_path / "a.gguf", untied.metadata | odd, tiny.gguf_values(tied=False))
+    model = load_model(path)
+    same(model, untied)
+    expected = {name: untied.metadata[name] for name in odd if name in untied.metadata}
+    assert {name: model.metadata.get(name) for name in odd if name in model.metadata} == expected
+    assert "tokenizer.ggml.padding_token_id" not in model.metadata

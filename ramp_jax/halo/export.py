@@ -24,11 +24,13 @@ def export_gguf(model: Model, allocation: Allocation, path: str | Path, encoder:
 
     The bytes are those that `fake_quantize` decodes with the same encoder.
 
-    The file appears under its name only when it is whole. Raises `ValueError` where the allocation is another model's,
-    `OSError` where the folder cannot be written.
+    The file appears under its name only when it is whole. Raises `ValueError` where the allocation is another model's
+    or there is no vocabulary, `OSError` where the folder cannot be written.
     """
     if allocation.spec != model.spec:
         raise ValueError("the allocation was made for another model; make one for this model with launch/allocate.py.")
+    if "tokenizer.ggml.tokens" not in allocation.metadata:
+        raise ValueError("the model has no vocabulary to write; load it with `tokenizer_from` a GGUF that has its own.")
     path = Path(path)
     check_writable(path)
     check_disk(path, allocation.file_bytes)

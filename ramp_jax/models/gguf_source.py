@@ -35,6 +35,10 @@ class GgufSource:
         """Shapes by name, `[out, in]` of a matrix."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor in its file; f32 for a quantized one."""
+        return _UNQUANTIZED.get(self.tensors[name].type, np.dtype(np.float32))
+
     def read(self, name: str, dtype: Any, rows: slice = slice(None)) -> np.ndarray:
         """Some rows of a tensor, or all, dequantized to `dtype`; raises `ValueError` for a type that is not known."""
         tensor = self.tensors[name]

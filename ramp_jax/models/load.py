@@ -26,7 +26,7 @@ from ramp_jax.models.gguf_header import is_gguf
 from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.hf_names import find_decoder
 from ramp_jax.models.layout import Tensor, nest, tensors, unpermute_rope
-from ramp_jax.models.metadata import Metadata, plain
+from ramp_jax.models.metadata import Metadata, plain, typed
 from ramp_jax.models.references import model_name, resolve
 from ramp_jax.models.safetensors_source import find_shards, open_shards, refuse_file
 from ramp_jax.models.source import Source, check_used, read_json
@@ -35,7 +35,7 @@ from ramp_jax.models.tokenizers import tokenizer_from_directory, tokenizer_from_
 from ramp_jax.resources import check_memory
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_TOKENIZER, _TOKENS = "tokenizer.", "tokenizer.ggml.tokens"
+_TOKENIZER, _TOKENS, _FLAGS = "tokenizer.", "tokenizer.ggml.tokens", "tokenizer.ggml.add_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +82,18 @@ class _Checkpoint(NamedTuple):
 def load_model(ref: str | Path, dtype: str = "float32", tokenizer_from: str | Path | None = None) -> Model:
     """Load a local Hugging Face directory, a GGUF, a hub id, or a name that works offline (`ref-llama`).
 
-    `dtype` is that of the matrices; `auto` is the faster one of bfloat16 and float32 on this machine. Weights go into
-    it one by one, so little more than the model itself is ever in memory. `tokenizer_from` is a GGUF whose vocabulary
-    takes the place of the model's own. Raises `FileNotFoundError` for an unknown reference or files that are missing,
-    `ValueError` for a damaged file, an unsupported architecture, or tensors that do not fit the description, `OSError`
-    where memory does not suffice.
+    `dtype` is that of the matrices: `auto` is the faster one of bfloat16 and float32 on this machine, `stored` the one
+    that all of them have in the checkpoint (float32 where they differ or are quantized). Weights go into it one by one,
+    so little more than the model itself is ever in memory. `tokenizer_from` is a GGUF whose vocabulary takes the place
+    of the model's own. Raises `FileNotFoundError` for an unknown reference or files that are missing, `ValueError` for
+    a damaged file, an unsupported architecture, or tensors that do not fit the description, `OSError` where memory does
+    not suffice.
     """
-    wanted, path = _dtype(dtype), resolve(ref)
+    wanted, path = None if dtype == "stored" else _dtype(dtype), resolve(ref)
     with _describing(path):
         opened = _open_directory(path, tokenizer_from) if path.is_dir() else _open_gguf(path, tokenizer_from)
         _check(opened, path)
+    wanted = _stored_dtype(opened) if wanted is None else wanted
     dtypes = {tensor: wanted if tensor.is_matrix else jnp.dtype(jnp.float32) for tensor in tensors(opened.spec)}
     if opened.spec.caveat is not None:
         logging.warning("%s: %s", ref, opened.spec.caveat)
@@ -130,13 +132,14 @@ def read_description(
 
 def _dtype(name: str) -> np.dtype:
     name = fast_dtype() if name == "auto" else name
-    try:
-        dtype = jnp.dtype(name)
-    except TypeError as error:
-        raise ValueError(f"dtype {name!r} does not exist; choose auto or one of {', '.join(_DTYPES)}.") from error
-    if dtype.name not in _DTYPES:
-        raise ValueError(f"matrices cannot be {dtype.name}; choose auto or one of {', '.join(_DTYPES)}.")
-    return dtype
+    if name not in _DTYPES:
+        raise ValueError(f"matrices cannot be {name}; choose auto, stored or one of {', '.join(_DTYPES)}.")
+    return jnp.dtype(name)
+
+
+def _stored_dtype(opened: _Checkpoint) -> np.dtype:
+    found = {opened.source.dtype(name) for tensor, name in opened.stored.items() if tensor.is_matrix}
+    return found.pop() if len(found) == 1 else jnp.dtype(jnp.float32)
 
 
 @contextlib.contextmanager
@@ -173,8 +176,7 @@ def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
         return unpermute_rope(value, heads) if heads else value
 
     tokenizer, pairs = _vocabulary(tokenizer_from, spec, lambda: _vocabulary_of_gguf(source.metadata, path))
-    kept = {name: pair for name, pair in source.metadata.items() if not name.startswith(_TOKENIZER)}
-    return _Checkpoint(spec, source, stored, finish, kept | pairs, tokenizer)
+    return _Checkpoint(spec, source, stored, finish, _carried(source.metadata, spec) | pairs, tokenizer)
 
 
 def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
@@ -194,18 +196,31 @@ def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpo
     return _Checkpoint(spec, source, stored, finish, metadata | pairs, tokenizer)
 
 
+def _carried(metadata: Metadata, spec: DecoderSpec) -> Metadata:
+    """A GGUF's pairs without its vocabulary, what the spec says written as llama.cpp reads it, whatever it was."""
+    prefix = f"{spec.architecture}."
+    read = {prefix + key for part in spec.family.all_properties for key in part.gguf_keys}
+    kept = {name: pair for name, pair in metadata.items() if not name.startswith(_TOKENIZER) and name not in read}
+    return kept | {name: pair for name, pair in describe(spec, "", 0).items() if name.startswith(prefix)}
+
+
 def _check(opened: _Checkpoint, path: Path) -> None:
     """Raise `ValueError` for a tensor that is missing or of another shape than the description says."""
     for tensor in tensors(opened.spec):
         if tensor not in opened.stored:
-            raise ValueError(f"{path} lacks tensor {tensor.name}; the file is incomplete or of another architecture.")
-        if (shape := opened.source.shapes[opened.stored[tensor]]) != tensor.shape:
-            raise ValueError(f"{path}: {tensor.name} has shape {shape}, expected {tensor.shape}.")
+            name = f"{tensor.name} ({opened.spec.family.hf_name(tensor)})" if path.is_dir() else tensor.name
+            raise ValueError(f"{path} lacks tensor {name}; it is incomplete or of another architecture.")
+        stored = opened.stored[tensor]
+        if (shape := opened.source.shapes[stored]) != tensor.shape:
+            name = tensor.name if stored == tensor.name else f"{tensor.name} ({stored})"
+            raise ValueError(f"{path}: {name} has shape {shape}, expected {tensor.shape}.")
 
 
 def _read(opened: _Checkpoint, tensor: Tensor, dtype: np.dtype) -> jax.Array:
     """The tensor on the device; on CPUs the very array that was read, and nothing waits on the host elsewhere."""
     value = opened.finish(tensor, opened.source.read(opened.stored[tensor], dtype))
+    if dtype == np.float16 and not np.isfinite(value).all():
+        raise ValueError(f"{tensor.name} holds values that float16 cannot; choose bfloat16 or float32.")
     return jax.block_until_ready(jax.device_put(value))
 
 
@@ -254,7 +269,11 @@ def _vocabulary_of_gguf(metadata: Metadata, path: Path) -> _Vocabulary | None:
         return None
     with _reading_tokenizer(path):
         tokenizer = tokenizer_from_gguf(plain(metadata), path)
-    return tokenizer, {name: pair for name, pair in metadata.items() if name.startswith(_TOKENIZER)}
+    pairs = {name: pair for name, pair in metadata.items() if name.startswith(_TOKENIZER)}
+    ids = {name: pair.value for name, pair in pairs.items() if name.endswith("_token_id")}
+    sound = typed({name: np.uint32(i) for name, i in ids.items() if 0 <= i < len(pairs[_TOKENS].value)})
+    flags = typed({name: bool(pair.value) for name, pair in pairs.items() if name.startswith(_FLAGS)})
+    return tokenizer, {name: pair for name, pair in pairs.items() if name not in ids} | sound | flags
 
 
 def _vocabulary_of_directory(folder: Path, vocab_size: int) -> _Vocabulary | None:

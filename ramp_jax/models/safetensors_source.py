@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -31,6 +32,10 @@ class SafetensorsSource:
     files: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor in its file; f32 for a wider one."""
+        return np.dtype({"F16": np.float16, "BF16": jnp.bfloat16}.get(self.dtypes[name], np.float32))
 
     def read(self, name: str, dtype: Any, rows: slice = slice(None)) -> np.ndarray:
         """Some rows of a tensor, or all, in `dtype`."""

@@ -46,4 +46,7 @@ def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
 
 def _stored(model: Model, tensor: Tensor, dtype: str) -> jax.Array:
     value = lookup(model.params, tensor).astype(jnp.float32) - model.spec.family.hf_offset(tensor)
-    return value.astype(dtype)
+    stored = value.astype(dtype)
+    if not bool(jnp.isfinite(stored).all()):
+        raise ValueError(f"{tensor.name} holds values that {dtype} cannot; choose another dtype.")
+    return stored

@@ -23,6 +23,9 @@ class Source(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes by name, `[out, in]` of a matrix; known without reading any weight."""
 
+    def dtype(self, name: str) -> np.dtype:
+        """The float that holds what is stored: its own dtype, f32 where that is quantized or wider."""
+
     def read(self, name: str, dtype: Any, rows: slice = slice(None)) -> np.ndarray:
         """A tensor (or some of its rows) in `dtype`, dequantized; never the whole of it in another dtype beside."""
 
@@ -37,7 +40,8 @@ def piecewise(
     step = max(1, _PIECE // max(1, int(np.prod(shape[1:]))))
     for start in range(first, end, step):
         stop = min(start + step, end)
-        values[start - first : stop - first] = read_rows(start, stop)
+        with np.errstate(over="ignore"):  # whoever wanted float16 looks for what it could not hold
+            values[start - first : stop - first] = read_rows(start, stop)
     return values
 
 

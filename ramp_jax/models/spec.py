@@ -133,8 +133,6 @@ def make_spec(model_type: str, *, rope_theta: float | None = None, **fields: Any
     spec = DecoderSpec(model_type=model_type, **fields)
     if spec.n_heads % spec.n_kv_heads:
         raise ValueError(f"{spec.n_heads} query heads cannot share {spec.n_kv_heads} key/value heads evenly.")
-    if spec.head_size == 0 or spec.head_size % 2:
-        raise ValueError(f"heads of {spec.head_size} dimensions have no pairs to rotate; an even number was expected.")
     if (reason := spec.family.limits(spec)) is not None:
         raise ValueError(f"llama.cpp cannot run a {spec.architecture} model with {reason}; use another checkpoint.")
     return spec
@@ -156,7 +154,7 @@ def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
     read = {key for known in family.all_properties for key in known.hf_keys}
     known = {key for other in FAMILIES.values() for p in other.all_properties for key in p.hf_keys}
     for key in sorted((known | {*_OTHER_HF_KEYS}) - read):
-        if not is_neutral(text.get(key)):
+        if not is_neutral(key, text.get(key)):
             raise not_computed(f"config.json asks for {key} {text[key]!r:.60}")
     _check_ropes(text)
     for part in family.all_properties:
@@ -214,14 +212,14 @@ def describe(spec: DecoderSpec, name: str, parameters: int) -> Metadata:
 def _text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """The model type of the decoder of text, and its part of the config."""
     text = config.get("text_config")
-    if isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
-        return text["model_type"], text
+    if isinstance(text, Mapping) and str(text.get("model_type")) in FAMILIES:
+        return str(text["model_type"]), text
     by_class = {family.hf: name for name, family in FAMILIES.items()}
     named = config.get("architectures")
-    asked = named[0] if isinstance(named, list) and named else config.get("model_type", "none named")
+    asked = str(named[0] if isinstance(named, list) and named else config.get("model_type", "none named"))
     name = by_class.get(asked, asked if asked in FAMILIES else None)
     if name is None:
-        nearest = difflib.get_close_matches(str(asked), by_class, 1)
+        nearest = difflib.get_close_matches(asked, by_class, 1)
         hint = f" (nearest: {nearest[0]})" if nearest else ""
         raise ValueError(f"architecture {asked} is not supported; supported are {', '.join(by_class)}{hint}.")
     return name, config
@@ -231,8 +229,12 @@ def _filled(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """The config with the defaults of its class in transformers, which also brings older keys into today's form."""
     if model_type not in CONFIG_MAPPING:
         return dict(config)
-    own = {*_OF_THE_FILE, "head_dim"} if config.get("head_dim") is None else {*_OF_THE_FILE}
-    given = {key: value for key, value in config.items() if key not in own}
+    given = {key: value for key, value in config.items() if key not in _OF_THE_FILE}
+    for key in ("head_dim", "hidden_activation"):  # some classes take no null for what they derive
+        if given.get(key, False) is None:
+            del given[key]
+    if given.get("num_key_value_heads", False) is None:
+        given["num_key_value_heads"] = given.get("num_attention_heads")
     try:
         return given | CONFIG_MAPPING[model_type].from_dict(given).to_dict()
     except Exception as error:
@@ -255,7 +257,7 @@ def _read_pairs(name: str, pairs: Mapping[str, Any], file: Mapping[str, Any]) ->
     if pairs.get("attention.causal") is False:
         raise not_computed("the GGUF asks for attention in both directions (attention.causal)")
     for key in sorted(pairs.keys() - read - {*_HARMLESS_GGUF_KEYS}):
-        if not is_neutral(pairs[key]):
+        if not is_neutral(key, pairs[key]):
             raise not_computed(f"the GGUF asks for {key} {pairs[key]!r:.60}")
     found: dict[str, Any] = dict(file)
     for part in family.all_properties:

@@ -24,7 +24,6 @@ FREQS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_fac
 TABLES = (FREQS, SHORT, LONG)
 """Tensors of a GGUF that divide frequencies one by one; they follow from the spec and are no parameters."""
 
-_NAMES = {"su": "longrope", None: "default"}
 _THETA = 10_000.0
 _SCALING = "rope.scaling."
 
@@ -81,7 +80,7 @@ class Positions(Property):
 
     def _rope_from_hf(self, config: Mapping[str, Any], rope: Mapping[str, Any], found: Values) -> Rope:
         kind = rope.get("rope_type", rope.get("type"))
-        kind = _NAMES.get(kind, kind)
+        kind = "default" if kind is None else "longrope" if kind == "su" else kind
         if kind not in ("default", "linear", *self.scalings):
             raise not_computed(f"config.json asks for rope scaling {kind!r}")
         theta = positive("config.json: rope_theta", rope.get("rope_theta", config.get("rope_theta", _THETA)))
@@ -102,6 +101,8 @@ class Positions(Property):
             low, high = (
                 positive(f"config.json: {key}", rope.get(key)) for key in ("low_freq_factor", "high_freq_factor")
             )
+            if low >= high:
+                raise ValueError(f"config.json: low_freq_factor {low} is not below high_freq_factor {high}.")
             factors = llama3_factors(theta, size, factor, low, high, original)
             return dataclasses.replace(plain, factors=tuple(map(shortest, factors)))
         if rope.get("truncate", True) is not True:
@@ -208,6 +209,8 @@ class Positions(Property):
         return {"factors": tables[SHORT], "long_factors": tables[LONG]} if LONG in tables else {}
 
     def _check_size(self, size: int, found: Values, asked: str) -> None:
+        if found["head_size"] % 2:
+            raise ValueError(f"heads of {found['head_size']} dimensions have no pairs to rotate; use other sizes.")
         if size % 2 or not 0 < size <= found["head_size"] or (size < found["head_size"] and not self.partial):
             raise not_computed(asked)
 

@@ -362,8 +362,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def is_neutral(value: Any) -> bool:
+def is_neutral(key: str, value: Any) -> bool:
     """Whether a key that nobody reads asks for nothing: absent, off, empty, or a factor of 1."""
     if isinstance(value, list):
-        return all(map(is_neutral, value))
-    return value is not True and (value is None or value in (0, 1, "", "none", {}))
+        return all(is_neutral(key, item) for item in value)
+    if value == 1 and value is not True:
+        return any(word in key for word in ("factor", "multiplier", "scal"))
+    return value is None or value in (0, "", "none", {})
