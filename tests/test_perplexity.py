@@ -10,6 +10,7 @@ from scipy.special import log_softmax
 
 from ramp_jax import data, sweep
 from ramp_jax.allocation import from_levels
+from ramp_jax.models.decoder import Head
 from ramp_jax.quantization import fake_quantize
 from ramp_jax.scoring import perplexity
 from ramp_jax.scoring.perplexity import evaluate, head_scores
@@ -91,7 +92,7 @@ def test_divergence_from_itself_is_zero(model, windows):
 
 
 def test_losses_by_hand():
-    head = np.eye(2, dtype=np.float32)
+    head = Head(np.eye(2, dtype=np.float32))
     x = np.log(np.array([[3, 1], [1, 1]], np.float32))  # p = (3/4, 1/4), (1/2, 1/2)
     reference = np.log(np.array([[1, 1], [1, 3]], np.float32))  # p = (1/2, 1/2), (1/4, 3/4)
     nll, kld, *_ = head_scores(x, head, np.array([0, 1], np.int32), reference, head)

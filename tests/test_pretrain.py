@@ -34,8 +34,15 @@ CONFIG = OptimizerConfig(
 )
 
 
+MORE = {
+    "gemma2": {"attention_cap": 50.0, "final_cap": 30.0, "window": 8, "windowed": (True, False)},
+    "olmo2": {"tied": False},
+}
+"""What a spec of a family has to say beyond the sizes."""
+
+
 def spec_of(family):
-    return make_spec(family, **SIZES)
+    return make_spec(family, **SIZES | MORE.get(family, {}))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +104,8 @@ def test_initial_weights(family):
     params = pretrain.init_params(jax.random.key(0), spec)
     assert jax.tree.map(jnp.shape, params) == nest((t, t.shape) for t in tensors(spec))
     blk = tiny.stacked(params)
-    assert float(blk["attn_q"].std()) == pytest.approx(128**-0.5, rel=0.05)
+    q, gate = ("attn_qkv", "ffn_up") if spec.family.fused else ("attn_q", "ffn_gate")
+    assert float(blk[q].std()) == pytest.approx(128**-0.5, rel=0.05)
     assert float(blk["ffn_up"].std()) == pytest.approx(128**-0.5, rel=0.05)
     assert float(blk["attn_output"].std()) == pytest.approx(32**-0.5 / 2, rel=0.05)
     assert float(blk["ffn_down"].std()) == pytest.approx(256**-0.5 / 2, rel=0.05)
@@ -108,9 +116,11 @@ def test_initial_weights(family):
     for tensor in tensors(spec):
         if "norm" in tensor.name:
             assert (lookup(params, tensor) == 1).all()
-    assert not (blk["ffn_gate"][0] == blk["ffn_gate"][1]).any()
-    assert not (blk["ffn_gate"] == blk["ffn_up"]).any()
-    assert not (blk["attn_k"] == blk["attn_v"]).any()
+    assert not (blk[gate][0] == blk[gate][1]).any()
+    halves = np.split(blk["ffn_up"], 2, axis=1) if spec.family.fused else (blk["ffn_gate"], blk["ffn_up"])
+    assert not (halves[0] == halves[1]).any()
+    k, v = np.split(blk[q][:, -32:], 2, axis=1) if spec.family.fused else (blk["attn_k"], blk["attn_v"])
+    assert not (k == v).any()
 
 
 def test_every_epoch_sees_every_window_once(windows):

@@ -19,6 +19,7 @@ from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import load_model
+from ramp_jax.models.decoder import Head
 from ramp_jax.models.load import read_description
 from ramp_jax.models.metadata import plain
 from ramp_jax.quantization import fake_quantize
@@ -143,7 +144,7 @@ def test_numbers_of_the_reference_itself(untied, windows):
 
 def test_one_chunk_of_logits_at_a_time():
     """No array with the vocabulary as its first axis has more columns than a chunk."""
-    x, head, ids = jnp.zeros((1000, 8)), jnp.zeros((777, 8)), jnp.zeros(1000, jnp.int32)
+    x, head, ids = jnp.zeros((1000, 8)), Head(jnp.zeros((777, 8))), jnp.zeros(1000, jnp.int32)
     program = str(jax.make_jaxpr(head_scores)(x, head, ids, x, head))
     columns = {int(found) for found in re.findall(r"\[777,(\d+)\]", program)}
     assert max(columns) == 128

@@ -17,6 +17,7 @@ from ramp_jax.config import RunConfig, WindowsConfig
 from ramp_jax.formats import format_for
 from ramp_jax.halo import libggml
 from ramp_jax.models import allocatable, decoder, lookup
+from ramp_jax.models.decoder import Head
 from ramp_jax.scoring.perplexity import divergence, mean_divergences
 from ramp_jax.sensitivity import exact, fisher
 from ramp_jax.sensitivity.exact import exact_sensitivity
@@ -131,7 +132,8 @@ def test_mean_divergences_equal_numpy(rng, tokens):
     head, ref_head = rng.normal(size=(2, 33, 8))
     log_p = log_softmax(ref_x @ ref_head.T, axis=-1)
     expected = [mean_kl(log_p, log_softmax(variant @ head.T, axis=-1)) for variant in x]
-    found = mean_divergences(*(jnp.asarray(a, jnp.float32) for a in (x, head, ref_x, ref_head)))
+    x, head, ref_x, ref_head = (jnp.asarray(a, jnp.float32) for a in (x, head, ref_x, ref_head))
+    found = mean_divergences(x, Head(head), ref_x, Head(ref_head))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
