@@ -180,3 +180,24 @@ def test_rounded_activations_are_all_that_sets_quantized_files_apart(name, fmt, 
                 module.register_forward_pre_hook(lambda _, inputs: (by_blocks(inputs[0], size),))
         rounded = beside(ids).logits.numpy()
     assert families.apart(subject, rounded, path) < families.apart(subject, plain, path) / 2
+
+
+class GeluOfHalves(torch.nn.Module):
+    """ggml's GELU on CPUs: a table of f16 numbers by f16 numbers."""
+
+    def forward(self, x):
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_ggml_s_gelu_is_all_that_sets_gemmas_apart(name, tmp_path):
+    subject = families.Subject(name, tmp_path)
+    twin, theirs = torch_model(subject.model), gguf_logits(subject.exported, subject.ids)
+    for module in twin.modules():
+        if hasattr(module, "act_fn"):
+            module.act_fn = GeluOfHalves()
+    with torch.no_grad():
+        rounded = twin(torch.from_numpy(subject.ids.astype(np.int64))).logits.numpy()
+    usual, left = (np.abs(theirs - logits).max() for logits in (subject.expected, rounded))
+    assert left < usual / 2
+    assert np.sqrt(np.mean((theirs - rounded) ** 2)) < 3e-4
