@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ramp_jax.models.metadata import plain, typed
@@ -274,6 +275,35 @@ def test_tokens_beside_a_sentencepiece_model(tmp_path):
     with suite.llama_cpp(suite.write_vocabulary(tmp_path / "v.gguf", pairs)) as encode:
         for text in lines(("<|user|>", "<tool>", "  new"), 300):
             assert tokenizer(text)["input_ids"] == encode(text)
+
+
+def pieces_alone(folder, change, config=None):
+    """A directory of `tokenizer.model` alone, whose pieces are changed."""
+    path = directory(folder, "Llama-2, tokenizer.model", config) / "tokenizer.model"
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    change(model.pieces)
+    path.write_bytes(model.SerializeToString())
+    return folder
+
+
+def test_types_of_pieces_are_kept(tmp_path):
+    def change(pieces):
+        for i, kind in ((600, 5), (601, 5), (602, 4), (603, 3)):
+            pieces[i].type = kind
+
+    word = read(directory(tmp_path, "Llama-2, tokenizer.model"))[1][KEY("tokens")][604]
+    tokenizer, pairs = tokenizer_from_directory(pieces_alone(tmp_path, change, {"pad_token": word}), VOCABULARY)
+    assert plain(pairs)[KEY("token_type")][599:606] == [1, 5, 5, 4, 3, 3, 1]
+    with suite.llama_cpp(suite.write_vocabulary(tmp_path / "v.gguf", pairs)) as encode:
+        for text in lines(plain(pairs)[KEY("tokens")][600:605], 300):
+            assert tokenizer(text)["input_ids"] == encode(text)
+
+
+def test_a_piece_that_stands_there_twice_is_refused(tmp_path):
+    """llama.cpp does not survive such a file."""
+    pieces_alone(tmp_path, lambda pieces: setattr(pieces[700], "piece", pieces[660].piece))
+    with pytest.raises(ValueError, match="stands in the vocabulary twice"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
         extra_special_tokens=_extra(config, folder),
         **roles,
     )
-    pairs = vocabulary_pairs(tokenizer, vocab_size, folder, pieces or _scores_beside(folder))
+    pairs = vocabulary_pairs(tokenizer, vocab_size, folder, pieces or _scores_beside(folder), alone=pieces is not None)
     pairs |= special_pairs(tokenizer, ends(configs), folder) | templates_to_gguf(templates)
     metadata = typed(pairs)
     if pieces is not None:  # nothing but scores says how it merges, so it is read as llama.cpp reads it
