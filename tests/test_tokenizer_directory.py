@@ -299,6 +299,25 @@ def test_types_of_pieces_are_kept(tmp_path):
             assert tokenizer(text)["input_ids"] == encode(text)
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_space_in_front_of_texts_is_as_the_config_has_it_and_else_as_the_pieces(tmp_path, own, asked):
+    path = directory(tmp_path, "Llama-2, tokenizer.model", {"add_prefix_space": asked}) / "tokenizer.model"
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model.normalizer_spec.add_dummy_prefix = own
+    path.write_bytes(model.SerializeToString())
+    tokenizer, fields = read(tmp_path)
+    prefix = own if asked is None else asked
+    assert fields[KEY("add_space_prefix")] is prefix
+    assert tokenizer.tokenize("the end")[0].startswith("▁") is prefix
+
+
+def test_space_in_front_of_texts_is_a_bool(tmp_path):
+    directory(tmp_path, "Llama-2, tokenizer.model", {"add_prefix_space": "false"})
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: add_prefix_space is 'false'; write true or false"):
+        read(tmp_path)
+
+
 def test_a_piece_that_stands_there_twice_is_refused(tmp_path):
     """llama.cpp does not survive such a file."""
     pieces_alone(tmp_path, lambda pieces: setattr(pieces[700], "piece", pieces[660].piece))

@@ -5,6 +5,7 @@ of the files beside them. Classes that these files name are not asked, since the
 what is stored.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
         _add_missing(backend, listed, folder)
     elif (folder / _PIECES).is_file():
         pieces = read_pieces(folder / _PIECES).with_added(listed, vocab_size, folder)
+        pieces = dataclasses.replace(pieces, prefix=_prefix(config, pieces.prefix, folder))
         backend = _backend_of(pieces)
     else:
         return None
@@ -98,6 +100,14 @@ def _backend_of(pieces: Pieces) -> Tokenizer:
     backend = spm.backend(vocabulary, scores, pieces.prefix)
     backend.add_tokens(added_tokens(pieces.tokens, pieces.kinds))
     return backend
+
+
+def _prefix(config: dict[str, Any], default: bool, folder: Path) -> bool:
+    """Whether texts get a space in front: what the config has counts more than the pieces' own file."""
+    prefix = default if (asked := config.get("add_prefix_space")) is None else asked
+    if not isinstance(prefix, bool):
+        raise ValueError(f"{folder / _CONFIG}: add_prefix_space is {prefix!r}; write true or false there.")
+    return prefix
 
 
 def _scores_beside(folder: Path) -> Pieces | None:
