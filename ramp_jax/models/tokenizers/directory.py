@@ -9,11 +9,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from gguf import Keys
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ramp_jax.models.metadata import Metadata, plain, typed
-from ramp_jax.models.tokenizers import spm
+from ramp_jax.models.tokenizers import names, spm
 from ramp_jax.models.tokenizers.files import read_json
 from ramp_jax.models.tokenizers.from_gguf import (
     add_around,
@@ -68,7 +69,8 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
     pairs |= special_pairs(tokenizer, ends(configs), folder) | templates_to_gguf(templates)
     metadata = typed(pairs)
     if pieces is not None:  # nothing but scores says how it merges, so it is read as llama.cpp reads it
-        tokenizer = tokenizer_from_gguf(plain(metadata), folder / _PIECES)
+        name = {Keys.General.NAME: names.STRIPPING_NAME} if names.strips(listed.values()) else {}
+        tokenizer = tokenizer_from_gguf(plain(metadata) | name, folder / _PIECES)
     return tokenizer, metadata
 
 
