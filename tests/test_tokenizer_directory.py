@@ -18,6 +18,7 @@ from benchmarks import tokenizers as suite
 from benchmarks.tokenizer_kinds import KINDS, VOCABULARY, lines
 
 KEY = "tokenizer.ggml.{}".format
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
 
 def directory(folder, name="Llama-3", config=None, change=None, files=None):
@@ -328,9 +329,12 @@ def test_a_piece_that_stands_there_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
-        ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds no JSON object"),
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json is not JSON"),
+        ("tokenizer.json", "{", r"tokenizer\.json is no JSON file"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds a JSON list, no object"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json is no JSON file"),
+        ("tokenizer_config.json", "[" * 100_000, r"tokenizer_config\.json is no JSON file"),
+        ("tokenizer_config.json", LFS_POINTER, r"tokenizer_config\.json is a Git-LFS pointer"),
+        ("tokenizer.json", LFS_POINTER, r"tokenizer\.json is a Git-LFS pointer"),
         ("tokenizer_config.json", {"bos_token": 1}, "bos_token is 1, not a token"),
         ("tokenizer_config.json", {"bos_token": {"id": 1}}, "bos_token is {'id': 1}, not a token"),
         ("tokenizer_config.json", {"chat_template": 1}, "chat template 'default' is not text"),
@@ -339,7 +343,7 @@ def test_a_piece_that_stands_there_twice_is_refused(tmp_path):
         ("tokenizer_config.json", {"added_tokens_decoder": {str(2**31): {"content": "a"}}}, "'2147483648' is no id"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "zz"}}}, "and 0 beside it"),
         ("chat_template.json", {"chat_template": 1}, "chat template 'default' is not text"),
-        ("config.json", "[]", r"config\.json holds no JSON object"),
+        ("config.json", "[]", r"config\.json holds a JSON list, no object"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, file, content, message):
@@ -376,10 +380,18 @@ def test_vocabulary_with_holes(tmp_path):
     assert fields[KEY("tokens")][hole] == f"[PAD{hole}]"
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\x00", b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 40])
-def test_damaged_sentencepiece_model(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "without pieces"),
+        (b"\n\x00", "no BPE"),
+        (LFS_POINTER.encode(), "is a Git-LFS pointer"),
+        (b"\xff" * 40, "is not a SentencePiece model"),
+    ],
+)
+def test_damaged_sentencepiece_model(tmp_path, content, message):
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.model(:| is)"):
+    with pytest.raises(ValueError, match=rf"tokenizer\.model.*{message}"):
         read(tmp_path)
 
 

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ramp_jax.models.metadata import Metadata, plain, typed
+from ramp_jax.models.source import read_json, read_optional_json
 from ramp_jax.models.tokenizers import names, spm
-from ramp_jax.models.tokenizers.files import read_json
 from ramp_jax.models.tokenizers.from_gguf import (
     add_around,
     added_tokens,
@@ -39,7 +39,7 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
     The pairs hold `vocab_size` tokens; those that the tokenizer lacks are unused ones, as llama.cpp's converter has it.
     Raises `ValueError` for damaged files, a tokenizer larger than the vocabulary, and what GGUF has no name for.
     """
-    config = read_json(folder / _CONFIG)
+    config = read_optional_json(folder / _CONFIG)
     listed = _listed(folder, config)
     pieces = None
     if (folder / _FILE).is_file():
@@ -131,7 +131,7 @@ def _content(value: Any, key: str, source: Path) -> str:
 def _roles(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """The special tokens that play a part, by transformers' names."""
     found = {}
-    for source, content in ((_MAP, read_json(folder / _MAP)), (_CONFIG, config)):
+    for source, content in ((_MAP, read_optional_json(folder / _MAP)), (_CONFIG, config)):
         for role in ROLES:
             if content.get(role) not in (None, ""):
                 found[role] = _content(content[role], role, folder / source)
@@ -153,7 +153,7 @@ def _extra(config: dict[str, Any], folder: Path) -> list[str]:
 def _listed(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
     """Tokens by id that stand in files beside `tokenizer.json` or `tokenizer.model`."""
     source = folder / "added_tokens.json"
-    entries = [(i, token, {}, source) for token, i in read_json(source).items()]
+    entries = [(i, token, {}, source) for token, i in read_optional_json(source).items()]
     source = folder / _CONFIG
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
@@ -188,9 +188,9 @@ def _add_missing(backend: Tokenizer, listed: dict[int, AddedToken], folder: Path
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
     """What says which ids end a text, what was meant for generation first."""
-    config = read_json(folder / "config.json")
+    config = read_optional_json(folder / "config.json")
     text = config.get("text_config")
-    return [read_json(folder / "generation_config.json"), config, text if isinstance(text, dict) else {}]
+    return [read_optional_json(folder / "generation_config.json"), config, text if isinstance(text, dict) else {}]
 
 
 def _roles_by_id(backend: Tokenizer, roles: dict[str, str], configs: list[dict[str, Any]]) -> dict[str, str]:
