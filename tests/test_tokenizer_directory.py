@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ramp_jax.models.metadata import plain, typed
@@ -17,6 +18,7 @@ from benchmarks import tokenizers as suite
 from benchmarks.tokenizer_kinds import KINDS, VOCABULARY, lines
 
 KEY = "tokenizer.ggml.{}".format
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
 
 def directory(folder, name="Llama-3", config=None, change=None, files=None):
@@ -276,12 +278,63 @@ def test_tokens_beside_a_sentencepiece_model(tmp_path):
             assert tokenizer(text)["input_ids"] == encode(text)
 
 
+def pieces_alone(folder, change, config=None):
+    """A directory of `tokenizer.model` alone, whose pieces are changed."""
+    path = directory(folder, "Llama-2, tokenizer.model", config) / "tokenizer.model"
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    change(model.pieces)
+    path.write_bytes(model.SerializeToString())
+    return folder
+
+
+def test_types_of_pieces_are_kept(tmp_path):
+    def change(pieces):
+        for i, kind in ((600, 5), (601, 5), (602, 4), (603, 3)):
+            pieces[i].type = kind
+
+    word = read(directory(tmp_path, "Llama-2, tokenizer.model"))[1][KEY("tokens")][604]
+    tokenizer, pairs = tokenizer_from_directory(pieces_alone(tmp_path, change, {"pad_token": word}), VOCABULARY)
+    assert plain(pairs)[KEY("token_type")][599:606] == [1, 5, 5, 4, 3, 3, 1]
+    with suite.llama_cpp(suite.write_vocabulary(tmp_path / "v.gguf", pairs)) as encode:
+        for text in lines(plain(pairs)[KEY("tokens")][600:605], 300):
+            assert tokenizer(text)["input_ids"] == encode(text)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_space_in_front_of_texts_is_as_the_config_has_it_and_else_as_the_pieces(tmp_path, own, asked):
+    path = directory(tmp_path, "Llama-2, tokenizer.model", {"add_prefix_space": asked}) / "tokenizer.model"
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model.normalizer_spec.add_dummy_prefix = own
+    path.write_bytes(model.SerializeToString())
+    tokenizer, fields = read(tmp_path)
+    prefix = own if asked is None else asked
+    assert fields[KEY("add_space_prefix")] is prefix
+    assert tokenizer.tokenize("the end")[0].startswith("▁") is prefix
+
+
+def test_space_in_front_of_texts_is_a_bool(tmp_path):
+    directory(tmp_path, "Llama-2, tokenizer.model", {"add_prefix_space": "false"})
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: add_prefix_space is 'false'; write true or false"):
+        read(tmp_path)
+
+
+def test_a_piece_that_stands_there_twice_is_refused(tmp_path):
+    """llama.cpp does not survive such a file."""
+    pieces_alone(tmp_path, lambda pieces: setattr(pieces[700], "piece", pieces[660].piece))
+    with pytest.raises(ValueError, match="stands in the vocabulary twice"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
-        ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds no JSON object"),
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json is not JSON"),
+        ("tokenizer.json", "{", r"tokenizer\.json is no JSON file"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds a JSON list, no object"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json is no JSON file"),
+        ("tokenizer_config.json", "[" * 100_000, r"tokenizer_config\.json is no JSON file"),
+        ("tokenizer_config.json", LFS_POINTER, r"tokenizer_config\.json is a Git-LFS pointer"),
+        ("tokenizer.json", LFS_POINTER, r"tokenizer\.json is a Git-LFS pointer"),
         ("tokenizer_config.json", {"bos_token": 1}, "bos_token is 1, not a token"),
         ("tokenizer_config.json", {"bos_token": {"id": 1}}, "bos_token is {'id': 1}, not a token"),
         ("tokenizer_config.json", {"chat_template": 1}, "chat template 'default' is not text"),
@@ -290,7 +343,7 @@ def test_tokens_beside_a_sentencepiece_model(tmp_path):
         ("tokenizer_config.json", {"added_tokens_decoder": {str(2**31): {"content": "a"}}}, "'2147483648' is no id"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "zz"}}}, "and 0 beside it"),
         ("chat_template.json", {"chat_template": 1}, "chat template 'default' is not text"),
-        ("config.json", "[]", r"config\.json holds no JSON object"),
+        ("config.json", "[]", r"config\.json holds a JSON list, no object"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, file, content, message):
@@ -327,10 +380,18 @@ def test_vocabulary_with_holes(tmp_path):
     assert fields[KEY("tokens")][hole] == f"[PAD{hole}]"
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\x00", b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 40])
-def test_damaged_sentencepiece_model(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "without pieces"),
+        (b"\n\x00", "no BPE"),
+        (LFS_POINTER.encode(), "is a Git-LFS pointer"),
+        (b"\xff" * 40, "is not a SentencePiece model"),
+    ],
+)
+def test_damaged_sentencepiece_model(tmp_path, content, message):
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.model(:| is)"):
+    with pytest.raises(ValueError, match=rf"tokenizer\.model.*{message}"):
         read(tmp_path)
 
 

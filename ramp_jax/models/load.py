@@ -31,11 +31,11 @@ from ramp_jax.models.references import model_name, resolve
 from ramp_jax.models.safetensors_source import find_shards, open_shards, refuse_file
 from ramp_jax.models.source import Source, check_used, read_json
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
-from ramp_jax.models.tokenizers import tokenizer_from_directory, tokenizer_from_gguf
+from ramp_jax.models.tokenizers import name_for_llama_cpp, tokenizer_from_directory, tokenizer_from_gguf
 from ramp_jax.resources import check_memory
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_TOKENIZER, _TOKENS, _FLAGS = "tokenizer.", "tokenizer.ggml.tokens", "tokenizer.ggml.add_"
+_NAME, _TOKENIZER, _TOKENS, _FLAGS = "general.name", "tokenizer.", "tokenizer.ggml.tokens", "tokenizer.ggml.add_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,10 @@ def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
         return unpermute_rope(value, heads) if heads else value
 
     tokenizer, pairs = _vocabulary(tokenizer_from, spec, lambda: _vocabulary_of_gguf(source.metadata, path))
-    return _Checkpoint(spec, source, stored, finish, _carried(source.metadata, spec) | pairs, tokenizer)
+    kept = _carried(source.metadata, spec)
+    if isinstance(name := fields.get(_NAME), str):
+        kept[_NAME] = kept[_NAME]._replace(value=name_for_llama_cpp(name, tokenizer, pairs))
+    return _Checkpoint(spec, source, stored, finish, kept | pairs, tokenizer)
 
 
 def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
@@ -192,7 +195,8 @@ def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpo
         return spec.family.from_checkpoint(spec, tensor, value)
 
     tokenizer, pairs = _vocabulary(tokenizer_from, spec, lambda: _vocabulary_of_directory(folder, spec.vocab_size))
-    metadata = describe(spec, model_name(folder), sum(tensor.size for tensor in tensors(spec)))
+    name = name_for_llama_cpp(model_name(folder), tokenizer, pairs)
+    metadata = describe(spec, name, sum(tensor.size for tensor in tensors(spec)))
     return _Checkpoint(spec, source, stored, finish, metadata | pairs, tokenizer)
 
 

@@ -71,6 +71,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file; raises `ValueError` where it holds none."""
+    return read_json(path) if path.is_file() else {}
+
+
 def check_used(architecture: str, unused: Iterable[str], path: Path) -> None:
     """Raise `ValueError` where a checkpoint holds what a decoder would ignore."""
     if unused := list(unused):

@@ -2,5 +2,6 @@
 
 from ramp_jax.models.tokenizers.directory import tokenizer_from_directory
 from ramp_jax.models.tokenizers.from_gguf import tokenizer_from_gguf
+from ramp_jax.models.tokenizers.names import name_for_llama_cpp
 
-__all__ = ["tokenizer_from_directory", "tokenizer_from_gguf"]
+__all__ = ["name_for_llama_cpp", "tokenizer_from_directory", "tokenizer_from_gguf"]

@@ -5,15 +5,17 @@ of the files beside them. Classes that these files name are not asked, since the
 what is stored.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+from gguf import Keys
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ramp_jax.models.metadata import Metadata, plain, typed
-from ramp_jax.models.tokenizers import spm
-from ramp_jax.models.tokenizers.files import read_json
+from ramp_jax.models.source import read_json, read_optional_json
+from ramp_jax.models.tokenizers import names, spm
 from ramp_jax.models.tokenizers.from_gguf import (
     add_around,
     added_tokens,
@@ -37,7 +39,7 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
     The pairs hold `vocab_size` tokens; those that the tokenizer lacks are unused ones, as llama.cpp's converter has it.
     Raises `ValueError` for damaged files, a tokenizer larger than the vocabulary, and what GGUF has no name for.
     """
-    config = read_json(folder / _CONFIG)
+    config = read_optional_json(folder / _CONFIG)
     listed = _listed(folder, config)
     pieces = None
     if (folder / _FILE).is_file():
@@ -45,6 +47,7 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
         _add_missing(backend, listed, folder)
     elif (folder / _PIECES).is_file():
         pieces = read_pieces(folder / _PIECES).with_added(listed, vocab_size, folder)
+        pieces = dataclasses.replace(pieces, prefix=_prefix(config, pieces.prefix, folder))
         backend = _backend_of(pieces)
     else:
         return None
@@ -62,11 +65,12 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
         extra_special_tokens=_extra(config, folder),
         **roles,
     )
-    pairs = vocabulary_pairs(tokenizer, vocab_size, folder, pieces or _scores_beside(folder))
+    pairs = vocabulary_pairs(tokenizer, vocab_size, folder, pieces or _scores_beside(folder), alone=pieces is not None)
     pairs |= special_pairs(tokenizer, ends(configs), folder) | templates_to_gguf(templates)
     metadata = typed(pairs)
     if pieces is not None:  # nothing but scores says how it merges, so it is read as llama.cpp reads it
-        tokenizer = tokenizer_from_gguf(plain(metadata), folder / _PIECES)
+        name = {Keys.General.NAME: names.STRIPPING_NAME} if names.strips(listed.values()) else {}
+        tokenizer = tokenizer_from_gguf(plain(metadata) | name, folder / _PIECES)
     return tokenizer, metadata
 
 
@@ -100,6 +104,14 @@ def _backend_of(pieces: Pieces) -> Tokenizer:
     return backend
 
 
+def _prefix(config: dict[str, Any], default: bool, folder: Path) -> bool:
+    """Whether texts get a space in front: what the config has counts more than the pieces' own file."""
+    prefix = default if (asked := config.get("add_prefix_space")) is None else asked
+    if not isinstance(prefix, bool):
+        raise ValueError(f"{folder / _CONFIG}: add_prefix_space is {prefix!r}; write true or false there.")
+    return prefix
+
+
 def _scores_beside(folder: Path) -> Pieces | None:
     """The pieces beside a `tokenizer.json`, where they are SentencePiece's: the file may be of another kind."""
     try:
@@ -119,7 +131,7 @@ def _content(value: Any, key: str, source: Path) -> str:
 def _roles(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """The special tokens that play a part, by transformers' names."""
     found = {}
-    for source, content in ((_MAP, read_json(folder / _MAP)), (_CONFIG, config)):
+    for source, content in ((_MAP, read_optional_json(folder / _MAP)), (_CONFIG, config)):
         for role in ROLES:
             if content.get(role) not in (None, ""):
                 found[role] = _content(content[role], role, folder / source)
@@ -141,7 +153,7 @@ def _extra(config: dict[str, Any], folder: Path) -> list[str]:
 def _listed(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
     """Tokens by id that stand in files beside `tokenizer.json` or `tokenizer.model`."""
     source = folder / "added_tokens.json"
-    entries = [(i, token, {}, source) for token, i in read_json(source).items()]
+    entries = [(i, token, {}, source) for token, i in read_optional_json(source).items()]
     source = folder / _CONFIG
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
@@ -176,9 +188,9 @@ def _add_missing(backend: Tokenizer, listed: dict[int, AddedToken], folder: Path
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
     """What says which ids end a text, what was meant for generation first."""
-    config = read_json(folder / "config.json")
+    config = read_optional_json(folder / "config.json")
     text = config.get("text_config")
-    return [read_json(folder / "generation_config.json"), config, text if isinstance(text, dict) else {}]
+    return [read_optional_json(folder / "generation_config.json"), config, text if isinstance(text, dict) else {}]
 
 
 def _roles_by_id(backend: Tokenizer, roles: dict[str, str], configs: list[dict[str, Any]]) -> dict[str, str]:

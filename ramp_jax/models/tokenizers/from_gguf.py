@@ -8,7 +8,7 @@ from gguf import Keys
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ramp_jax.models.tokenizers import pre, spm
+from ramp_jax.models.tokenizers import names, pre, spm
 from ramp_jax.models.tokenizers.templates import templates_from_gguf
 from ramp_jax.models.tokenizers.vocabulary import (
     SPACE,
@@ -76,8 +76,8 @@ def add_around(backend: Tokenizer, bos: int | None, eos: int | None) -> None:
         for name, i in (("bos", bos), ("eos", eos))
         if i is not None and backend.id_to_token(i) is not None
     ]
-    names = {token["id"] for token in special}
-    single = [part for part in ("bos", "$A", "eos") if part == "$A" or part in names]
+    given = {token["id"] for token in special}
+    single = [part for part in ("bos", "$A", "eos") if part == "$A" or part in given]
     backend.post_processor = processors.TemplateProcessing(
         single=single, pair=[*single, "$B:1"], special_tokens=special
     )
@@ -123,8 +123,8 @@ def _pre(fields: dict[str, Any], path: Path) -> pre.Pre:
     name = fields.get(Keys.Tokenizer.PRE) or "default"
     known = pre.get(name) if isinstance(name, str) else None
     if known is None:
-        names = ", ".join(pre.PRE_TOKENIZERS)
-        raise ValueError(f"{path}: pre-tokenizer {name!r} is not supported; supported are {names}.")
+        supported = ", ".join(pre.PRE_TOKENIZERS)
+        raise ValueError(f"{path}: pre-tokenizer {name!r} is not supported; supported are {supported}.")
     return known
 
 
@@ -154,10 +154,9 @@ def added_tokens(tokens: Sequence[str], kinds: Sequence[int], name: str = "") ->
 
     In a model whose `name` is Phi-3's, the white space behind most of these goes with them.
     """
-    strips = any(phi in name.lower() for phi in ("phi-3", "phi3"))
-    kept = ("<unk>", "<s>", "<|endoftext|>")
+    strip = names.stripping(tokens, name)
     return [
-        AddedToken(token, normalized=False, special=kind != Kind.USER_DEFINED, rstrip=strips and token not in kept)
+        AddedToken(token, normalized=False, special=kind != Kind.USER_DEFINED, rstrip=token in strip)
         for token, kind in zip(tokens, kinds, strict=True)
         if kind in _FOUND_IN_TEXTS
     ]

@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken
 
+from ramp_jax.models.source import refuse_pointer
 from ramp_jax.models.tokenizers.vocabulary import SPACE, WAY_OUT, Kind, looks_special, padding, too_large
 
 _BPE = 2  # of TrainerSpec.ModelType
@@ -55,6 +56,7 @@ class Pieces:
 
 def read_pieces(path: Path) -> Pieces:
     """Raises `ValueError` for a damaged file, and for a model that llama.cpp does not run under the name `llama`."""
+    refuse_pointer(path)
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())

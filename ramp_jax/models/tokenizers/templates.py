@@ -9,7 +9,7 @@ from typing import Any
 
 from gguf import Keys
 
-from ramp_jax.models.tokenizers.files import read_json
+from ramp_jax.models.source import read_json
 
 Templates = str | dict[str, str]
 

@@ -26,12 +26,13 @@ Saved = dict[str, Any]  # a `tokenizer.json`
 
 
 def vocabulary_pairs(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, folder: Path, pieces: Pieces | None
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, folder: Path, pieces: Pieces | None, alone: bool
 ) -> dict[str, Any]:
     """Model, tokens, types, and merges or scores.
 
-    `pieces` are SentencePiece's where its file is there, whose scores are taken if the tokenizer goes by them. Raises
-    `ValueError` for a tokenizer with more tokens than `vocab_size`, and for one that GGUF cannot express.
+    `pieces` are SentencePiece's where its file is there, whose scores are taken if the tokenizer goes by them;
+    `alone`: the tokenizer was built of them, so tokens and types are theirs as well. Raises `ValueError` for a
+    tokenizer with more tokens than `vocab_size`, for a token of several ids, and for what GGUF cannot express.
     """
     saved = json.loads(tokenizer.backend_tokenizer.to_str())
     model = saved["model"]
@@ -44,6 +45,10 @@ def vocabulary_pairs(
         if not expected:
             raise _inexpressible(folder, what)
     tokens, kinds = _tokens(saved, vocab_size, tokenizer.unk_token, folder)
+    if alone and pieces is not None:
+        tokens, kinds = _tokens_of(pieces, tokens, kinds)
+    if (twice := first_duplicate(tokens)) is not None:
+        raise ValueError(f"{folder}: token {twice!r} stands in the vocabulary twice; save the tokenizer again.")
     pairs = {Keys.Tokenizer.LIST: tokens, Keys.Tokenizer.TOKEN_TYPE: np.asarray(kinds, np.int32)}
     if model.get("byte_fallback"):
         return pairs | _sentencepiece_pairs(tokenizer.backend_tokenizer, saved, pairs, pieces, folder)
@@ -79,9 +84,17 @@ def _tokens(saved: Saved, vocab_size: int, unknown: str | None, folder: Path) ->
         tokens[i], kinds[i] = token, Kind.BYTE if token in bytes_too else Kind.NORMAL
     for token in added:
         tokens[token["id"]], kinds[token["id"]] = _added(token, bool(bytes_too), unknown)
-    if (twice := first_duplicate(tokens)) is not None:
-        raise ValueError(f"{folder}: token {twice!r} stands in the vocabulary twice; save the tokenizer again.")
     return tokens, kinds
+
+
+def _tokens_of(pieces: Pieces, tokens: list[str], kinds: list[int]) -> tuple[list[str], list[int]]:
+    """Tokens and types of pieces in place of those of the tokenizer built of them, which keeps neither all types nor
+    duplicates. Pieces of texts that files beside name as special tokens stay these."""
+    own = [
+        Kind.CONTROL if built == Kind.CONTROL and kind in (Kind.NORMAL, Kind.UNUSED) else kind
+        for built, kind in zip(kinds, pieces.kinds, strict=False)
+    ]
+    return [*pieces.tokens, *tokens[len(own) :]], [*own, *kinds[len(own) :]]
 
 
 def _added(token: Saved, sentencepiece: bool, unknown: str | None) -> tuple[str, int]:
