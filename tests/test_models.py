@@ -14,9 +14,8 @@ from safetensors.numpy import load_file, save_file
 from ramp_jax import allocation
 from ramp_jax.formats import get_format
 from ramp_jax.models import allocatable, load_model, lookup, tensors
-from ramp_jax.models.layout import permute_rope, unpermute_rope
 from ramp_jax.models.metadata import metadata_bytes, plain, typed
-from ramp_jax.models.rope import Rope
+from ramp_jax.models.rope import Rope, permute_rope, unpermute_rope
 from ramp_jax.models.spec import spec_from_gguf, spec_from_hf
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from ramp_jax.allocation import Allocation, export_metadata
 from ramp_jax.formats import get_format
 from ramp_jax.models import Model, Tensor, tensors
-from ramp_jax.models.layout import permute_rope
 from ramp_jax.models.metadata import PairsWriter
+from ramp_jax.models.rope import permute_rope
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, refold
 from ramp_jax.resources import check_disk

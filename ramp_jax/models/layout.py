@@ -390,13 +390,3 @@ def scan_blocks(
 
         x, _ = jax.lax.scan(one_period, x, entry)
     return x
-
-
-def permute_rope(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows `[O, ...]` from HF order (halves rotate together) to GGUF llama order (neighbours rotate together)."""
-    return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-
-def unpermute_rope(w: np.ndarray, heads: int) -> np.ndarray:
-    """Inverse of `permute_rope`."""
-    return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)

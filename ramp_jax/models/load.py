@@ -25,9 +25,10 @@ from ramp_jax.models.families import TABLES
 from ramp_jax.models.gguf_header import is_gguf
 from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.hf_names import find_decoder
-from ramp_jax.models.layout import Tensor, nest, tensors, unpermute_rope
+from ramp_jax.models.layout import Tensor, nest, tensors
 from ramp_jax.models.metadata import Metadata, plain, typed
 from ramp_jax.models.references import model_name, resolve
+from ramp_jax.models.rope import unpermute_rope
 from ramp_jax.models.safetensors_source import find_shards, open_shards, refuse_file
 from ramp_jax.models.source import Source, check_used, read_json
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf

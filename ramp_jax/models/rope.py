@@ -96,3 +96,13 @@ def llama3_factors(
     turns = original_context * frequency / np.float32(2 * math.pi)
     kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
     return tuple(float(f) for f in (1 / ((1 - kept) / factor + kept)).astype(np.float32))
+
+
+def permute_rope(w: np.ndarray, heads: int) -> np.ndarray:
+    """Rows `[O, ...]` from HF order (halves rotate together) to GGUF llama order (neighbours rotate together)."""
+    return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def unpermute_rope(w: np.ndarray, heads: int) -> np.ndarray:
+    """Inverse of `permute_rope`."""
+    return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
