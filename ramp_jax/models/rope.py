@@ -54,8 +54,7 @@ class Rope:
 
     def frequencies(self, time: int) -> Float[np.ndarray, " R"]:
         """Radians per position of every rotated pair in a sequence of `time` tokens, f32."""
-        half = self.size // 2
-        plain = np.float32(self.theta) ** (-np.arange(half, dtype=np.float32) / half)
+        plain = _plain(self.theta, self.size)
         long = bool(self.long_factors) and time > self.original_context
         divisors = np.asarray((self.long_factors if long else self.factors) or (1.0,), np.float32)
         stretched = plain / divisors / np.float32(self.factor)
@@ -83,6 +82,12 @@ def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
+def _plain(theta: float, size: int) -> Float[np.ndarray, " R"]:
+    """Radians per position of every pair of `size` dimensions without any scaling, f32."""
+    half = size // 2
+    return (theta ** (-np.arange(half) / half)).astype(np.float32)
+
+
 def llama3_factors(
     theta: float, size: int, factor: float, low_freq_factor: float, high_freq_factor: float, original_context: int
 ) -> tuple[float, ...]:
@@ -91,9 +96,7 @@ def llama3_factors(
     Wavelengths above `original_context / low_freq_factor` are divided by `factor`, those below `original_context /
     high_freq_factor` stay, and between them the frequency is interpolated.
     """
-    half = size // 2
-    frequency = np.float32(theta) ** (-np.arange(half, dtype=np.float32) / half)
-    turns = original_context * frequency / np.float32(2 * math.pi)
+    turns = original_context * _plain(theta, size) / np.float32(2 * math.pi)
     kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
     return tuple(float(f) for f in (1 / ((1 - kept) / factor + kept)).astype(np.float32))
 
