@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ramp_jax import data as texts
 from ramp_jax.allocation import Allocation, calibration_text, read_saved
 from ramp_jax.allocators import Actions, Allocator
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.checkpoint import digest, write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.verify import evaluate_gguf
@@ -286,7 +286,8 @@ def allocate(
     folded, stats = prepare(model, calibration, allocator.fold_level)
     evaluate = _true_loss(model, folded, stats, calibration, allocator.levels) if allocator.evaluations else None
     allocation = inference.allocate(allocator, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate)
-    calibrated_on = as_dict(calibration) | {"text": texts.fingerprint(calibration.data)}
+    seen = {"text": texts.fingerprint(calibration.data), "tokens": digest(tokens(model, calibration, "calibration"))}
+    calibrated_on = as_dict(calibration) | seen
     allocation = dataclasses.replace(allocation, calibration=calibrated_on)
     allocation.save(
         output,

@@ -192,6 +192,12 @@ def test_encoder_of_an_allocation_file(untied, windows, importance, allocation, 
         recorded_encoder(path, untied, "reference", imatrix)
     with pytest.raises(ValueError, match="no tokenizer, so the calibration text cannot be read; pass --imatrix"):
         recorded_encoder(path, dataclasses.replace(untied, tokenizer=None))
+    same = {**calibration, "tokens": digest(windows)}
+    dataclasses.replace(allocation, calibration=same).save(path, encoder="best")
+    assert recorded_encoder(path, untied).effort == "best"
+    dataclasses.replace(allocation, calibration=same | {"tokens": digest(windows + 1)}).save(path, encoder="best")
+    with pytest.raises(ValueError, match=r"the tokens of 'builtin' are not those .* with --tokenizer_from"):
+        recorded_encoder(path, untied)
     calibration = {**calibration, "text": data.fingerprint("stdlib:json")}
     dataclasses.replace(allocation, calibration=calibration).save(path, encoder="best")
     with pytest.raises(ValueError, match="the text of 'builtin' is not the one that the allocation was calibrated on"):

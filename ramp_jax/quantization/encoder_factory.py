@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation, read_saved
+from ramp_jax.checkpoint import digest
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.models import Model
 from ramp_jax.quantization.calibrate import calibrate
@@ -67,7 +68,7 @@ def recorded_encoder(
 def calibration_windows(allocation: Allocation, model: Model) -> Int[np.ndarray, "W T"]:
     """The windows that an allocation was calibrated on.
 
-    Raises `ValueError` where it does not say, its text has changed since, or the model has no tokenizer.
+    Raises `ValueError` where it does not say, its text or tokens have changed since, or the model has no tokenizer.
     """
     how = allocation.calibration
     if not how:
@@ -81,4 +82,10 @@ def calibration_windows(allocation: Allocation, model: Model) -> Int[np.ndarray,
             f"the text of {how['data']!r} is not the one that the allocation was calibrated on; restore it, or pass "
             f"--imatrix=FILE."
         )
-    return data.windows(how["data"], model.tokenizer, context=how["context"], count=how["count"])
+    windows = data.windows(how["data"], model.tokenizer, context=how["context"], count=how["count"])
+    if how.get("tokens", found := digest(windows)) != found:
+        raise ValueError(
+            f"the tokens of {how['data']!r} are not those that the allocation was calibrated on; name the tokenizer of "
+            f"that time with --tokenizer_from, or pass --imatrix=FILE."
+        )
+    return windows
