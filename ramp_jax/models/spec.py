@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from ramp_jax.models.families import FAMILIES, Family, tables, usual_blocks
 from ramp_jax.models.families.properties import is_neutral, not_computed
@@ -235,11 +236,15 @@ def _filled(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
             del given[key]
     if given.get("num_key_value_heads", False) is None:
         given["num_key_value_heads"] = given.get("num_attention_heads")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its advice is for who writes configs, not for who reads them
     try:
         return given | CONFIG_MAPPING[model_type].from_dict(given).to_dict()
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"config.json is not a sound description of a {model_type} model: {reason:.200}.") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _check_ropes(config: Mapping[str, Any]) -> None:
