@@ -11,7 +11,7 @@ import pytest
 from ramp_jax import data, pretrain
 from ramp_jax.allocation import from_levels
 from ramp_jax.config import as_dict, from_dict
-from ramp_jax.models import allocatable, load, load_model, tensors
+from ramp_jax.models import allocatable, load_model, references, tensors
 from ramp_jax.models.metadata import plain
 from ramp_jax.models.spec import make_spec
 from ramp_jax.pretrain import OptimizerConfig
@@ -147,11 +147,11 @@ def test_configs_describe_models_that_every_level_fits(path):
     assert f"{millions:.1f} million parameters" in values["__doc__"]
     name = path.stem.replace("_", "-")
     assert f"--config=configs/{path.name} --output=runs/{name}" in values["__doc__"]
-    assert name in load._CHECKPOINTS
+    assert name in references._CHECKPOINTS
 
 
 def test_shipped_checkpoints_are_small_and_run():
-    folders = [path for path in load._SHIPPED.iterdir() if (path / "config.json").is_file()]
+    folders = [path for path in references._SHIPPED.iterdir() if (path / "config.json").is_file()]
     assert folders
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) <= 16e6
     for folder in folders:
@@ -162,7 +162,7 @@ def test_shipped_checkpoints_are_small_and_run():
 
 
 def test_checkpoint_that_is_rebuilt_is_found_or_says_how(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "_SHIPPED", tmp_path / "nothing")
+    monkeypatch.setattr(references, "_SHIPPED", tmp_path / "nothing")
     monkeypatch.setenv("RAMP_REFS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"make it with `python launch/pretrain\.py --config=.*ref_qwen3\.py"):
         load_model("ref-qwen3")
