@@ -60,7 +60,8 @@ class DecoderSpec:
     `local_rope` are the positions of layers with a window where they have their own, `windowed` says which layers those
     are (none: no windows), `unrotated` lists the layers that tell no positions. `attention_scale` multiplies scores
     (None: 1 / √head_size), `attention_cap` and `final_cap` keep scores and logits within ±cap. Embeddings are
-    multiplied by `embedding_scale`, what sub-blocks add by `residual_scale`, logits divided by `logit_divisor`.
+    multiplied by `embedding_multiplier` (and by √d_model where the family does), what sub-blocks add by
+    `residual_scale`, logits divided by `logit_divisor`.
     `temperature`: see `Attention`. `biased` names the linears with a bias. `query_factor` multiplies the queries of a
     checkpoint when it is loaded, and is no part of what the loaded decoder is.
     """
@@ -85,7 +86,7 @@ class DecoderSpec:
     attention_scale: float | None = None
     attention_cap: float | None = None
     final_cap: float | None = None
-    embedding_scale: float = 1.0
+    embedding_multiplier: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
     temperature: tuple[float, int] | None = None
@@ -100,6 +101,11 @@ class DecoderSpec:
     def architecture(self) -> str:
         """What its GGUFs call it."""
         return self.family.architecture or self.model_type
+
+    @property
+    def embedding_scale(self) -> float:
+        """What multiplies that which enters the first block."""
+        return self.embedding_multiplier * (float(self.d_model) ** 0.5 if self.family.scaled_embedding else 1.0)
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ramp_jax.models.families.family import HF_NAMES, SIZES, Family, usual_blocks
-from ramp_jax.models.families.gemma import EmbeddingScale, QueryScale
+from ramp_jax.models.families.gemma import QueryScale
 from ramp_jax.models.families.positions import TABLES, Positions, Temperature, tables
 from ramp_jax.models.families.properties import Activation, AllFull, Biases, Number, Property, Windows
 from ramp_jax.models.families.smollm3 import Unrotated
@@ -93,10 +93,10 @@ FAMILIES: dict[str, Family] = {
         properties=(
             Positions(()),
             AllFull(),
-            EmbeddingScale(),
             Activation(("gelu_pytorch_tanh",), ("gelu",), ("hidden_act", "hidden_activation")),
         ),
         activation="gelu_tanh",
+        scaled_embedding=True,
         norm_offset=1.0,
         limits=_tied,
     ),
@@ -105,7 +105,6 @@ FAMILIES: dict[str, Family] = {
         properties=(
             Positions(()),
             Windows(period=2, gguf_size=4096),
-            EmbeddingScale(),
             QueryScale(wide_layers=46),
             _cap("attention_cap", "attn_logit_softcapping", 50.0),
             _cap("final_cap", "final_logit_softcapping", 30.0),
@@ -114,6 +113,7 @@ FAMILIES: dict[str, Family] = {
         hf_names=_AROUND,
         norms="around",
         activation="gelu_tanh",
+        scaled_embedding=True,
         norm_offset=1.0,
         limits=_capped_and_tied,
     ),
@@ -123,7 +123,6 @@ FAMILIES: dict[str, Family] = {
         properties=(
             Positions((), local=True),
             Windows(period=6),
-            EmbeddingScale(),
             QueryScale(wide_layers=62),
             _cap("final_cap", "final_logit_softcapping", None),
             _GELU,
@@ -132,6 +131,7 @@ FAMILIES: dict[str, Family] = {
         qk_norm="heads",
         norms="around",
         activation="gelu_tanh",
+        scaled_embedding=True,
         norm_offset=1.0,
     ),
     "phi3": Family(
@@ -156,7 +156,7 @@ FAMILIES: dict[str, Family] = {
             Positions(_ALL_ROPE, optional=True),
             AllFull(),
             _LLAMA_BIASES,
-            Number("embedding_scale", "embedding_multiplier", "embedding_scale", **_FACTOR),
+            Number("embedding_multiplier", "embedding_multiplier", "embedding_scale", **_FACTOR),
             Number("residual_scale", "residual_multiplier", "residual_scale", **_FACTOR),
             Number("attention_scale", "attention_multiplier", "attention.scale", default=lambda found: None),
             Number("logit_divisor", "logits_scaling", "logit_scale", default=lambda found: 1.0),

@@ -10,24 +10,6 @@ if TYPE_CHECKING:
     from ramp_jax.models.spec import DecoderSpec
 
 
-class EmbeddingScale(Property):
-    """Embeddings multiplied by √d_model, as all Gemmas do without saying it."""
-
-    def from_hf(self, config: Mapping[str, Any], found: Values) -> Values:
-        """The scale."""
-        return {"embedding_scale": float(found["d_model"]) ** 0.5}
-
-    def to_hf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
-        return {}
-
-    from_gguf = from_hf
-
-    def to_gguf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
-        return {}
-
-
 @dataclasses.dataclass(frozen=True)
 class QueryScale(Property):
     """Scores of attention scaled by 1 / √`query_pre_attn_scalar`.
