@@ -88,8 +88,9 @@ class Family:
     `properties` are read and written beside `SIZES`. `blocks` is what a spec means. `hf_names` are the names of its
     modules. `scaled_embedding`: embeddings are multiplied by √d_model. `norm_offset` is what Hugging Face checkpoints
     leave out of every gain (γ is stored, 1 + γ multiplies); GGUFs and the parameter tree hold whole gains.
-    `permuted_rope`: GGUF stores the rows of q and k with neighbours that rotate together. `limits` says what of a spec llama.cpp could not run, None where nothing; `windows_run` whether it
-    computes windows. Of several families of one architecture, `of_gguf` says which one a GGUF's pairs mean.
+    `permuted_rope`: GGUF stores the rows of q and k with neighbours that rotate together. `limits` says what of a spec
+    llama.cpp could not run, None where nothing; `windows_run` whether it computes windows. Of several families of one
+    architecture, `of_gguf` says which one a GGUF's pairs mean.
     """
 
     hf: str
