@@ -158,8 +158,8 @@ def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
     whole = text is config
     if whole and (missing := [key for key in _REQUIRED if text.get(key) is None]):
         raise ValueError(f"config.json lacks {missing[0]}; download the model again or add it.")
-    read = {key for known in family.all_properties for key in known.hf_keys}
-    known = {key for other in FAMILIES.values() for p in other.all_properties for key in p.hf_keys}
+    read = {key for part in family.all_properties for key in part.hf_keys}
+    known = {key for other in FAMILIES.values() for part in other.all_properties for key in part.hf_keys}
     for key in sorted((known | {*_OTHER_HF_KEYS}) - read):
         if not is_neutral(key, text.get(key)):
             raise not_computed(f"config.json asks for {key} {text[key]!r:.60}")
