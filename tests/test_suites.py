@@ -16,6 +16,7 @@ from ramp_jax import workflow
 from ramp_jax.config import RunConfig, as_dict
 from ramp_jax.halo.torch_model import token_losses, torch_model
 from ramp_jax.models import load_model
+from ramp_jax.models.rope import Rope
 from ramp_jax.policy import embedding, networks
 from ramp_jax.policy.env import CONTEXT
 from ramp_jax.policy.inference import Policy
@@ -252,6 +253,7 @@ def test_accelerator_suite_measures_what_is_asked_for(monkeypatch):
         "n_heads": 4,
         "n_kv_heads": 4,
         "head_size": 64,
+        "rope": Rope(10000.0, 64),
         "d_ff": 256,
         "vocab_size": 64,
     }
