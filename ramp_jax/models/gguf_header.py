@@ -90,6 +90,7 @@ class _Reader:
         self.path, self.content, self.at = path, content, len(MAGIC)
 
     def header(self) -> Header:
+        """Everything before the tensors' data."""
         version = self.number(_U32)
         if version & 0xFFFF == 0:
             raise ValueError(f"{self.path} is big-endian; convert it with `gguf-convert-endian {self.path} little`.")
@@ -105,6 +106,7 @@ class _Reader:
         return Header(metadata, self.tensors(n_tensors, metadata))
 
     def pair(self, key: str) -> KeyValue:
+        """The value of a field with its type."""
         kind = self.kind(key)
         if kind != GGUFValueType.ARRAY:
             return KeyValue(self.values(key, kind, 1)[0], kind)
@@ -142,6 +144,7 @@ class _Reader:
         return {name: tensor._replace(offset=start + tensor.offset) for name, tensor in found.items()}
 
     def tensor(self, name: str) -> StoredTensor:
+        """The description of a tensor, whose offset is still that within the data."""
         if not 1 <= (rank := self.number(_U32)) <= _MOST_DIMENSIONS:
             raise _DamagedError(f"{name} has {rank:,} dimensions")
         shape = tuple(self.number(_U64) for _ in range(rank))[::-1]

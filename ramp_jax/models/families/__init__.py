@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ramp_jax.models.families.family import HF_NAMES, SIZES, Family, usual_blocks
 from ramp_jax.models.families.gemma import QueryScale
 from ramp_jax.models.families.positions import TABLES, Positions, Temperature, tables
-from ramp_jax.models.families.properties import Activation, AllFull, Biases, Number, Property, Windows
+from ramp_jax.models.families.properties import PATTERN, WINDOW, Activation, AllFull, Biases, Number, Property, Windows
 from ramp_jax.models.families.smollm3 import Unrotated
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ def _cap(field: str, key: str, usual: float | None) -> Number:
     return Number(field, key, key, default=lambda found: None, gguf_default=lambda found: usual)
 
 
-_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 _ALL_ROPE = ("llama3", "yarn", "longrope")
 _QKV = ("attn_q", "attn_k", "attn_v")
 _LLAMA_BIASES = Biases(flags={"attention_bias": (*_QKV, "attn_output"), "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down")})
@@ -54,7 +53,7 @@ FAMILIES: dict[str, Family] = {
         "LlamaForCausalLM",
         properties=(Positions(_ALL_ROPE), AllFull(), _LLAMA_BIASES, Activation()),
         permuted_rope=True,
-        of_gguf=lambda pairs: not pairs.get(_WINDOW),
+        of_gguf=lambda pairs: not pairs.get(WINDOW),
     ),
     "mistral": Family(
         "MistralForCausalLM",
@@ -62,7 +61,7 @@ FAMILIES: dict[str, Family] = {
         properties=(Positions(_ALL_ROPE), Windows(), Activation()),
         permuted_rope=True,
         windows_run=False,
-        of_gguf=lambda pairs: _PATTERN not in pairs,
+        of_gguf=lambda pairs: PATTERN not in pairs,
     ),
     "ministral": Family(
         "MinistralForCausalLM",

@@ -37,10 +37,6 @@ class QueryScale(Property):
         """The scale that llama.cpp has."""
         return {"attention_scale": self._scale(found)}
 
-    def to_gguf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
-        return {}
-
     def _scale(self, found: Values) -> float:
         wide = found["n_layers"] == self.wide_layers
         return float(found["d_model"] // found["n_heads"] if wide else found["head_size"]) ** -0.5

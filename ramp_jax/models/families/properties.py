@@ -4,7 +4,6 @@ A property reads fields of `DecoderSpec` from either description and writes them
 which no property of its family reads asks for something that the decoder does not compute, and is refused by name.
 """
 
-import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 """Fields of `DecoderSpec`, or keys of a description, by name."""
 
-_PATTERN = "attention.sliding_window_pattern"
+WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 FULL, WINDOWED = "full_attention", "sliding_attention"
 
 
-class Property(abc.ABC):
+class Property:
     """One property, or a few that belong together, in both kinds of description.
 
     `hf_keys` and `gguf_keys` (without the architecture's name) are all that it reads. `found` are the fields that
@@ -34,23 +33,22 @@ class Property(abc.ABC):
 
     def check_hf(self, config: Mapping[str, Any]) -> None:
         """Raise `ValueError` for values of a `config.json` that make no sense, before defaults are filled in."""
-        del config
 
-    @abc.abstractmethod
     def from_hf(self, config: Mapping[str, Any], found: Values) -> Values:
-        """Fields by the contents of a `config.json`."""
+        """Fields by the contents of a `config.json`; none where the property is not said there."""
+        return {}
 
-    @abc.abstractmethod
     def to_hf(self, spec: "DecoderSpec") -> Values:
         """Keys of a `config.json`."""
+        return {}
 
-    @abc.abstractmethod
     def from_gguf(self, pairs: Mapping[str, Any], found: Values) -> Values:
-        """Fields by a GGUF's pairs."""
+        """Fields by a GGUF's pairs; none where the property is not said there."""
+        return {}
 
-    @abc.abstractmethod
     def to_gguf(self, spec: "DecoderSpec") -> Values:
         """A GGUF's pairs."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +125,6 @@ class Equal(Property):
         """Its key."""
         return (self.gguf,)
 
-    def from_hf(self, config: Mapping[str, Any], found: Values) -> Values:
-        """Nothing."""
-        return {}
-
-    def to_hf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
-        return {}
-
     def from_gguf(self, pairs: Mapping[str, Any], found: Values) -> Values:
         """Nothing, or an error."""
         if self.gguf in pairs and pairs[self.gguf] != found[self.field]:
@@ -162,10 +152,6 @@ class Tied(Property):
     def from_gguf(self, pairs: Mapping[str, Any], found: Values) -> Values:
         """Whether `output.weight` is absent among the file's tensors."""
         return {"tied": "output.weight" not in found["tensors"]}
-
-    def to_gguf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
-        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +182,6 @@ class Biases(Property):
         """Linears of the first block that have a bias."""
         able = (*self.always, *(name for names in self.flags.values() for name in names))
         return {"biased": tuple(name for name in able if f"blk.0.{name}.bias" in found["tensors"])}
-
-    def to_gguf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
-        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,16 +217,12 @@ class Activation(Property):
             raise not_computed(f"the GGUF asks for activation {asked!r} instead of {self.names[0]!r}")
         return {}
 
-    def to_gguf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
-        return {}
-
 
 class AllFull(Property):
     """Attention without windows: configs that ask for some are refused."""
 
     hf_keys = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-    gguf_keys = ("attention.sliding_window", "attention.sliding_window_pattern")
+    gguf_keys = (WINDOW, PATTERN)
 
     def from_hf(self, config: Mapping[str, Any], found: Values) -> Values:
         """Nothing, or an error."""
@@ -256,18 +234,10 @@ class AllFull(Property):
             raise not_computed(f"config.json asks for layers of type {min(map(str, others))!r}")
         return {}
 
-    def to_hf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
-        return {}
-
     def from_gguf(self, pairs: Mapping[str, Any], found: Values) -> Values:
         """Nothing, or an error."""
-        if size := pairs.get("attention.sliding_window"):
+        if size := pairs.get(WINDOW):
             raise not_computed(f"the GGUF asks for attention in sliding windows of {size} tokens")
-        return {}
-
-    def to_gguf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
         return {}
 
 
@@ -283,7 +253,7 @@ class Windows(Property):
     gguf_size: int | None = None
     zero: bool = False
     hf_keys = ("sliding_window", "layer_types", "sliding_window_pattern", "_sliding_window_pattern")
-    gguf_keys = ("attention.sliding_window", "attention.sliding_window_pattern")
+    gguf_keys = (WINDOW, PATTERN)
 
     def from_hf(self, config: Mapping[str, Any], found: Values) -> Values:
         """By `sliding_window` and `layer_types`."""
@@ -304,10 +274,10 @@ class Windows(Property):
 
     def from_gguf(self, pairs: Mapping[str, Any], found: Values) -> Values:
         """By the window's size and its pattern: one flag per layer, or a period."""
-        size = pairs.get("attention.sliding_window", self.gguf_size)
+        size = pairs.get(WINDOW, self.gguf_size)
         if not size:
             return {}
-        pattern = pairs.get("attention.sliding_window_pattern", self.period)
+        pattern = pairs.get(PATTERN, self.period)
         if isinstance(pattern, list) and len(pattern) < found["n_layers"]:
             raise ValueError("the GGUF's attention.sliding_window_pattern is shorter than its list of blocks.")
         layers = [bool(p) for p in pattern] if isinstance(pattern, list) else self._layers(pattern, found)
@@ -316,10 +286,10 @@ class Windows(Property):
     def to_gguf(self, spec: "DecoderSpec") -> Values:
         """The size, and the pattern where it is not the family's own."""
         if spec.window is None:
-            return {"attention.sliding_window": 0} if self.zero else {}
+            return {WINDOW: 0} if self.zero else {}
         usual = self._layers(self.period, {"n_layers": spec.n_layers})
-        pairs: Values = {"attention.sliding_window": spec.window}
-        return pairs if list(spec.windowed) == usual else pairs | {_PATTERN: np.asarray(spec.windowed)}
+        pairs: Values = {WINDOW: spec.window}
+        return pairs if list(spec.windowed) == usual else pairs | {PATTERN: np.asarray(spec.windowed)}
 
     @staticmethod
     def _layers(period: int, found: Values) -> list[bool]:

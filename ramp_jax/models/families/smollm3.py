@@ -33,10 +33,6 @@ class Unrotated(Property):
         """As llama.cpp has it."""
         return {"unrotated": self._layers(found)}
 
-    def to_gguf(self, spec: "DecoderSpec") -> Values:
-        """Nothing."""
-        return {}
-
     @staticmethod
     def _layers(found: Values) -> tuple[int, ...]:
         return tuple(range(_PERIOD - 1, found["n_layers"], _PERIOD))
