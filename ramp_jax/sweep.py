@@ -5,6 +5,7 @@ passes on. `forward` and `backward` say which block is there.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 from ramp_jax.models import DecoderSpec
 from ramp_jax.models.decoder import Params, block_forward
 from ramp_jax.models.layout import Block, full_name
+from ramp_jax.models.store import StoredParams
 from ramp_jax.progress import track
 
 # of windows that go through a block together; on CPUs few, since a call maps what it needs for a moment anew each time
@@ -43,8 +45,19 @@ def backward(spec: DecoderSpec, params: Params, doing: str | None = None) -> Ite
 
 
 def _visited(spec: DecoderSpec, params: Params, order: range, doing: str | None) -> Iterator[Place]:
-    for index in track(order, doing, "block") if doing else order:
-        yield Place(index, spec.blocks[index], params["blk"][index])
+    blocks = _read_ahead(params, order) if isinstance(params, StoredParams) else (params["blk"][i] for i in order)
+    for index, weights in zip(track(order, doing, "block") if doing else order, blocks, strict=True):
+        yield Place(index, spec.blocks[index], weights)
+
+
+def _read_ahead(params: StoredParams, order: range) -> Iterator[Params]:
+    """Blocks from disk; the next one is read while the current one computes."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(params.fetch, order[0]) if order else None
+        for index, after in zip(order, [*order[1:], None], strict=True):
+            fetched = ahead.result()
+            ahead = None if after is None else reader.submit(params.fetch, after)
+            yield params.finished(index, fetched)
 
 
 def advance(at: Place, x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ramp_jax.models.layers import matmul, rms_norm, soft_cap
 from ramp_jax.models.layout import Block, Params, by_run, lookup, nest, scan_blocks, stack, tensors
 from ramp_jax.models.spec import DecoderSpec
+from ramp_jax.models.store import StoredParams
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["cap"])
@@ -35,9 +37,17 @@ class Head:
         return soft_cap(found, self.cap)
 
 
+def embed(spec: DecoderSpec, params: Params, ids: Int[Array, "*b T"]) -> Float[Array, "*b T D"]:
+    """What enters the first block, f32. Of an embedding on disk only the rows of these tokens are read."""
+    if not isinstance(params, StoredParams):
+        return look_up(spec, params["token_embd"]["weight"], ids)
+    tokens, places = np.unique(np.asarray(ids), return_inverse=True)
+    return look_up(spec, params.rows(tensors(spec)[0], tokens), places.reshape(np.shape(ids)))
+
+
 @functools.partial(jax.jit, static_argnames="spec")
-def embed(spec: DecoderSpec, embedding: Float[Array, "V D"], ids: Int[Array, "*b T"]) -> Float[Array, "*b T D"]:
-    """What enters the first block, f32."""
+def look_up(spec: DecoderSpec, embedding: Float[Array, "V D"], ids: Int[Array, "*b T"]) -> Float[Array, "*b T D"]:
+    """Rows of an embedding as they enter the first block, f32."""
     return embedding[ids].astype(jnp.float32) * spec.embedding_scale
 
 
@@ -68,12 +78,12 @@ def final_norm(spec: DecoderSpec, params: Params, x: Float[Array, "*b T D"]) -> 
 
 def output_head(spec: DecoderSpec, params: Params) -> Head:
     """The head: `output`, or the tied embedding."""
-    return Head(params.get("output", params["token_embd"])["weight"], spec.final_cap)
+    return Head(params["token_embd" if spec.tied else "output"]["weight"], spec.final_cap)
 
 
 def hidden_states(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Normed hidden states f32 after the last block, block by block."""
-    x = embed(spec, params["token_embd"]["weight"], ids)
+    x = embed(spec, params, ids)
     for index, block in enumerate(spec.blocks):
         x = block_forward(block, params["blk"][index], x)
     return final_norm(spec, params, x)
@@ -81,7 +91,7 @@ def hidden_states(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> 
 
 def scanned_hidden_states(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """`hidden_states` inside a compiled function, which compiles every run of equal blocks once."""
-    x = embed(spec, params["token_embd"]["weight"], ids)
+    x = embed(spec, params, ids)
     entries = by_run(spec.blocks, lambda indices: stack([params["blk"][index] for index in indices]))
     return final_norm(spec, params, scan_blocks(spec.blocks, entries, x))
 
@@ -93,10 +103,12 @@ def logits(spec: DecoderSpec, params: Params, ids: Int[Array, "B T"]) -> Float[A
 
 def cast_weights(spec: DecoderSpec, params: Params, dtype: Any) -> Params:
     """Matrices in `dtype` (the dtype of all matrix products); gains and biases stay f32."""
+    if isinstance(params, StoredParams):
+        return params.astype(dtype)
     members = tensors(spec)
     return nest((t, jnp.asarray(lookup(params, t), dtype if t.is_matrix else jnp.float32)) for t in members)
 
 
 def weights_dtype(params: Params) -> Any:
     """The dtype of all matrix products."""
-    return params["token_embd"]["weight"].dtype
+    return params.dtype if isinstance(params, StoredParams) else params["token_embd"]["weight"].dtype

@@ -1,8 +1,9 @@
 """GGUF files: their pairs, and their tensors one by one, dequantized. The parts of a split model are one source."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from gguf import GGMLQuantizationType
 
 from ramp_jax.models.gguf_header import Header, StoredTensor, read_header
 from ramp_jax.models.metadata import Metadata
-from ramp_jax.models.source import piecewise, refuse_pointer, some
+from ramp_jax.models.source import Reader, Rows, Stamp, check_unchanged, piecewise, refuse_pointer, some, stamp
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[^.]*)?")
 _UNQUANTIZED = {
@@ -29,6 +30,7 @@ class GgufSource:
 
     metadata: Metadata
     tensors: Mapping[str, StoredTensor]
+    files: Mapping[str, Stamp]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -39,7 +41,7 @@ class GgufSource:
         """The dtype of a tensor in its file; f32 for a quantized one."""
         return _UNQUANTIZED.get(self.tensors[name].type, np.dtype(np.float32))
 
-    def read(self, name: str, dtype: Any, rows: slice = slice(None)) -> np.ndarray:
+    def read(self, name: str, dtype: Any, rows: Rows = slice(None)) -> np.ndarray:
         """Some rows of a tensor, or all, dequantized to `dtype`; raises `ValueError` for a type that is not known."""
         tensor = self.tensors[name]
         if len(tensor.shape) == 1:
@@ -47,9 +49,9 @@ class GgufSource:
             return self._dequantized(name, tensor, dtype, slice(None))[0][rows]
         return self._dequantized(name, tensor, dtype, rows)
 
-    def _dequantized(self, name: str, tensor: StoredTensor, dtype: Any, rows: slice) -> np.ndarray:
+    def _dequantized(self, name: str, tensor: StoredTensor, dtype: Any, rows: Rows) -> np.ndarray:
         try:
-            return piecewise(tensor.shape, dtype, rows, _reader(tensor))
+            return piecewise(tensor.shape, dtype, rows, _opener(tensor, self.files[str(tensor.path)]))
         except NotImplementedError as error:
             raise ValueError(
                 f"{tensor.path}: {name} is {tensor.type.name}, which cannot be dequantized here; use another file."
@@ -74,7 +76,8 @@ def open_gguf(path: Path) -> GgufSource:
     if len(parts) > 1 and expected is not None and expected != len(tensors):
         raise ValueError(f"the parts of {path} hold {len(tensors)} of {expected} tensors; download the model again.")
     carried = {name: pair for name, pair in parts[0].metadata.items() if not name.startswith("split.")}
-    return GgufSource(carried, tensors)
+    files = {str(where): stamp(where) for where in dict.fromkeys(tensor.path for tensor in tensors.values())}
+    return GgufSource(carried, tensors, files)
 
 
 def parts_beside(path: Path) -> list[Path]:
@@ -85,7 +88,7 @@ def parts_beside(path: Path) -> list[Path]:
     return [path.with_name(name) for name in names]
 
 
-def _reader(tensor: StoredTensor) -> Callable[[int, int], np.ndarray]:
+def _opener(tensor: StoredTensor, known: Stamp) -> Callable[[], Reader]:
     row_bytes = tensor.n_bytes // max(1, tensor.shape[0])
 
     def read_rows(first: int, end: int) -> np.ndarray:
@@ -95,7 +98,12 @@ def _reader(tensor: StoredTensor) -> Callable[[int, int], np.ndarray]:
         # as one long row: gguf goes over 16 rows at a time, which for short ones is four times as slow
         return gguf.quants.dequantize(raw[None], tensor.type).reshape(-1, *tensor.shape[1:])
 
-    return read_rows
+    @contextlib.contextmanager
+    def opened() -> Iterator[Callable[[int, int], np.ndarray]]:
+        check_unchanged(Path(tensor.path), known)
+        yield read_rows
+
+    return opened
 
 
 def _split(header: Header, key: str) -> int | None:

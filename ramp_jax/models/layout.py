@@ -23,7 +23,9 @@ from jaxtyping import Array, Float
 if TYPE_CHECKING:
     from ramp_jax.models.spec import DecoderSpec
 
-Params = dict[Any, Any]
+Params = Mapping[Any, Any]
+"""A tree of parameters, or a part of one: a dictionary, or one of `store.py` that is read when it is asked for."""
+
 Tap = Callable[[str, jax.Array], jax.Array]
 """Sees an activation under its name and passes it on."""
 
@@ -281,9 +283,9 @@ def lookup(params: Params, tensor: Tensor) -> jax.Array:
     return functools.reduce(lambda tree, key: tree[key], tensor.path, params)
 
 
-def nest(values: Iterable[tuple[Tensor, Any]]) -> Params:
+def nest(values: Iterable[tuple[Tensor, Any]]) -> dict[Any, Any]:
     """A tree from values of tensors."""
-    tree: Params = {}
+    tree: dict[Any, Any] = {}
     for tensor, value in values:
         _put(tree, tensor.path, value)
     return tree
@@ -296,7 +298,7 @@ def replaced(params: Params, values: Iterable[tuple[Tensor, Any]]) -> Params:
 
 def replace_in_block(w: Params, values: Mapping[str, Any]) -> Params:
     """A block's part of the tree with other values for some of its weights, by their names inside the block."""
-    changed: Params = {}
+    changed: dict[Any, Any] = {}
     for name, value in values.items():
         _put(changed, tuple(name.split(".")), value)
     return _merge(w, changed)
@@ -307,7 +309,7 @@ def of_block(w: Params, name: str) -> jax.Array:
     return functools.reduce(lambda tree, key: tree[key], name.split("."), w)
 
 
-def _put(tree: Params, path: Sequence[str | int], value: Any) -> None:
+def _put(tree: dict[Any, Any], path: Sequence[str | int], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

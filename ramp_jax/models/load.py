@@ -4,6 +4,7 @@ What a reference means is found in `references.py`, what a checkpoint holds by a
 `gguf_source.py`), what it computes by `spec.py`; the tensors then go one by one into the tree, in the dtype they keep.
 """
 
+import collections
 import contextlib
 import dataclasses
 import struct
@@ -25,17 +26,22 @@ from ramp_jax.models.families import TABLES
 from ramp_jax.models.gguf_header import is_gguf
 from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.hf_names import find_decoder
-from ramp_jax.models.layout import Tensor, nest, tensors
+from ramp_jax.models.layout import Params, Tensor, tensors
 from ramp_jax.models.metadata import Metadata, plain, typed
 from ramp_jax.models.references import model_name, resolve
 from ramp_jax.models.rope import unpermute_rope
 from ramp_jax.models.safetensors_source import find_shards, open_shards, refuse_file
-from ramp_jax.models.source import Source, check_used, read_json
+from ramp_jax.models.source import Rows, Source, check_used, read_json
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
+from ramp_jax.models.store import StoredParams, in_memory
 from ramp_jax.models.tokenizers import name_for_llama_cpp, tokenizer_from_directory, tokenizer_from_gguf
-from ramp_jax.resources import check_memory
+from ramp_jax.resources import available_memory, check_memory
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_RESIDENT = 0.1
+"""Of the memory that is available: models up to this share are held in it, since work on them needs several times
+their size."""
+
 _NAME, _TOKENIZER, _TOKENS, _FLAGS = "general.name", "tokenizer.", "tokenizer.ggml.tokens", "tokenizer.ggml.add_"
 
 
@@ -43,13 +49,14 @@ _NAME, _TOKENIZER, _TOKENS, _FLAGS = "general.name", "tokenizer.", "tokenizer.gg
 class Model:
     """A decoder with its weights.
 
-    `params` is the tree of `layout.py`, matrices `[O, I]` in one dtype, gains and biases f32. `metadata` are the GGUF
-    pairs that an exported file carries on. `tokenizer` is None where the source has none. `folding` maps an activation
-    to the scales `[C]` by which Scale Folding has divided it; empty before folding.
+    `params` is the tree of `layout.py`, in memory or read from the checkpoint when it is asked for (`store.py`),
+    matrices `[O, I]` in one dtype, gains and biases f32. `metadata` are the GGUF pairs that an exported file carries
+    on. `tokenizer` is None where the source has none. `folding` maps an activation to the scales `[C]` by which Scale
+    Folding has divided it; empty before folding.
     """
 
     spec: DecoderSpec
-    params: dict[str, Any]
+    params: Params
     metadata: Metadata
     tokenizer: PreTrainedTokenizerBase | None = None
     folding: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -61,6 +68,14 @@ class Model:
     def astype(self, dtype: Any) -> "Model":
         """The same model with matrices (and so all matrix products) in `dtype`."""
         return dataclasses.replace(self, params=decoder.cast_weights(self.spec, self.params, dtype))
+
+    def in_memory(self) -> "Model":
+        """The same model with all its weights in memory; raises `OSError` where that does not suffice."""
+        if not isinstance(self.params, StoredParams):
+            return self
+        dtype = jnp.dtype(self.params.dtype)
+        check_memory(_bytes(self.spec, dtype), f"the model in {dtype.name}")
+        return dataclasses.replace(self, params=in_memory(self.params))
 
 
 _Vocabulary = tuple[PreTrainedTokenizerBase, Metadata]
@@ -80,28 +95,35 @@ class _Checkpoint(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
-def load_model(ref: str | Path, dtype: str = "float32", tokenizer_from: str | Path | None = None) -> Model:
+def load_model(
+    ref: str | Path,
+    dtype: str = "float32",
+    tokenizer_from: str | Path | None = None,
+    *,
+    resident: bool | None = None,
+) -> Model:
     """Load a local Hugging Face directory, a GGUF, a hub id, or a name that works offline (`ref-llama`).
 
     `dtype` is that of the matrices: `auto` is the faster one of bfloat16 and float32 on this machine, `stored` the one
-    that all of them have in the checkpoint (float32 where they differ or are quantized). Weights go into it one by one,
-    so little more than the model itself is ever in memory. `tokenizer_from` is a GGUF whose vocabulary takes the place
-    of the model's own. Raises `FileNotFoundError` for an unknown reference or files that are missing, `ValueError` for
-    a damaged file, an unsupported architecture, or tensors that do not fit the description, `OSError` where memory does
-    not suffice.
+    that all of them have in the checkpoint (float32 where they differ or are quantized). Weights that take more than a
+    tenth of the memory stay on disk and are read block by block, others go into memory one by one; `resident` says
+    which. `tokenizer_from` is a GGUF whose vocabulary takes the place of the model's own. Raises `FileNotFoundError`
+    for an unknown reference or files that are missing, `ValueError` for a damaged file, an unsupported architecture, or
+    tensors that do not fit the description, `OSError` where memory does not suffice.
     """
     wanted, path = None if dtype == "stored" else _dtype(dtype), resolve(ref)
     with _describing(path):
         opened = _open_directory(path, tokenizer_from) if path.is_dir() else _open_gguf(path, tokenizer_from)
         _check(opened, path)
     wanted = _stored_dtype(opened) if wanted is None else wanted
-    dtypes = {tensor: wanted if tensor.is_matrix else jnp.dtype(jnp.float32) for tensor in tensors(opened.spec)}
     if opened.spec.caveat is not None:
         logging.warning("%s: %s", ref, opened.spec.caveat)
-    check_memory(sum(t.size * dtypes[t].itemsize for t in dtypes), f"{ref} in {wanted.name}")
+    needed, params = _bytes(opened.spec, wanted), _stored(opened, wanted)
+    if resident is None:
+        resident = needed <= _RESIDENT * available_memory()
+    check_memory(needed if resident else _working(opened.spec, wanted), f"{ref} in {wanted.name}")
     with _describing(path):
-        params = nest((tensor, _read(opened, tensor, dtypes[tensor])) for tensor in dtypes)
-    return Model(opened.spec, params, opened.metadata, opened.tokenizer)
+        return Model(opened.spec, in_memory(params) if resident else params, opened.metadata, opened.tokenizer)
 
 
 def fast_dtype() -> str:
@@ -221,12 +243,39 @@ def _check(opened: _Checkpoint, path: Path) -> None:
             raise ValueError(f"{path}: {name} has shape {shape}, expected {tensor.shape}.")
 
 
-def _read(opened: _Checkpoint, tensor: Tensor, dtype: np.dtype) -> jax.Array:
-    """The tensor on the device; on CPUs the very array that was read, and nothing waits on the host elsewhere."""
-    value = opened.finish(tensor, opened.source.read(opened.stored[tensor], dtype))
-    if dtype == np.float16 and not np.isfinite(value).all():
-        raise ValueError(f"{tensor.name} holds values that float16 cannot; choose bfloat16 or float32.")
-    return jax.block_until_ready(jax.device_put(value))
+def _stored(opened: _Checkpoint, wanted: np.dtype) -> StoredParams:
+    """The tree whose matrices are in `wanted`, each tensor of which is read when it is asked for."""
+
+    def dtype_of(tensor: Tensor) -> np.dtype:
+        return wanted if tensor.is_matrix else jnp.dtype(jnp.float32)
+
+    def read(tensor: Tensor, rows: Rows) -> np.ndarray:
+        name = opened.stored[tensor]
+        narrow = min((dtype_of(tensor), opened.source.dtype(name)), key=lambda dtype: dtype.itemsize)
+        return opened.source.read(name, narrow, rows)
+
+    def finish(tensor: Tensor, value: np.ndarray) -> jax.Array:
+        """On the device; on CPUs the very array that was read, and nothing waits on the host elsewhere."""
+        value = opened.finish(tensor, value.astype(dtype_of(tensor), copy=False))
+        if value.dtype == np.float16 and not np.isfinite(value).all():
+            raise ValueError(f"{tensor.name} holds values that float16 cannot; choose bfloat16 or float32.")
+        return jax.block_until_ready(jax.device_put(value))
+
+    files = {path: f"{size} bytes of {modified}" for path, (size, modified) in opened.source.files.items()}
+    return StoredParams(opened.spec, read, finish, wanted, files)
+
+
+def _bytes(spec: DecoderSpec, dtype: np.dtype) -> int:
+    """Of all parameters, matrices in `dtype`."""
+    return sum(tensor.size * (dtype.itemsize if tensor.is_matrix else 4) for tensor in tensors(spec))
+
+
+def _working(spec: DecoderSpec, dtype: np.dtype) -> int:
+    """What a sweep over weights that stay on disk needs: two blocks, or the vocabulary's matrix."""
+    blocks = collections.Counter()
+    for tensor in tensors(spec):
+        blocks[tensor.layer if tensor.layer is not None else tensor.name] += tensor.size * dtype.itemsize
+    return 2 * max(blocks.values())
 
 
 def _vocabulary(

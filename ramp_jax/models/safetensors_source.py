@@ -1,8 +1,9 @@
 """Hugging Face directories: which files of theirs hold the weights, and the weights one by one."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ramp_jax.models.source import piecewise, read_json, refuse_pointer, some
+from ramp_jax.models.source import (
+    Reader,
+    Rows,
+    Stamp,
+    check_unchanged,
+    piecewise,
+    read_json,
+    refuse_pointer,
+    some,
+    stamp,
+)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -29,38 +40,46 @@ class SafetensorsSource:
     """The tensors of a directory's safetensors files. Files are open only while a piece of a tensor is read, so that
     the pages through which the library sees them are given back."""
 
-    files: Mapping[str, Path]
+    paths: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
+    files: Mapping[str, Stamp]
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor in its file; f32 for a wider one."""
         return np.dtype({"F16": np.float16, "BF16": jnp.bfloat16}.get(self.dtypes[name], np.float32))
 
-    def read(self, name: str, dtype: Any, rows: slice = slice(None)) -> np.ndarray:
+    def read(self, name: str, dtype: Any, rows: Rows = slice(None)) -> np.ndarray:
         """Some rows of a tensor, or all, in `dtype`."""
-        return piecewise(self.shapes[name], dtype, rows, self._reader(name))
+        return piecewise(self.shapes[name], dtype, rows, self._opener(name))
 
     def equal(self, a: str, b: str) -> bool:
         """Whether two tensors hold the same values; a piece of each is in memory at a time."""
         if self.shapes[a] != self.shapes[b]:
             return False
-        first, second, rows, step = self._reader(a), self._reader(b), self.shapes[a][0], 256
-        pieces = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-        return all(np.array_equal(first(*piece), second(*piece), equal_nan=True) for piece in pieces)
+        rows, step = self.shapes[a][0], 256
+        for start in range(0, rows, step):
+            with self._opener(a)() as first, self._opener(b)() as second:
+                piece = start, min(start + step, rows)
+                if not np.array_equal(first(*piece), second(*piece), equal_nan=True):
+                    return False
+        return True
 
-    def _reader(self, name: str) -> Callable[[int, int], np.ndarray]:
-        path = self.files[name]
+    def _opener(self, name: str) -> Callable[[], Reader]:
+        path = self.paths[name]
         if self.dtypes[name] not in _FLOATS:
             raise ValueError(
                 f"{path}: {name} is stored as {self.dtypes[name]}; use the checkpoint in one of {', '.join(_FLOATS)}."
             )
 
-        def read_rows(first: int, end: int) -> np.ndarray:
-            with safe_open(path, framework="numpy") as opened:
-                return opened.get_slice(name)[first:end]
+        @contextlib.contextmanager
+        def opened() -> Iterator[Callable[[int, int], np.ndarray]]:
+            check_unchanged(path, self.files[str(path)])
+            with safe_open(path, framework="numpy") as file:
+                rows = file.get_slice(name)
+                yield lambda first, end: rows[first:end]
 
-        return read_rows
+        return opened
 
 
 class Shards(NamedTuple):
@@ -87,6 +106,7 @@ def open_shards(folder: Path, shards: Shards) -> SafetensorsSource:
     Raises `ValueError` for a damaged file, for tensors that are there twice and for an index that does not fit.
     """
     index, files, shapes, dtypes = shards.index, {}, {}, {}
+    known = {str(folder / name): stamp(folder / name) for name in shards.names}
     for name in shards.names:
         path = folder / name
         for key, (shape, dtype) in _contents(path).items():
@@ -97,7 +117,7 @@ def open_shards(folder: Path, shards: Shards) -> SafetensorsSource:
             files[key], shapes[key], dtypes[key] = path, shape, dtype
     if absent := [key for key in index if key not in files]:
         raise ValueError(f"{folder / index[absent[0]]} lacks {some(absent)}, which {INDEX} puts there; download both.")
-    return SafetensorsSource(files, shapes, dtypes)
+    return SafetensorsSource(files, shapes, dtypes, known)
 
 
 def refuse_file(path: Path) -> None:

@@ -1,11 +1,16 @@
 """Checkpoints as loaders see them: names and shapes first, then one tensor at a time in the dtype that is wanted."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from jaxtyping import Int
+
+Rows = slice | Int[np.ndarray, " R"]
+"""Some rows of a matrix: a slice, or the index of each in ascending order."""
 
 _PIECE = 1 << 20
 """Weights that are read and converted at a time: some megabytes, whatever the tensor."""
@@ -26,23 +31,69 @@ class Source(Protocol):
     def dtype(self, name: str) -> np.dtype:
         """The float that holds what is stored: its own dtype, f32 where that is quantized or wider."""
 
-    def read(self, name: str, dtype: Any, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor (or some of its rows) in `dtype`, dequantized; never the whole of it in another dtype beside."""
+    def read(self, name: str, dtype: Any, rows: Rows = slice(None)) -> np.ndarray:
+        """A tensor (or some of its rows) in `dtype`, dequantized; never the whole of it in another dtype beside.
+
+        Raises `ValueError` where the file changed since it was opened.
+        """
+
+    @property
+    def files(self) -> Mapping[str, "Stamp"]:
+        """Size and time of each of its files, by path, when they were opened."""
 
 
-def piecewise(
-    shape: tuple[int, ...], dtype: Any, rows: slice, read_rows: Callable[[int, int], np.ndarray]
-) -> np.ndarray:
-    """The `rows` of a tensor of `shape` in `dtype`, which `read_rows(first, end)` delivers as they are stored."""
+class Stamp(NamedTuple):
+    """What tells that a file is the one that was opened."""
+
+    size: int
+    modified_ns: int
+
+
+def stamp(path: Path) -> Stamp:
+    """A file's size and time stamp now."""
+    found = path.stat()
+    return Stamp(found.st_size, found.st_mtime_ns)
+
+
+def check_unchanged(path: Path, known: Stamp) -> None:
+    """Raise `ValueError` where a file is no longer what it was."""
+    if not path.is_file() or stamp(path) != known:
+        raise ValueError(f"{path} changed while it was read; leave it as it is and run the command again.")
+
+
+Reader = AbstractContextManager[Callable[[int, int], np.ndarray]]
+"""An open tensor: rows `first` to `end` as they are stored."""
+
+
+def piecewise(shape: tuple[int, ...], dtype: Any, rows: Rows, opened: Callable[[], Reader]) -> np.ndarray:
+    """The `rows` of a tensor of `shape` in `dtype`; the tensor is opened for each piece of it anew."""
+    if not isinstance(rows, slice):
+        return _gathered(shape, dtype, rows, opened)
     first, end, _ = rows.indices(shape[0])
     shape = (end - first, *shape[1:])
     values = _aligned(shape, np.dtype(dtype))
     step = max(1, _PIECE // max(1, int(np.prod(shape[1:]))))
     for start in range(first, end, step):
         stop = min(start + step, end)
-        with np.errstate(over="ignore"):  # whoever wanted float16 looks for what it could not hold
+        with opened() as read_rows, np.errstate(over="ignore"):  # who wanted float16 looks for what it could not hold
             values[start - first : stop - first] = read_rows(start, stop)
     return values
+
+
+def _gathered(shape: tuple[int, ...], dtype: Any, rows: np.ndarray, opened: Callable[[], Reader]) -> np.ndarray:
+    values = _aligned((len(rows), *shape[1:]), np.dtype(dtype))
+    with opened() as read_rows, np.errstate(over="ignore"):
+        for run in _runs(rows):
+            values[run] = read_rows(int(rows[run.start]), int(rows[run.stop - 1]) + 1)
+    return values
+
+
+def _runs(rows: np.ndarray) -> Iterator[slice]:
+    """Places in `rows` where indices follow each other."""
+    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+    for start, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+        if stop > start:
+            yield slice(int(start), int(stop))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

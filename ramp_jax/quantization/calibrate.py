@@ -59,7 +59,7 @@ def calibrate(model: Model, windows: Int[np.ndarray, "W T"]) -> Stats:
     """
     spec, params = model.spec, model.params
     moments: dict[str, Moments] = {}
-    x = embed(spec, params["token_embd"]["weight"], windows)
+    x = embed(spec, params, windows)
     for at in sweep.forward(spec, params, "calibrating"):
         x, found = _block_moments(at.block, at.weights, x)
         for tap in at.block.taps:
@@ -118,7 +118,7 @@ def second_moments(model: Model, windows: Int[np.ndarray, "W T"]) -> Iterator[di
     Beside the weights, memory holds the hidden states of all windows, `[W, T, D]` f32, twice. Raises `ValueError` where
     an activation is not finite.
     """
-    x = embed(model.spec, model.params["token_embd"]["weight"], windows)
+    x = embed(model.spec, model.params, windows)
     for at in sweep.forward(model.spec, model.params, "second moments"):
         x, second = block_second_moments(at.block, at.weights, x)
         for name, matrix in second.items():

@@ -25,7 +25,7 @@ from ramp_jax.formats.best import codes_of, state_of
 from ramp_jax.formats.rounding import reciprocal
 from ramp_jax.formats.row_chunks import in_row_chunks
 from ramp_jax.models import Model, lookup, matrices, tensors
-from ramp_jax.models.decoder import Params, embed
+from ramp_jax.models.decoder import Params, look_up
 from ramp_jax.models.layout import Block, replace_in_block
 from ramp_jax.quantization.calibrate import block_second_moments
 from ramp_jax.quantization.encoder import Encoder, Fitted
@@ -48,7 +48,7 @@ def compensate(model: Model, allocation: Allocation, windows: Int[np.ndarray, "W
     members = {tensor.name: tensor for tensor in matrices(model.spec)}
     first = tensors(model.spec)[0]
     embedding = decoded(model, first, allocation.format_of(first), plain)
-    x, fitted, failed = embed(model.spec, embedding, windows), {}, []
+    x, fitted, failed = look_up(model.spec, embedding, windows), {}, []
     for at in sweep.forward(model.spec, model.params, "compensating"):
         w = at.weights
         for activation in at.block.activations:

@@ -25,7 +25,7 @@ def explain(spec: DecoderSpec, params: Params, window: Int[np.ndarray, " T"]) ->
 
     A damaged tensor is named itself; where weights are finite, the layer whose output is not.
     """
-    x = embed(spec, params["token_embd"]["weight"], window[None])
+    x = embed(spec, params, window[None])
     if not _finite(x):
         return _damaged("token_embd.weight")
     for at in sweep.forward(spec, params):

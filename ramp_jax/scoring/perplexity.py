@@ -206,7 +206,7 @@ def _window_hidden(
     """Normed hidden states of each window from `start` on but the last token; windows sweep in groups."""
     size = max(1, _NUMBERS_AT_ONCE // (windows.shape[1] * spec.d_model))
     for first in range(0, len(windows), size):
-        x = embed(spec, params["token_embd"]["weight"], windows[first : first + size])
+        x = embed(spec, params, windows[first : first + size])
         for at in sweep.forward(spec, params):
             x = sweep.advance(at, x)
         yield from final_norm(spec, params, x[:, start:-1])

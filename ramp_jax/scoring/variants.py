@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ramp_jax.allocation import FALLBACK
 from ramp_jax.formats import format_for, get_format
 from ramp_jax.models import DecoderSpec, Model, allocatable, matrices
-from ramp_jax.models.decoder import Head, Params, embed, final_norm
+from ramp_jax.models.decoder import Head, Params, final_norm, look_up
 from ramp_jax.models.layout import by_run, full_name, of_block, replace_in_block, scan_blocks, stack
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
@@ -117,7 +117,7 @@ def mean_kld(variants: Variants, action: Int[Array, " T"]) -> Float[Array, ""]:
         return replace_in_block(others, {name: matrix.pick(action) for name, matrix in matrices.items()})
 
     entries = tuple(tuple(zip(*run, strict=True)) for run in zip(variants.runs, variants.others, strict=True))
-    x = embed(spec, top["token_embd.weight"], variants.windows)
+    x = look_up(spec, top["token_embd.weight"], variants.windows)
     x = final_norm(spec, variants.output_norm, scan_blocks(spec.blocks, entries, x, picked))[:, variants.start : -1]
     head = Head(top.get("output.weight", top["token_embd.weight"]), spec.final_cap)
     kld = mean_divergences(x.reshape(1, -1, x.shape[-1]), head, variants.hidden, variants.head)[0]

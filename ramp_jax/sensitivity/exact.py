@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from ramp_jax import sweep
 from ramp_jax.formats import Format, format_for
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable
-from ramp_jax.models.decoder import Params, block_forward, embed, final_norm, output_head
+from ramp_jax.models.decoder import Params, block_forward, embed, final_norm, look_up, output_head
 from ramp_jax.models.layout import replace_in_block
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
@@ -65,7 +65,7 @@ def exact_sensitivity(
     batches = _batches(members, levels, size=max(2, at_once // windows.size))
     # TPUs round the factors of f32 products to bf16 by default, in whose noise the highest levels drown
     with jax.default_matmul_precision("highest" if jax.default_backend() == "tpu" else "default"):
-        state, depth = embed(model.spec, model.params["token_embd"]["weight"], windows), 0
+        state, depth = embed(model.spec, model.params, windows), 0
         blocks = sweep.forward(model.spec, model.params)
         reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
         for batch in track(batches, "measuring sensitivity", "batch"):
@@ -163,7 +163,7 @@ def _costs(
     elif _is_head(first):
         starts, depth = nudged + [state] * len(new), len(spec.blocks)
     else:
-        starts, depth = nudged + [embed(spec, w, windows) for w in new], 0
+        starts, depth = nudged + [look_up(spec, w, windows) for w in new], 0
     hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
     head, reference = output_head(spec, params), _tokens(reference)
     if first.layer is not None or not (spec.tied or _is_head(first)):

@@ -126,7 +126,7 @@ def fisher_moves(
     members = {tensor.name: tensor for tensor in allocatable(spec)}
     embedding, head = tensors(spec)[0].name, tensors(spec)[0 if spec.tied else -1].name
     with jax.default_matmul_precision("default"):
-        state, states = embed(spec, params["token_embd"]["weight"], windows), []
+        state, states = embed(spec, params, windows), []
         for at in sweep.forward(spec, params):
             states.append(np.asarray(state))
             state = sweep.advance(at, state)
