@@ -3,9 +3,8 @@
 import ramp_jax
 model = ramp_jax.load_model("smollm2-135m")
 windows = ramp_jax.data.windows("builtin", model.tokenizer, context=512, count=8)
-stats = ramp_jax.calibrate(model, windows)
 policy = ramp_jax.load_policy("runs/smollm2-135m")
-model = ramp_jax.fold(model, stats, policy.fold_level, second=ramp_jax.second_moments(model, windows))
+model, stats = ramp_jax.calibrate_and_fold(model, windows, policy.fold_level)
 allocation = ramp_jax.allocate(policy, model, stats, budget_bytes=92_000_000)
 encoder = ramp_jax.make_encoder("best", model, windows, allocation)
 ramp_jax.export_gguf(model, allocation, "model.gguf", encoder)
@@ -20,8 +19,16 @@ from ramp_jax.allocators import Allocator
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, load_model, save_model
 from ramp_jax.policy.inference import Policy, allocate, find_allocator, load_policy
-from ramp_jax.quantization import Encoder, Stats, calibrate, make_encoder, fake_quantize, fold, refold
-from ramp_jax.quantization.calibrate import second_moments
+from ramp_jax.quantization import (
+    Encoder,
+    Stats,
+    calibrate,
+    calibrate_and_fold,
+    fake_quantize,
+    fold,
+    make_encoder,
+    refold,
+)
 from ramp_jax.workflow import evaluate
 
 __version__ = "0.2.0"
@@ -35,6 +42,7 @@ __all__ = [
     "Stats",
     "allocate",
     "calibrate",
+    "calibrate_and_fold",
     "data",
     "evaluate",
     "export_gguf",
@@ -46,5 +54,4 @@ __all__ = [
     "make_encoder",
     "refold",
     "save_model",
-    "second_moments",
 ]

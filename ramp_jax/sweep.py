@@ -65,14 +65,14 @@ def advance(at: Place, x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
     return in_batches(lambda part: block_forward(at.block, at.weights, part), x)
 
 
-def in_batches(run: Callable[[Float[Array, "B T D"]], Any], x: Float[Array, "W T D"]) -> Any:
-    """`run` over equal batches of windows, put together again."""
+def in_batches(run: Callable[..., Any], x: Float[Array, "W T D"], *more: Any) -> Any:
+    """`run` over equal batches of windows, put together again; `more` are arrays `[W, ...]` beside the states."""
     windows, time = x.shape[:2]
     at_once = _TOKENS_AT_ONCE if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATORS
     count = min(-(-windows * time // at_once), windows)
     size = -(-windows // count)
     if size == windows:
-        return run(x)
-    padded = jnp.pad(x, ((0, -windows % size), (0, 0), (0, 0)))
-    parts = [run(padded[start : start + size]) for start in range(0, len(padded), size)]
+        return run(x, *more)
+    padded = [jnp.pad(a, ((0, -windows % size), *[(0, 0)] * (a.ndim - 1))) for a in (x, *more)]
+    parts = [run(*(a[start : start + size] for a in padded)) for start in range(0, len(padded[0]), size)]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:windows], *parts)

@@ -34,14 +34,12 @@ from ramp_jax.quantization import (
     Encoder,
     EncoderName,
     Stats,
-    calibrate,
+    calibrate_and_fold,
     fake_quantize,
-    fold,
     importance_of,
     recorded_encoder,
     refold,
 )
-from ramp_jax.quantization.calibrate import second_moments
 from ramp_jax.scoring import perplexity, variants
 from ramp_jax.scoring.perplexity import Protocol
 from ramp_jax.scoring.scores import numbers
@@ -184,9 +182,7 @@ def _check_unseen(metadata: Metadata, allocation: str | Path | None, data: str, 
 
 def prepare(model: Model, calibration: WindowsConfig, fold_level: float) -> tuple[Model, Stats]:
     """The model folded for `fold_level`, and the statistics that decided it."""
-    windows = tokens(model, calibration, "calibration")
-    stats = calibrate(model, windows)
-    return fold(model, stats, fold_level, second=second_moments(model, windows)), stats
+    return calibrate_and_fold(model, tokens(model, calibration, "calibration"), fold_level)
 
 
 def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:

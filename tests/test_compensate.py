@@ -12,8 +12,9 @@ from ramp_jax.allocation import from_levels
 from ramp_jax.formats import decode, encode, get_format
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup
+from ramp_jax.models.decoder import embed
 from ramp_jax.quantization import calibrate, fake_quantize, fold, make_encoder, refold
-from ramp_jax.quantization.calibrate import second_moments
+from ramp_jax.quantization.calibrate import block_second_moments
 from ramp_jax.quantization.compensate import factor, in_chunks, loss
 
 
@@ -117,7 +118,8 @@ def test_first_layer_loses_less_and_no_row_more(untied, windows, allocation, com
     best = make_encoder("best", untied, windows, allocation)
     before, after = (fake_quantize(untied, allocation, encoder) for encoder in (best, compensated))
     again = tiny.changed(untied, "token_embd.weight", lambda _: before["token_embd"]["weight"])
-    second = next(iter(second_moments(again, windows)))["attn_in"]
+    x = embed(again.spec, again.params, windows)
+    second = block_second_moments(again.spec.blocks[0], again.params["blk"][0], x)[1]["attn_in"]
     for module in ("attn_q", "attn_k", "attn_v"):
         w = untied.params["blk"][0][module]["weight"]
         new = loss(after["blk"][0][module]["weight"] - w, second)

@@ -11,13 +11,14 @@ import tiny
 import torch
 from tiny import GROUPS, changed, stacked, with_blocks
 
+from ramp_jax import sweep
 from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.halo import libggml
 from ramp_jax.models import allocatable, lookup, tensors
+from ramp_jax.models.decoder import embed
 from ramp_jax.models.layout import foldable
-from ramp_jax.quantization import calibrate, fake_quantize, fold, refold
-from ramp_jax.quantization.calibrate import Moments
-from ramp_jax.quantization.calibrate import second_moments as layer_moments
+from ramp_jax.quantization import calibrate, calibrate_and_fold, fake_quantize, fold, refold
+from ramp_jax.quantization.calibrate import Moments, block_second_moments
 from ramp_jax.quantization.fold import ALPHAS, BETAS
 
 
@@ -293,9 +294,8 @@ def second_moments(model, windows):
 def test_full_second_moments_decide_by_the_error_of_the_outputs(untied, windows):
     """What is chosen loses no more than what the diagonal chooses, by the outputs' own error."""
     second, stats = second_moments(untied, windows), calibrate(untied, windows)
-    layers = [{tap: matrix[layer] for tap, matrix in second.items()} for layer in range(3)]
     lost = []
-    for chosen in (fold(untied, stats, 4, second=layers), fold(untied, stats, 4), untied):
+    for chosen in (calibrate_and_fold(untied, windows, 4)[0], fold(untied, stats, 4), untied):
         total, blk = 0.0, stacked(chosen.params)
         ones = {f"blk.{layer}.{tap}": np.ones(second[tap].shape[-1]) for layer in range(3) for tap in GROUPS}
         scales = per_layer({**ones, **chosen.folding})
@@ -337,15 +337,9 @@ def test_folding_of_another_shape(untied):
 
 def test_second_moments_equal_those_of_transformers(untied, windows):
     expected = second_moments(untied, windows)
-    layers = list(layer_moments(untied, windows))
-    assert len(layers) == 3
-    for layer, found in enumerate(layers):
+    x = embed(untied.spec, untied.params, windows)
+    for at in sweep.forward(untied.spec, untied.params):
+        layer, (x, found) = at.index, block_second_moments(at.block, at.weights, x)
         assert set(found) == set(GROUPS)
         for tap, matrix in found.items():
             np.testing.assert_allclose(matrix, expected[tap][layer], rtol=1e-3, atol=1e-4, err_msg=tap)
-
-
-def test_second_moment_that_is_not_finite(untied, windows):
-    broken = changed(untied, "blk.1.ffn_gate.weight", lambda w: w * np.nan)
-    with pytest.raises(ValueError, match="activation ffn_mid of layer 1 is not finite"):
-        list(layer_moments(broken, windows))

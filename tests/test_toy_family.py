@@ -24,8 +24,7 @@ from ramp_jax.models.layout import Activation, Block, SubBlock, foldable, pass_o
 from ramp_jax.models.spec import spec_from_hf
 from ramp_jax.policy.embedding import embed
 from ramp_jax.policy.inference import allocate, find_allocator, load_policy
-from ramp_jax.quantization import Encoder, calibrate, fake_quantize, fold, importance_of, refold
-from ramp_jax.quantization.calibrate import second_moments
+from ramp_jax.quantization import Encoder, calibrate, calibrate_and_fold, fake_quantize, importance_of, refold
 from ramp_jax.quantization.compensate import compensate
 from ramp_jax.scoring import variants
 from ramp_jax.scoring.perplexity import evaluate
@@ -112,8 +111,8 @@ def stats(toy, windows):
 
 
 @pytest.fixture(scope="module")
-def folded(toy, stats, windows):
-    return fold(toy, stats, 4, second=second_moments(toy, windows))
+def folded(toy, windows):
+    return calibrate_and_fold(toy, windows, 4)[0]
 
 
 def by_hand(model, ids):

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 from benchmarks.measuring import save_plots, timed
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 from matplotlib.figure import Figure
 
 from ramp_jax import data
@@ -28,8 +28,7 @@ from ramp_jax.formats import format_for
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, allocatable, load_model
-from ramp_jax.quantization import REFERENCE, Encoder, Stats, calibrate, fake_quantize, fold, importance_of
-from ramp_jax.quantization.calibrate import second_moments
+from ramp_jax.quantization import REFERENCE, Encoder, Stats, calibrate, fake_quantize, importance_of
 from ramp_jax.quantization.compensate import compensate
 from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
 from ramp_jax.scoring.scores import numbers
@@ -52,7 +51,6 @@ class Bench:
     model: Model
     fit: Int[np.ndarray, "W T"]
     stats: Stats
-    second: list[dict[str, Float[Array, "C C"]]]
     heldout: Int[np.ndarray, "W T"]
     reference: Reference
 
@@ -70,8 +68,8 @@ def encoder(repeats: int) -> dict[str, Any]:
     model = load_model(_MODEL.value)
     fit = data.windows("builtin", model.tokenizer, context=_CONTEXT, count=_CALIBRATION.value)
     heldout = data.windows("builtin", model.tokenizer, context=_CONTEXT, count=_HELDOUT.value, split="heldout")
-    cost, (stats, second) = _cost(lambda: (calibrate(model, fit), list(second_moments(model, fit))))
-    bench = Bench(model, fit, stats, second, heldout, reference_of(model, heldout))
+    cost, stats = _cost(lambda: calibrate(model, fit))
+    bench = Bench(model, fit, stats, heldout, reference_of(model, heldout))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "F16.gguf"
@@ -98,7 +96,7 @@ def _case(bench: Bench, case: str, source: Path, folder: Path) -> list[Row]:
     best = Encoder("best", importance)
     for column, encoder in {"plain": REFERENCE, "best": best}.items():
         rows.append(_rounded(bench, case, column, model, allocation, lambda _, e=encoder: e, {}))
-    cost, folded = _cost(lambda: fold(model, bench.stats, level or _FOLD_LEVEL, second=bench.second))
+    cost, (folded, _) = _cost(lambda: calibrate_and_fold(model, bench.fit, level or _FOLD_LEVEL))
     rows.append(_rounded(bench, case, "best, folded", folded, allocation, lambda _: best, cost))
     make = lambda m: compensate(m, allocation, bench.fit, best)  # noqa: E731
     rows.append(_rounded(bench, case, "compensated, folded", folded, allocation, make, cost))

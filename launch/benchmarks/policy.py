@@ -34,8 +34,7 @@ from ramp_jax.models import Model, load_model
 from ramp_jax.policy import inference
 from ramp_jax.policy.inference import Policy, check_levels, load_policy
 from ramp_jax.policy.refinement import refine
-from ramp_jax.quantization import Encoder, Stats, calibrate, fake_quantize, fold, importance_of
-from ramp_jax.quantization.calibrate import second_moments
+from ramp_jax.quantization import Encoder, Stats, calibrate_and_fold, fake_quantize, importance_of
 from ramp_jax.scoring import variants
 from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
 from ramp_jax.sensitivity.table import Sensitivity
@@ -84,8 +83,8 @@ def policy(repeats: int) -> Numbers:
     model = load_model(_TARGET.value)
     calibration = data.windows("builtin", model.tokenizer, **_CALIBRATION)
     heldout = data.windows("builtin", model.tokenizer, split="heldout", **_HELDOUT)
-    stats, reference = calibrate(model, calibration), reference_of(model, heldout)
-    folded = fold(model, stats, first.fold_level, second=second_moments(model, calibration))
+    reference = reference_of(model, heldout)
+    folded, stats = calibrate_and_fold(model, calibration, first.fold_level)
     encoder = Encoder("best", importance_of(model.spec, stats), EncodeCache(1 << 33))
     bench = Bench(folded, first.levels, costs(folded, first.levels), encoder)
     started = time.monotonic()

@@ -4,7 +4,7 @@ from ramp_jax.quantization.calibrate import Stats, calibrate
 from ramp_jax.quantization.encoder import DEFAULT_ENCODER, REFERENCE, Encoder, EncoderName
 from ramp_jax.quantization.encoder_factory import make_encoder, recorded_encoder
 from ramp_jax.quantization.fake_quant import decoded, fake_quantize
-from ramp_jax.quantization.fold import fold, refold
+from ramp_jax.quantization.fold import calibrate_and_fold, fold, refold
 from ramp_jax.quantization.importance import importance_of, read_imatrix, write_imatrix
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "EncoderName",
     "Stats",
     "calibrate",
+    "calibrate_and_fold",
     "decoded",
     "fake_quantize",
     "fold",

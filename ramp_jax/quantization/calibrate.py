@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ramp_jax import sweep
 from ramp_jax.models import DecoderSpec, Model
@@ -36,12 +36,14 @@ class Stats:
     """Moments by activation, of a model whose activations were divided by `folding` (see `Model.folding`).
 
     Names are full, as `blk.3.attn_in`: what matrices of the blocks read, `head_in`, and what moves along the residual
-    stream, before every block and written to it. `sample` is some of the text, for what needs gradients.
+    stream, before every block and written to it. `sample` is some of the text, for what needs gradients, and `states`
+    the stream `[L + 1, W, T, D]` f32 of these tokens before every block and after the last one.
     """
 
     moments: Mapping[str, Moments]
     folding: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     sample: Int[np.ndarray, "W T"] | None = None
+    states: Float[np.ndarray, "L+1 W T D"] | None = None
 
     def under(self, folding: Mapping[str, jax.Array]) -> "Stats":
         """The same statistics as they are under another folding."""
@@ -52,82 +54,99 @@ class Stats:
         return dataclasses.replace(self, moments={**self.moments, **changed}, folding=folding)
 
 
+class Seen(NamedTuple):
+    """What calibration saw in one block: moments of everything that its taps see, by name inside the block, and a
+    sketch `[K, C]` of every activation that matrices read, whose Σ s sᵀ is E[x xᵀ] on average."""
+
+    moments: dict[str, Moments]
+    sketches: dict[str, Float[Array, "K C"]]
+
+
 def calibrate(model: Model, windows: Int[np.ndarray, "W T"]) -> Stats:
-    """Statistics over all tokens of the windows, one window at a time.
+    """Statistics over all tokens of the windows, from one sweep.
 
     Raises `ValueError` where an activation is not finite, naming it, the layer and the window.
     """
+    return calibrated(model, windows, lambda at, seen: None)
+
+
+def calibrated(
+    model: Model, windows: Int[np.ndarray, "W T"], visit: Callable[[sweep.Place, Seen], None], sketch: int = 0
+) -> Stats:
+    """`calibrate`, with a `visit` of every block that is told what was seen there.
+
+    Sketches have about `sketch` rows, none by default.
+    """
     spec, params = model.spec, model.params
+    signs = _signs(windows, sketch)
     moments: dict[str, Moments] = {}
     x = embed(spec, params, windows)
+    states = [_sampled(x)]
     for at in sweep.forward(spec, params, "calibrating"):
-        x, found = _block_moments(at.block, at.weights, x)
-        for tap in at.block.taps:
-            moments[at.full(tap)], finite = found[tap]
-            _check_finite(finite, tap, f"layer {at.index}")
-    moments[HEAD_INPUT], finite = _head_moments(spec, {"output_norm": params["output_norm"]}, x)
-    _check_finite(finite, HEAD_INPUT, "the last layer")
-    return Stats(moments, model.folding, np.asarray(windows[: _SAMPLE[0], : _SAMPLE[1]]))
+        x, seen = observe(at, x, signs)
+        moments |= {at.full(tap): found for tap, found in seen.moments.items()}
+        states.append(_sampled(x))
+        visit(at, seen)
+    sums = sweep.in_batches(functools.partial(_head_sums, spec, {"output_norm": params["output_norm"]}), x)
+    moments[HEAD_INPUT] = _over_windows(sums, windows.size, HEAD_INPUT, "the last layer")
+    return Stats(moments, model.folding, _sampled(windows), np.stack(states))
 
 
-Seen = tuple[Moments, Bool[Array, " W"]]
-"""Moments over all windows, and in which of these they are finite."""
+def observe(
+    at: sweep.Place, x: Float[Array, "W T D"], signs: Float[np.ndarray, "W K T"]
+) -> tuple[Float[Array, "W T D"], Seen]:
+    """Hidden states after a block, and what was seen there; `signs` are those of the sketches, of every window."""
+    y, sums, sketches = sweep.in_batches(functools.partial(_observe_windows, at.block, at.weights), x, signs)
+    tokens = x.shape[0] * x.shape[1]
+    moments = {tap: _over_windows(sums[tap], tokens, tap, f"layer {at.index}") for tap in at.block.taps}
+    scale = 1 / np.sqrt(max(1, signs.shape[1]) * tokens)
+    return y, Seen(moments, {name: part.reshape(-1, part.shape[-1]) * scale for name, part in sketches.items()})
 
 
 @functools.partial(jax.jit, static_argnames="block")
-def _block_moments(block: Block, w: Params, x: Float[Array, "W T D"]) -> tuple[Float[Array, "W T D"], dict[str, Seen]]:
-    """Hidden states after a block, and what its taps see."""
-
-    def one_window(window: Float[Array, "T D"]) -> tuple[Float[Array, "T D"], dict[str, Moments]]:
-        y, sums = block_taps(block, w, window[None], lambda a: _sums(a[0]))
-        return y[0], sums
-
-    y, sums = jax.lax.map(one_window, x)
-    return y, {tap: _over_windows(found, x.shape[0] * x.shape[1]) for tap, found in sums.items()}
+def _observe_windows(
+    block: Block, w: Params, x: Float[Array, "B T D"], signs: Float[Array, "B K T"]
+) -> tuple[Float[Array, "B T D"], dict[str, Moments], dict[str, Float[Array, "B K C"]]]:
+    """Hidden states after a block, sums per window of what its taps see, and signed sums of what is read."""
+    y, found = block_taps(block, w, x, lambda a: a)
+    sketches = {a.name: jnp.einsum("bkt,btc->bkc", signs, found[a.name]) for a in block.activations}
+    return y, {tap: _sums(a) for tap, a in found.items()}, sketches
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _head_moments(spec: DecoderSpec, params: Params, x: Float[Array, "W T D"]) -> Seen:
-    """Of what the head reads."""
-    return _over_windows(jax.lax.map(lambda window: _sums(final_norm(spec, params, window)), x), x[..., 0].size)
+def _head_sums(spec: DecoderSpec, params: Params, x: Float[Array, "B T D"]) -> Moments:
+    """Of what the head reads, per window."""
+    return _sums(final_norm(spec, params, x))
 
 
-def _sums(x: Float[Array, "T C"]) -> Moments:
-    square, fourth, mean = (jnp.sum(x**power, axis=0) for power in (2, 4, 1))
-    return Moments(square, fourth, jnp.max(jnp.abs(x), axis=0), mean)
+def _signs(windows: Int[np.ndarray, "W T"], sketch: int) -> Float[np.ndarray, "W K T"]:
+    """Random signs by which tokens of a window are added up: E[ε εᵀ] = 1 makes Σ_k (Σ_t ε_kt x_t)² unbiased."""
+    count, time = windows.shape
+    each = -(-sketch // count)
+    return np.random.default_rng(0).choice(np.float32([-1, 1]), (count, each, time))
 
 
-def _over_windows(sums: Moments, tokens: int) -> Seen:
-    """From sums per window, `[W, C]`."""
-    square, fourth, mean = (jnp.sum(a, axis=0) / tokens for a in (sums.square, sums.fourth, sums.mean))
-    finite = jnp.all(jnp.isfinite(sums.fourth), axis=-1)
-    return Moments(square, fourth, jnp.max(sums.abs_max, axis=0), mean), finite
+def _sampled(by_token: Any) -> np.ndarray:
+    """Of the windows' tokens, those that statistics keep; hidden states depend on none that come after."""
+    return np.asarray(by_token[: _SAMPLE[0], : _SAMPLE[1]])
 
 
-def _check_finite(finite: Bool[Array, " W"], activation: str, where: str) -> None:
-    if not np.asarray(finite).all():
+def _sums(x: Float[Array, "B T C"]) -> Moments:
+    """Per window, `[B, C]`."""
+    square, fourth, mean = (jnp.sum(x**power, axis=1) for power in (2, 4, 1))
+    return Moments(square, fourth, jnp.max(jnp.abs(x), axis=1), mean)
+
+
+def _over_windows(sums: Moments, tokens: int, activation: str, where: str) -> Moments:
+    """From sums per window, `[W, C]`; raises `ValueError` that names a window where they are not finite."""
+    finite = np.isfinite(np.asarray(sums.fourth)).all(axis=-1)
+    if not finite.all():
         raise ValueError(
             f"activation {activation} of {where} is not finite in calibration window {int(np.argmin(finite))}; "
             f"load the model with dtype=float32, or check its weights."
         )
-
-
-def second_moments(model: Model, windows: Int[np.ndarray, "W T"]) -> Iterator[dict[str, Float[Array, "C C"]]]:
-    """E[x xᵀ] f32 of what matrices read, by the name inside the block: one block's matrices exist at a time.
-
-    Beside the weights, memory holds the hidden states of all windows, `[W, T, D]` f32, twice. Raises `ValueError` where
-    an activation is not finite.
-    """
-    x = embed(model.spec, model.params, windows)
-    for at in sweep.forward(model.spec, model.params, "second moments"):
-        x, second = block_second_moments(at.block, at.weights, x)
-        for name, matrix in second.items():
-            if not np.isfinite(np.asarray(jnp.trace(matrix))):
-                raise ValueError(
-                    f"activation {name} of layer {at.index} is not finite; load the model with dtype=float32, "
-                    f"or check its weights."
-                )
-        yield second
+    square, fourth, mean = (jnp.sum(a, axis=0) / tokens for a in (sums.square, sums.fourth, sums.mean))
+    return Moments(square, fourth, jnp.max(sums.abs_max, axis=0), mean)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "names"))

@@ -12,22 +12,31 @@ Folding. Norms that multiply by 1 + γ are stored as 1 + γ in the parameter tre
 
 import dataclasses
 import functools
-import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ramp_jax import sweep
 from ramp_jax.formats import format_up_to, get_format
 from ramp_jax.formats.row_chunks import in_row_chunks
-from ramp_jax.models import Model
-from ramp_jax.models.layout import SMALLEST_BLOCK, Activation, Block, Params, foldable, of_block, replace_in_block
-from ramp_jax.quantization.calibrate import Stats
+from ramp_jax.models import DecoderSpec, Model
+from ramp_jax.models.layout import (
+    SMALLEST_BLOCK,
+    Activation,
+    Block,
+    Params,
+    foldable,
+    full_name,
+    of_block,
+    replace_in_block,
+)
+from ramp_jax.models.store import StoredParams
+from ramp_jax.quantization.calibrate import Seen, Stats, calibrated
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(8))
 BETAS = (0.0, 0.3)
@@ -35,8 +44,31 @@ BETAS = (0.0, 0.3)
 
 _SMALLEST = 1e-4  # magnitude, of the group's largest; a dead channel keeps a finite scale
 _LARGEST_SCALE = 64.0
+_SKETCH = 256  # signed sums of tokens that stand for all of them
 _SEARCH_ROWS = 256  # of a group: they decide among the candidates, all rows whether to fold at all
 _LOG = logging.getLogger(__name__)
+
+
+def calibrate_and_fold(
+    model: Model,
+    windows: Int[np.ndarray, "W T"],
+    level: float,
+    *,
+    alphas: tuple[float, ...] = ALPHAS,
+    betas: tuple[float, ...] = BETAS,
+) -> tuple[Model, Stats]:
+    """The model folded for `level`, and the statistics that decided it, from one sweep.
+
+    As `fold`, but (α, β) minimizes the error of the outputs on the tokens themselves, tr(E H Eᵀ) with a sketch of
+    H = E[x xᵀ] that exists for one block at a time.
+    """
+    search = _Search(model.spec, level, alphas, betas)
+
+    def visit(at: sweep.Place, seen: Seen) -> None:
+        search.visit(at, {name: moments.square for name, moments in seen.moments.items()}, seen.sketches)
+
+    stats = calibrated(model, windows, visit, _SKETCH)
+    return search.folded(model), stats
 
 
 def fold(
@@ -46,40 +78,50 @@ def fold(
     *,
     alphas: tuple[float, ...] = ALPHAS,
     betas: tuple[float, ...] = BETAS,
-    second: Iterable[Mapping[str, Float[Array, "C C"]]] | None = None,
 ) -> Model:
     """The same function with scales chosen for quantization at `level`, or the next lower one that rows can take.
 
     Per activation, (α, β) minimizes the squared error of the outputs of the matrices that read it, quantized with the
-    activations' importance: tr(E H Eᵀ) with the second moments H of `model`, block by block as `second_moments` gives
-    them, else with their diagonal from `stats`. Activations whose readers' rows no level can hold stay as they are;
-    scales beyond 64 are clipped and reported. Raises `ValueError` where other levels could hold rows, but none up to
-    this one.
+    activations' importance, as far as `stats` knows them: channel by channel. Activations whose readers' rows no level
+    can hold stay as they are; scales beyond 64 are clipped and reported. Raises `ValueError` where other levels could
+    hold rows, but none up to this one.
     """
-    members = foldable(model.spec)
-    widths = {a.width for a in members.values() if a.width % SMALLEST_BLOCK == 0}
-    formats = {width: fmt.name for width in widths if (fmt := format_up_to(level, width)) is not None}
-    if widths and not formats:
-        raise ValueError(f"no level up to {level} can hold rows of {min(widths)} weights; fold at another level.")
+    search = _Search(model.spec, level, alphas, betas)
     moments = stats.under(model.folding).moments
-    grid = jnp.asarray([(a, b) for a in alphas for b in betas])
-    chosen: dict[str, jax.Array] = {}
-    clipped = 0
-    matrices = itertools.repeat({}) if second is None else iter(second)
-    for at in sweep.forward(model.spec, model.params, None if second else "folding"):
-        seconds = next(matrices)
+    for at in sweep.forward(model.spec, model.params, "folding"):
+        search.visit(at, {a.name: moments[at.full(a.name)].square for a in at.block.activations}, {})
+    return search.folded(model)
+
+
+class _Search:
+    """Folding block by block: candidates (α, β) `[A, 2]`, the formats of a level by width, and the scales found."""
+
+    def __init__(self, spec: DecoderSpec, level: float, alphas: tuple[float, ...], betas: tuple[float, ...]) -> None:
+        widths = {a.width for a in foldable(spec).values() if a.width % SMALLEST_BLOCK == 0}
+        self.formats = {width: fmt.name for width in widths if (fmt := format_up_to(level, width)) is not None}
+        if widths and not self.formats:
+            raise ValueError(f"no level up to {level} can hold rows of {min(widths)} weights; fold at another level.")
+        self.grid = np.asarray([(a, b) for a in alphas for b in betas], np.float32)
+        self.scales: dict[str, Float[Array, " C"]] = {}
+        self.clipped = 0
+
+    def visit(self, at: sweep.Place, squares: Mapping[str, jax.Array], sketches: Mapping[str, jax.Array]) -> None:
+        """Find a block's scales, from its activations' mean squares and, where they are known, sketches."""
         for activation in at.block.activations:
-            name, fmt = at.full(activation.name), formats.get(activation.width)
-            if name in members and fmt is not None:
+            fmt = self.formats.get(activation.width)
+            if activation.maker is not None and fmt is not None:
                 rows = [of_block(at.weights, r.name).astype(jnp.float32) for r in at.block.readers(activation.name)]
-                w, square = jnp.concatenate(rows), moments[name].square
-                scales, beyond = _scales(activation, w, square, grid)
-                best = _best(w, scales, square, jnp.asarray(seconds.get(activation.name, square)), fmt)
-                clipped += int(beyond[best].sum())
-                chosen[name] = scales[best]
-    if clipped:
-        _LOG.warning("%d scales of folding went beyond %g and were clipped.", clipped, _LARGEST_SCALE)
-    return _scaled(model, chosen)
+                w, square = jnp.concatenate(rows), squares[activation.name]
+                scales, beyond = _scales(activation, w, square, self.grid)
+                best = _best(w, scales, square, sketches.get(activation.name), fmt)
+                self.clipped += int(beyond[best].sum())
+                self.scales[at.full(activation.name)] = scales[best]
+
+    def folded(self, model: Model) -> Model:
+        """The model with all scales that were found."""
+        if self.clipped:
+            _LOG.warning("%d scales of folding went beyond %g and were clipped.", self.clipped, _LARGEST_SCALE)
+        return _scaled(model, self.scales)
 
 
 def refold(model: Model, folding: Mapping[str, Any]) -> Model:
@@ -103,14 +145,24 @@ def refold(model: Model, folding: Mapping[str, Any]) -> Model:
 
 def _scaled(model: Model, scales: Mapping[str, Float[Array, " C"]]) -> Model:
     """Divide each activation by its scales, and multiply the matrices that read it."""
-    folding, blk = dict(model.folding), dict(model.params["blk"])
-    for at in sweep.forward(model.spec, model.params):
-        for activation in at.block.activations:
-            s = scales.get(name := at.full(activation.name))
-            if s is not None:
-                blk[at.index] = fold_block(at.block, blk[at.index], activation, s)
-                folding[name] = folding.get(name, 1.0) * s
-    return dataclasses.replace(model, params={**model.params, "blk": blk}, folding=folding)
+    folding = model.folding | {name: model.folding.get(name, 1.0) * s for name, s in scales.items()}
+
+    def change(index: int, w: Params) -> Params:
+        return folded_block(model.spec.blocks[index], index, w, scales)
+
+    if isinstance(model.params, StoredParams):
+        params = model.params.changed(change)
+    else:
+        params = {**model.params, "blk": {index: change(index, w) for index, w in model.params["blk"].items()}}
+    return dataclasses.replace(model, params=params, folding=folding)
+
+
+def folded_block(block: Block, index: int, w: Params, scales: Mapping[str, Float[Array, " C"]]) -> Params:
+    """A block's tensors with every activation divided by its `scales`, by full name."""
+    for activation in block.activations:
+        if (s := scales.get(full_name(index, activation.name))) is not None:
+            w = fold_block(block, w, activation, s)
+    return w
 
 
 def fold_block(block: Block, w: Params, activation: Activation, s: Float[Array, " C"]) -> Params:
@@ -149,20 +201,22 @@ def _log(magnitude: Float[Array, " C"]) -> Float[Array, " C"]:
     return jnp.log(jnp.maximum(magnitude, _SMALLEST * jnp.maximum(jnp.max(magnitude), 1e-30)))
 
 
-def _best(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array, fmt: str) -> int:
+def _best(w: jax.Array, scales: jax.Array, square: jax.Array, sketch: jax.Array | None, fmt: str) -> int:
     """The candidate of the least error over evenly spaced rows, unless the first one's is smaller over all rows."""
     some = w[:: -(-len(w) // _SEARCH_ROWS)]
-    found = int(np.argmin(_errors(some, scales, square, moment, fmt)))
+    found = int(np.argmin(_errors(some, scales, square, sketch, fmt)))
     if found == 0:
         return 0
-    first, best = _errors(w, scales[np.array([0, found])], square, moment, fmt)
+    first, best = _errors(w, scales[np.array([0, found])], square, sketch, fmt)
     return found if best < first else 0
 
 
-def _errors(w: jax.Array, scales: jax.Array, square: jax.Array, moment: jax.Array, fmt: str) -> Float[np.ndarray, " A"]:
+def _errors(
+    w: jax.Array, scales: jax.Array, square: jax.Array, sketch: jax.Array | None, fmt: str
+) -> Float[np.ndarray, " A"]:
     """Of each candidate, over all rows; candidates and chunks of rows keep all cores busy."""
     run = functools.partial(_chunk_error, fmt=fmt)
-    chunks = in_row_chunks(run, w, square, moment, each=np.asarray(scales))
+    chunks = in_row_chunks(run, w, square, sketch, each=np.asarray(scales))
     return np.reshape(chunks, (len(scales), -1)).sum(axis=1, dtype=np.float64)
 
 
@@ -171,12 +225,11 @@ def _chunk_error(
     w: Float[Array, "R C"],
     s: Float[Array, " C"],
     square: Float[Array, " C"],
-    moment: Float[Array, " C"] | Float[Array, "C C"],
+    sketch: Float[Array, "K C"] | None,
     fmt: str,
 ) -> Float[Array, ""]:
     """Squared error of the outputs of rows whose columns were widened by s before rounding."""
     known = get_format(fmt)
     importance = jnp.maximum(square, 1e-4 * jnp.mean(square)) / jnp.square(s)
     off = known.decode(known.encode(w * s[None], importance)) / s[None] - w
-    across = off * moment[None] if moment.ndim == 1 else off @ moment
-    return jnp.sum(off * across)
+    return jnp.sum(jnp.square(off) * square[None]) if sketch is None else jnp.sum(jnp.square(off @ sketch.T))
