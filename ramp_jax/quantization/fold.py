@@ -45,7 +45,7 @@ BETAS = (0.0, 0.3)
 _SMALLEST = 1e-4  # magnitude, of the group's largest; a dead channel keeps a finite scale
 _LARGEST_SCALE = 64.0
 _SKETCH = 256  # signed sums of tokens that stand for all of them
-_SEARCH_ROWS = 256  # of a group: they decide among the candidates, all rows whether to fold at all
+_SEARCH_ROWS, _CHECK_ROWS = 64, 256  # of a group: these decide among the candidates, those whether to fold at all
 _LOG = logging.getLogger(__name__)
 
 
@@ -202,12 +202,12 @@ def _log(magnitude: Float[Array, " C"]) -> Float[Array, " C"]:
 
 
 def _best(w: jax.Array, scales: jax.Array, square: jax.Array, sketch: jax.Array | None, fmt: str) -> int:
-    """The candidate of the least error over evenly spaced rows, unless the first one's is smaller over all rows."""
-    some = w[:: -(-len(w) // _SEARCH_ROWS)]
-    found = int(np.argmin(_errors(some, scales, square, sketch, fmt)))
+    """The candidate of the least error over a few evenly spaced rows, unless the first one's is smaller over more."""
+    few, more = (w[:: -(-len(w) // count)] for count in (_SEARCH_ROWS, _CHECK_ROWS))
+    found = int(np.argmin(_errors(few, scales, square, sketch, fmt)))
     if found == 0:
         return 0
-    first, best = _errors(w, scales[np.array([0, found])], square, sketch, fmt)
+    first, best = _errors(more, scales[np.array([0, found])], square, sketch, fmt)
     return found if best < first else 0
 
 
