@@ -22,13 +22,11 @@ def check_memory(needed: int, what: str) -> None:
         )
 
 
-def check_disk(path: Path, needed: int) -> None:
+def check_disk(path: Path, needed: int, way_out: str = "free some or choose another output") -> None:
     """Raise `OSError` where the disk of `path`, which need not exist, has less than `needed` bytes left."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if needed > (free := shutil.disk_usage(folder).free):
-        raise OSError(
-            f"{path} needs {needed:,} bytes on disk, and {free:,} are free; free some or choose another output."
-        )
+        raise OSError(f"{path} needs {needed:,} bytes on disk, and {free:,} are free; {way_out}.")
 
 
 def check_output(path: Path, inputs: Iterable[Path]) -> None:

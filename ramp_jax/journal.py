@@ -1,0 +1,213 @@
+"""What a long job keeps beside its output, so that one that was killed goes on where it was."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import jax
+import numpy as np
+
+from ramp_jax.checkpoint import write_bytes
+
+_INPUTS, _LOCK, _STEP = "inputs.json", "lock", ".step"
+_ARRAY = "__array__"
+_ALIGNMENT = 64  # bytes at which JAX takes over an array without a copy
+_TREE, _CHECKSUM = struct.Struct("<QQ"), struct.Struct("<I")  # where the tree begins and its length; of all before it
+_AT_ONCE = 1 << 20  # bytes
+
+
+class Journal:
+    """Steps of a job by name, in a folder that is there until the job is done.
+
+    `inputs` says by name what the steps depend on. A context manager: where the body ends, the output is in place and
+    the folder is removed; where it raises, the folder stays for the next run unless nothing was saved. Opening raises
+    `ValueError` where the folder holds steps of a run with other inputs, `OSError` where it cannot be made or another
+    process works on it.
+    """
+
+    def __init__(self, folder: Path, inputs: Mapping[str, str]) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(exist_ok=True)
+            self._lock = _locked(folder / _LOCK)
+        except BlockingIOError as error:
+            raise OSError(f"another run works on {folder}; wait for its end, or choose another output.") from error
+        except OSError as error:
+            raise OSError(f"cannot keep steps in {folder} ({error.strerror}); choose another output.") from error
+        try:
+            self._claim(dict(inputs))
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def save(self, step: str, tree: Any) -> None:
+        """Keep a tree under the name of a step, in place of what that held; a kill leaves the one or the other whole.
+
+        Trees are dicts by strings, sequences, strings, numbers, None, and arrays of the host or of the device, which
+        reach the disk one by one.
+        """
+        path = self._path(step)
+        temporary = path.with_name(path.name + ".partial")
+        try:
+            with temporary.open("wb") as file:
+                _write(file, tree)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OSError(f"cannot write {path} ({error.strerror}); free some space there, then run again.") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, step: str) -> Any | None:
+        """What `save` kept, None where that is not there or damaged.
+
+        Tuples come back as lists. Arrays are read-only views of the file, which may be replaced while they are used.
+        """
+        try:
+            return _read(self._path(step))
+        except FileNotFoundError:
+            return None
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None or not any(self._steps()):
+            self._remove()
+        self._lock.close()
+
+    def _path(self, step: str) -> Path:
+        return self.folder / (step + _STEP)
+
+    def _steps(self) -> list[Path]:
+        return [*self.folder.glob(f"*{_STEP}"), *self.folder.glob(f"*{_STEP}.partial")]
+
+    def _claim(self, inputs: dict[str, str]) -> None:
+        """Raise `ValueError` where there are steps of other inputs."""
+        try:
+            found = json.loads((self.folder / _INPUTS).read_text(encoding="utf-8"))
+            found = found if isinstance(found, dict) else {}
+        except (FileNotFoundError, ValueError):
+            found = {}
+        changed = sorted(name for name in inputs.keys() | found.keys() if inputs.get(name) != found.get(name))
+        if changed and self._steps():
+            raise ValueError(
+                f"{self.folder} keeps what a run with other inputs has done (changed: {', '.join(changed)}); restore "
+                f"these to go on, or delete that folder to start afresh."
+            )
+        write_bytes(self.folder / _INPUTS, json.dumps(inputs, indent=1).encode())
+
+    def _remove(self) -> None:
+        """Delete what a journal writes, and the folder where it then is empty."""
+        for path in (*self._steps(), self.folder / _INPUTS, self.folder / _LOCK):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+
+class _Nowhere(Journal):
+    """Keeps nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def save(self, step: str, tree: Any) -> None:
+        pass
+
+    def load(self, step: str) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+
+NOWHERE: Journal = _Nowhere()
+"""For jobs that are not worth keeping, or have no file to keep something beside."""
+
+
+def beside(output: Path) -> Path:
+    """The folder in which the job that writes `output` keeps its steps."""
+    return output.with_name(output.name + ".journal")
+
+
+@functools.cache
+def code_version() -> str:
+    """A fingerprint of this package and of what compiles it: with another one, steps need not fit together."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return f"{digest.hexdigest()}, jax {jax.__version__}, {jax.default_backend()}"
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """An open file that no other process holds; raises `BlockingIOError` where one does."""
+    file = path.open("ab")
+    try:
+        import fcntl  # absent on Windows, and some network disks cannot lock
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except (ImportError, OSError):
+        pass
+    return file
+
+
+def _write(file: IO[bytes], tree: Any) -> None:
+    """The arrays, then the tree that says where they are, then where the tree is, then the checksum."""
+    size = checksum = 0
+
+    def append(content: Any) -> None:
+        nonlocal size, checksum
+        file.write(content)
+        size, checksum = size + len(content), zlib.crc32(content, checksum)
+
+    def place(leaf: Any) -> dict[str, Any]:
+        if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
+            raise TypeError(f"a journal keeps arrays, numbers and strings, no {type(leaf).__name__}")
+        array = np.asarray(leaf, order="C")
+        append(bytes(-size % _ALIGNMENT))
+        where = size
+        append(array.reshape(-1).view(np.uint8))
+        return {_ARRAY: [array.dtype.name, array.shape, where]}
+
+    text = json.dumps(tree, default=place).encode()
+    tree_at = _TREE.pack(size, len(text))
+    append(text + tree_at)
+    file.write(_CHECKSUM.pack(checksum))
+
+
+def _read(path: Path) -> Any | None:
+    """The tree in a file, its arrays mapped; None where the file is not as it was written."""
+    with path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size - _CHECKSUM.size
+        if end < _TREE.size or _CHECKSUM.pack(_checksum(file, end)) != file.read():
+            return None
+        file.seek(end - _TREE.size)
+        begin, length = _TREE.unpack(file.read(_TREE.size))
+        file.seek(begin)
+        text, mapped = file.read(length), np.memmap(file, mode="r")
+
+    def find(found: dict[str, Any]) -> Any:
+        if found.keys() != {_ARRAY}:
+            return found
+        name, shape, where = found[_ARRAY]
+        return np.ndarray(shape, np.dtype(name), buffer=mapped, offset=where)
+
+    return json.loads(text, object_hook=find)
+
+
+def _checksum(file: IO[bytes], size: int) -> int:
+    """Of the next bytes of a file, which are read piece by piece."""
+    checksum = 0
+    while part := file.read(min(size, _AT_ONCE)):
+        size, checksum = size - len(part), zlib.crc32(part, checksum)
+    return checksum
