@@ -14,17 +14,18 @@ from ramp_jax.resources import check_disk
 FOLDER = "RAMP_SCRATCH"
 """The environment variable that names the folder for these files; else they go where large temporary files belong."""
 
-_LARGEST = 1 << 28  # bytes of an array that may lie in memory
+LARGEST = 1 << 28
+"""Bytes of an array that may lie in memory."""
 
 
-def empty(shape: tuple[int, ...], dtype: Any = np.float32, largest: int = _LARGEST) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: Any = np.float32, largest: int | None = None) -> np.ndarray:
     """An array to be written, in memory up to the `largest` size in bytes, else in a file that is mapped into it.
 
-    Whoever works on such an array part by part says `release` after each. Raises `OSError` where the disk does not
-    hold it.
+    `largest` is `LARGEST` unless given. Whoever works on such an array part by part says `release` after each.
+    Raises `OSError` where the disk does not hold it.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size <= largest:
+    if size <= (LARGEST if largest is None else largest):
         return np.empty(shape, dtype)
     folder = _folder()
     way_out = f"free some or name another folder with {FOLDER}"

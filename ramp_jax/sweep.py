@@ -4,16 +4,19 @@ A stage of the work is a visit: what it does with a block while that block is th
 passes on. `forward` and `backward` say which block is there.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
+from ramp_jax import scratch
 from ramp_jax.models import DecoderSpec
-from ramp_jax.models.decoder import Params, block_forward
+from ramp_jax.models.decoder import Params, block_forward, embed
 from ramp_jax.models.layout import Block, full_name
 from ramp_jax.models.store import StoredParams
 from ramp_jax.progress import track
@@ -60,19 +63,58 @@ def _read_ahead(params: StoredParams, order: range) -> Iterator[Params]:
             yield params.finished(index, fetched)
 
 
+def begin(spec: DecoderSpec, params: Params, windows: Int[np.ndarray, "W T"]) -> Float[Array, "W T D"]:
+    """Hidden states before the first block; where they outgrow memory, in a file that every `through` writes anew."""
+    shape = (*windows.shape, spec.d_model)
+    if math.prod(shape) * 4 <= scratch.LARGEST:
+        return embed(spec, params, windows)
+    x = scratch.empty(shape)
+    for window, ids in zip(x, windows, strict=True):
+        window[:] = embed(spec, params, ids)
+    scratch.release(x)
+    return x
+
+
 def advance(at: Place, x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
-    """Hidden states after the block."""
-    return in_batches(lambda part: block_forward(at.block, at.weights, part), x)
+    """Hidden states after the block; those before it are given up."""
+    return through(lambda part: (block_forward(at.block, at.weights, part), None), x)[0]
+
+
+def through(
+    run: Callable[..., tuple[Float[Array, "B T D"], Any]], x: Float[Array, "W T D"], *more: Any
+) -> tuple[Float[Array, "W T D"], Any]:
+    """Hidden states after what `run` does with batches of windows, and what else it finds, `[W, ...]`.
+
+    `more` are arrays `[W, ...]` beside the states, which are given up.
+    """
+    if not isinstance(x, np.ndarray):
+        return in_batches(run, x, *more)
+
+    def in_place(part: np.ndarray, *beside: Any) -> Any:
+        y, found = run(part, *beside)
+        part[:] = y
+        return found
+
+    size, found = _batch(*x.shape[:2]), []
+    for start in range(0, len(x), size):
+        batch = slice(start, start + size)
+        found.append(in_place(x[batch], *(a[batch] for a in more)))
+        scratch.release(x)
+    return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
 
 
 def in_batches(run: Callable[..., Any], x: Float[Array, "W T D"], *more: Any) -> Any:
     """`run` over equal batches of windows, put together again; `more` are arrays `[W, ...]` beside the states."""
-    windows, time = x.shape[:2]
-    at_once = _TOKENS_AT_ONCE if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATORS
-    count = min(-(-windows * time // at_once), windows)
-    size = -(-windows // count)
+    windows, size = len(x), _batch(*x.shape[:2])
     if size == windows:
         return run(x, *more)
     padded = [jnp.pad(a, ((0, -windows % size), *[(0, 0)] * (a.ndim - 1))) for a in (x, *more)]
     parts = [run(*(a[start : start + size] for a in padded)) for start in range(0, len(padded[0]), size)]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:windows], *parts)
+
+
+def _batch(windows: int, time: int) -> int:
+    """How many windows go together, so that all batches but the last are equal."""
+    at_once = _TOKENS_AT_ONCE if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATORS
+    count = min(-(-windows * time // at_once), windows)
+    return -(-windows // count)

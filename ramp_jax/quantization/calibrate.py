@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from ramp_jax import sweep
 from ramp_jax.models import DecoderSpec, Model
-from ramp_jax.models.decoder import Params, block_taps, embed, final_norm
+from ramp_jax.models.decoder import Params, block_taps, final_norm
 from ramp_jax.models.layout import HEAD_INPUT, Block
 
 _SAMPLE = (2, 64)  # windows, and tokens of each, that statistics keep
@@ -80,7 +80,7 @@ def calibrated(
     spec, params = model.spec, model.params
     signs = _signs(windows, sketch)
     moments: dict[str, Moments] = {}
-    x = embed(spec, params, windows)
+    x = sweep.begin(spec, params, windows)
     states = [_sampled(x)]
     for at in sweep.forward(spec, params, "calibrating"):
         x, seen = observe(at, x, signs)
@@ -96,7 +96,7 @@ def observe(
     at: sweep.Place, x: Float[Array, "W T D"], signs: Float[np.ndarray, "W K T"]
 ) -> tuple[Float[Array, "W T D"], Seen]:
     """Hidden states after a block, and what was seen there; `signs` are those of the sketches, of every window."""
-    y, sums, sketches = sweep.in_batches(functools.partial(_observe_windows, at.block, at.weights), x, signs)
+    y, (sums, sketches) = sweep.through(functools.partial(_observe_windows, at.block, at.weights), x, signs)
     tokens = x.shape[0] * x.shape[1]
     moments = {tap: _over_windows(sums[tap], tokens, tap, f"layer {at.index}") for tap in at.block.taps}
     scale = 1 / np.sqrt(max(1, signs.shape[1]) * tokens)
@@ -106,11 +106,11 @@ def observe(
 @functools.partial(jax.jit, static_argnames="block")
 def _observe_windows(
     block: Block, w: Params, x: Float[Array, "B T D"], signs: Float[Array, "B K T"]
-) -> tuple[Float[Array, "B T D"], dict[str, Moments], dict[str, Float[Array, "B K C"]]]:
+) -> tuple[Float[Array, "B T D"], tuple[dict[str, Moments], dict[str, Float[Array, "B K C"]]]]:
     """Hidden states after a block, sums per window of what its taps see, and signed sums of what is read."""
     y, found = block_taps(block, w, x, lambda a: a)
     sketches = {a.name: jnp.einsum("bkt,btc->bkc", signs, found[a.name]) for a in block.activations}
-    return y, {tap: _sums(a) for tap, a in found.items()}, sketches
+    return y, ({tap: _sums(a) for tap, a in found.items()}, sketches)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ramp_jax import sweep
 from ramp_jax.models import DecoderSpec, Model
-from ramp_jax.models.decoder import Head, Params, embed, final_norm, output_head
+from ramp_jax.models.decoder import Head, Params, final_norm, output_head
+from ramp_jax.models.store import StoredParams
 from ramp_jax.progress import track
 from ramp_jax.scoring.diagnose import check_windows, explain
 from ramp_jax.scoring.scores import Evaluation
@@ -44,9 +45,9 @@ def reference_of(model: Model, windows: Int[np.ndarray, "W T"], protocol: Protoc
 
     Raises `ValueError` where they are not finite.
     """
-    hidden = _reference_hidden(model, windows, first_scored(protocol, windows.shape[1]))
+    running = _running(model, windows, first_scored(protocol, windows.shape[1]))
     bar = track(range(len(windows)), "running the reference", "window")
-    return Reference([np.asarray(next(hidden)) for _ in bar], output_head(model.spec, model.params))
+    return running._replace(hidden=[np.asarray(next(running.hidden)) for _ in bar])
 
 
 def predictions(
@@ -61,8 +62,7 @@ def predictions(
     if reference is None:
         return Reference(itertools.repeat(None, len(windows)), None)
     if isinstance(reference, Model):
-        hidden = _reference_hidden(reference, windows, first_scored(protocol, windows.shape[1]))
-        reference = Reference(hidden, output_head(reference.spec, reference.params))
+        reference = _running(reference, windows, first_scored(protocol, windows.shape[1]))
     if (known := len(reference.head.weight)) != vocab_size:
         raise ValueError(
             f"the reference predicts {known} tokens and the model {vocab_size}; compare models of one vocabulary."
@@ -70,14 +70,21 @@ def predictions(
     return reference
 
 
-def _reference_hidden(model: Model, windows: Int[np.ndarray, "W T"], start: int) -> Iterator[Float[Array, "S D"]]:
+def _running(model: Model, windows: Int[np.ndarray, "W T"], start: int) -> Reference:
+    """A reference whose hidden states are computed as they are read."""
     check_windows(windows, model.spec.vocab_size)
-    whole = bool(jnp.isfinite(output_head(model.spec, model.params).weight).all())
-    for i, hidden in enumerate(_window_hidden(model.spec, model.params, windows, start)):
-        if not (whole and jnp.isfinite(hidden).all()):
-            cause = explain(model.spec, model.params, windows[i])
-            raise ValueError(f"what the reference predicts in window {i} is not finite, {cause}.")
-        yield hidden
+    head = output_head(model.spec, model.params)
+
+    def checked() -> Iterator[Float[Array, "S D"]]:
+        whole = bool(jnp.isfinite(head.weight).all())
+        states = _window_hidden(model.spec, model.params, windows, start, "running the reference")
+        for i, hidden in enumerate(states):
+            if not (whole and jnp.isfinite(hidden).all()):
+                cause = explain(model.spec, model.params, windows[i])
+                raise ValueError(f"what the reference predicts in window {i} is not finite, {cause}.")
+            yield hidden
+
+    return Reference(checked(), head)
 
 
 def evaluate(
@@ -98,7 +105,7 @@ def evaluate(
     params = model.params if params is None else params
     beside = predictions(reference, windows, model.spec.vocab_size, protocol)
     head, scores = output_head(model.spec, params), []
-    states = _window_hidden(model.spec, params, windows, start)
+    states = _window_hidden(model.spec, params, windows, start, doing)
     for i, (window, x, hidden) in enumerate(zip(track(windows, doing, "window"), states, beside.hidden, strict=True)):
         found = head_scores(x, head, window[start + 1 :], hidden, beside.head)
         if not jnp.isfinite(found.nll).all():
@@ -201,12 +208,18 @@ def _chunked(a: jax.Array, size: int = _HEAD_CHUNK) -> jax.Array:
 
 
 def _window_hidden(
-    spec: DecoderSpec, params: Params, windows: Int[np.ndarray, "W T"], start: int
+    spec: DecoderSpec, params: Params, windows: Int[np.ndarray, "W T"], start: int, doing: str | None = None
 ) -> Iterator[Float[Array, "S D"]]:
-    """Normed hidden states of each window from `start` on but the last token; windows sweep in groups."""
-    size = max(1, _NUMBERS_AT_ONCE // (windows.shape[1] * spec.d_model))
+    """Normed hidden states of each window from `start` on but the last token.
+
+    Windows sweep in groups over weights in memory, all together over those on disk.
+    """
+    stored = isinstance(params, StoredParams)
+    size = len(windows) if stored else max(1, _NUMBERS_AT_ONCE // (windows.shape[1] * spec.d_model))
+    ends = {"output_norm": params["output_norm"]}
     for first in range(0, len(windows), size):
-        x = embed(spec, params, windows[first : first + size])
-        for at in sweep.forward(spec, params):
+        x = sweep.begin(spec, params, windows[first : first + size])
+        for at in sweep.forward(spec, params, doing if stored else None):
             x = sweep.advance(at, x)
-        yield from final_norm(spec, params, x[:, start:-1])
+        for window in x:
+            yield final_norm(spec, ends, jnp.asarray(window[start:-1]))
