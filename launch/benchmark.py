@@ -12,6 +12,8 @@
 `transfer`: policies on models that they were not trained on, and without each number.
 `reward`: what rewards are made of, and how training converges under them.
 `accelerator`: what 7B shapes take on one GPU or TPU.
+`memory`: memory, seconds and sweeps of every script, also on weights of real shapes that are made up.
+`end_to_end`: seconds from a checkpoint to a file, beside llama.cpp's.
 `loading`: memory and seconds of loading a sharded model of 1.5 billion weights, and a GGUF.
 `tokenizers`: ids of Hugging Face, llama.cpp and our reading of its file, for every kind of tokenizer.
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
@@ -30,10 +32,12 @@ from absl import app, flags
 from benchmarks import formats
 from benchmarks.accelerator import accelerator
 from benchmarks.encoder import encoder
+from benchmarks.end_to_end import end_to_end
 from benchmarks.families import families
 from benchmarks.forward import forward
 from benchmarks.loading import loading
 from benchmarks.measuring import RESULTS, plots_go_to, record
+from benchmarks.memory import memory
 from benchmarks.parity import parity
 from benchmarks.policy import policy
 from benchmarks.reward import reward
@@ -64,6 +68,8 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "transfer": transfer,
     "reward": reward,
     "policy": policy,
+    "memory": memory,
+    "end_to_end": end_to_end,
     "loading": loading,
     "encoder": encoder,
     "accelerator": accelerator,

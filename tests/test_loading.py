@@ -30,6 +30,7 @@ from ramp_jax.models.metadata import KeyValue, plain, typed
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 from benchmarks import loading
+from benchmarks.synthetic import write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 DEQUANTIZED = [
@@ -619,7 +620,7 @@ def test_hub_that_does_not_deliver(hub, answer, message):
 
 def test_memory_while_loading_is_little_more_than_the_model(tmp_path):
     """In a process of its own, a sharded bf16 model of 94 million weights."""
-    loading.write_shards(tmp_path / "big", loading.llama_spec(512))
+    write_checkpoint(tmp_path / "big", loading.llama_spec(512))
     assert loading.loaded("shards", tmp_path / "big", "float32")["peak_over_bytes"] < 1.25
 
 

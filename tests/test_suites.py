@@ -14,9 +14,11 @@ import torch
 
 from ramp_jax import workflow
 from ramp_jax.config import RunConfig, as_dict
+from ramp_jax.halo.llama_quantize import mix_types
 from ramp_jax.halo.torch_model import token_losses, torch_model
-from ramp_jax.models import load_model
+from ramp_jax.models import load_model, lookup, tensors
 from ramp_jax.models.rope import Rope
+from ramp_jax.models.spec import spec_from_hf
 from ramp_jax.policy import embedding, networks
 from ramp_jax.policy.env import CONTEXT
 from ramp_jax.policy.inference import Policy
@@ -26,13 +28,16 @@ from ramp_jax.scoring.perplexity import evaluate
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 from benchmarks import accelerator as accelerator_suite
+from benchmarks import end_to_end as end_to_end_suite
 from benchmarks import forward as forward_suite
-from benchmarks import measuring
+from benchmarks import measuring, synthetic, watched
+from benchmarks import memory as memory_suite
 from benchmarks import parity as parity_suite
 from benchmarks import policy as policy_suite
 from benchmarks import reward as reward_suite
 from benchmarks import sac as sac_suite
 from benchmarks import transfer as transfer_suite
+from benchmarks.sizes import Published
 
 
 @pytest.fixture
@@ -83,8 +88,11 @@ def test_contestants_take_turns(monkeypatch):
         calls.append(name)
         clock[0] += next(durations[name])
 
-    assert measuring.medians({name: lambda name=name: run(name) for name in "ab"}, 3) == {"a": 2, "b": 4}
+    contestants = {name: lambda name=name: run(name) for name in "ab"}
+    assert measuring.medians(contestants, 3) == {"a": 2, "b": 4}
     assert calls == list("abababab")
+    durations |= {"a": iter([3, 1]), "b": iter([2, 5])}
+    assert measuring.turns(contestants, 1) == {"a": [3, 1], "b": [2, 5]}
 
 
 def test_forward_suite_scores_the_same_text_everywhere(on_tiny, monkeypatch):
@@ -270,3 +278,99 @@ def test_accelerator_suite_measures_what_is_asked_for(monkeypatch):
     monkeypatch.setattr(accelerator_suite, "_ROWS", SimpleNamespace(value=["speed"]))
     with pytest.raises(ValueError, match="--accelerator_rows names 'speed'; choose from matmul, forward"):
         accelerator_suite.accelerator(1)
+
+
+@pytest.fixture
+def scripts(monkeypatch, untied_directory):
+    """Both suites of whole scripts on the tiny model and short windows, in front of what runs the scripts."""
+    for name in ("CONTEXT", "COUNT"):
+        monkeypatch.setattr(memory_suite, name, {"CONTEXT": 24, "COUNT": 2}[name])
+    for suite in (memory_suite, end_to_end_suite):
+        monkeypatch.setattr(suite, "_MODELS", SimpleNamespace(value=[str(untied_directory)]))
+        monkeypatch.setattr(suite, "_POLICY", SimpleNamespace(value="uniform"))
+    monkeypatch.setattr(synthetic, "_FOLDER", SimpleNamespace(value=None))
+    return lambda run: monkeypatch.setattr(watched, "run", run)
+
+
+TOOK = watched.Took(7_000_000_000, 2.0, 3, 0.5, {"forward": 1.0}, {"forward": 1.5})
+
+
+def test_memory_suite_runs_every_script(scripts, call, untied_directory):
+    """But the second export, which differs by a flag and takes longest."""
+
+    def run(name, *arguments, settings=None):
+        assert "--encoder=compensated" in arguments or call(name, *arguments)[0] == 0
+        return TOOK
+
+    scripts(run)
+    rows = memory_suite.memory(1)["rows"]
+    assert [row["command"].split()[0] for row in rows] == ["allocate", "export", "export", "evaluate"]
+    size = sum(file.stat().st_size for file in untied_directory.iterdir())
+    for row in rows:
+        assert (row["peak_gb"], row["sweeps"]) == (7.0, {"forward": 1.0})
+        assert row["peak_over_checkpoint"] == pytest.approx(7e9 / size)
+
+
+def test_end_to_end_suite_takes_turns_with_llama_cpp(scripts, monkeypatch):
+    """From nothing compiled on: scripts in one new cache, llama.cpp on the tokens of their calibration."""
+    runs, passes = [], []
+
+    def run(name, *arguments, settings):
+        cache = Path(settings["JAX_COMPILATION_CACHE_DIR"])
+        runs.append((name, [argument for argument in arguments if "encoder" in argument], cache.exists()))
+        cache.mkdir(exist_ok=True)
+        return TOOK
+
+    scripts(run)
+    forward, quantize = end_to_end_suite._forward, end_to_end_suite.quantize
+    types = []
+
+    def mixed(source, output, mix, importance):
+        types.append(mix_types(source, mix, importance))
+        return quantize(source, output, mix, importance)
+
+    monkeypatch.setattr(end_to_end_suite, "_forward", lambda source, ids: passes.append(ids) or forward(source, ids))
+    monkeypatch.setattr(end_to_end_suite, "quantize", mixed)
+    (row,) = end_to_end_suite.end_to_end(1)["rows"]
+    turn = [("allocate", [])] + [("export_gguf", [f"--encoder={encoder}"]) for encoder in ("best", "compensated")]
+    assert runs == [(*step, i > 0) for i, step in enumerate(turn * 2)]
+    assert [ids.shape for ids in passes] == [(2, 24)] * 2
+    assert set(types[0].values()) >= {"Q5_0", "Q8_0"}
+    theirs = row["llama.cpp forward"] + row["llama.cpp quantize"]
+    for how in ("best", "compensated"):
+        assert row[f"{how} over llama.cpp"] == pytest.approx((row["allocate"] + row[how]) / theirs)
+
+
+def test_scripts_are_watched_in_processes_of_their_own(untied_directory):
+    """What they hold, not what this process does; sweeps by what they are called; and why one fails."""
+    took = watched.run("evaluate", f"--model={untied_directory}", "--context=24", "--count=2")
+    assert 10**8 < took.peak_bytes < 10**9
+    assert took.sweeps == {"forward": pytest.approx(1.0)}
+    assert took.sweep_seconds["forward"] > 0
+    assert took.compile_seconds > 0
+    assert took.programs > 0
+    with pytest.raises(RuntimeError, match=r"launch/nothing\.py --a=1 failed: (.|\n)*No such file"):
+        watched.run("nothing", "--a=1")
+
+
+def test_made_checkpoint_has_the_shapes_that_are_published(monkeypatch, tmp_path):
+    """In shards, with as many layers as are asked for, gains 1 whatever the family stores, and text is read."""
+    config = tiny.family_model("gemma3").config.to_dict()
+    monkeypatch.setattr(synthetic, "MODELS", {"owner/Made": Published(0, config)})
+    monkeypatch.setattr(synthetic, "KNOWN", {"made": "owner/Made"})
+    monkeypatch.setattr(synthetic, "_FOLDER", SimpleNamespace(value=None))
+    monkeypatch.setattr(synthetic, "_LAYERS", SimpleNamespace(value=2))
+    path = synthetic.checkpoint("made", tmp_path)
+    model, published = load_model(path), spec_from_hf(config)
+    assert model.spec == dataclasses.replace(published, n_layers=2, windowed=published.windowed[:2])
+    assert len(list(Path(path).glob("*.safetensors"))) == 4
+    assert model.tokenizer.decode(model.tokenizer.encode("A text.")) == "A text."
+    for tensor in tensors(model.spec):
+        values = np.asarray(lookup(model.params, tensor))
+        if tensor.weight.kind == "gain":
+            np.testing.assert_array_equal(values, 1)
+        else:
+            assert values.std() == pytest.approx(0.02, rel=0.05)
+    monkeypatch.setattr(synthetic, "write_checkpoint", None)
+    assert synthetic.checkpoint("made", tmp_path) == path
+    assert synthetic.checkpoint("ref-llama", tmp_path) == "ref-llama"

@@ -11,23 +11,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from benchmarks.measuring import Numbers, said
-from safetensors.numpy import save_file
+from benchmarks.synthetic import write_checkpoint
 
 from ramp_jax.allocation import Allocation
 from ramp_jax.halo.export import export_gguf
-from ramp_jax.models import load_model, tensors
-from ramp_jax.models.safetensors_source import INDEX
-from ramp_jax.models.spec import DecoderSpec, hf_config, make_spec
+from ramp_jax.models import load_model
+from ramp_jax.models.spec import DecoderSpec, make_spec
 
 _WIDTH = flags.DEFINE_integer("loading_width", 2048, "Width of the sharded model.", lower_bound=64)
 _DTYPES = flags.DEFINE_list("loading_dtypes", ["bfloat16", "float32"], "Dtypes that it is loaded in.")
 _GGUF = flags.DEFINE_string("loading_gguf", "smollm2-135m", "The model that becomes a Q8_0 file.")
 
-_SHARDS = 4
 _LOAD = """
 import json, sys, time
 import jax
@@ -49,27 +45,12 @@ def loading(repeats: int) -> list[Numbers]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         sharded, file = Path(folder) / "sharded", Path(folder) / "Q8_0.gguf"
-        write_shards(sharded, llama_spec(_WIDTH.value))
+        write_checkpoint(sharded, llama_spec(_WIDTH.value))
         rows += [loaded("shards in bfloat16", sharded, dtype) for dtype in _DTYPES.value]
         model = load_model(_GGUF.value)
         export_gguf(model, Allocation.uniform(model, "Q8_0"), file)
         rows += [loaded("GGUF in Q8_0", file, dtype) for dtype in _DTYPES.value]
     return rows
-
-
-def write_shards(folder: Path, spec: DecoderSpec) -> None:
-    """A Hugging Face directory of random weights in bfloat16."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf_config(spec)))
-    noise = (np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02).astype(jnp.bfloat16)
-    members, files = tensors(spec), {}
-    for i in range(_SHARDS):
-        name = f"model-{i + 1:05d}-of-{_SHARDS:05d}.safetensors"
-        mine = members[i * len(members) // _SHARDS : (i + 1) * len(members) // _SHARDS]
-        values = {spec.family.hf_name(tensor): np.resize(noise, tensor.shape) for tensor in mine}
-        save_file(values, folder / name)
-        files |= dict.fromkeys(values, name)
-    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
 
 
 def llama_spec(width: int) -> DecoderSpec:

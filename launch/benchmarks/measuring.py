@@ -27,13 +27,16 @@ _PLOTS: dict[str, Any] = {"folder": None, "suite": "", "prefix": ""}
 
 def medians(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Seconds of each, after one warm-up, taking turns."""
+    return {key: statistics.median(times[1:]) for key, times in turns(contestants, repeats).items()}
+
+
+def turns(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, taking turns: of a first call and of `repeats` more."""
     times: dict[str, list[float]] = {key: [] for key in contestants}
-    for turn in range(repeats + 1):
+    for _ in range(repeats + 1):
         for key, run in contestants.items():
-            seconds, _ = timed(run)
-            if turn:
-                times[key].append(seconds)
-    return {key: statistics.median(values) for key, values in times.items()}
+            times[key].append(timed(run)[0])
+    return times
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:

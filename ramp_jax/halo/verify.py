@@ -48,7 +48,7 @@ def evaluate_gguf(
     context = windows.shape[1]
     start = first_scored(protocol, context)
     scores = []
-    with _session(path, context) as (run, vocab_size):
+    with session(path, context) as (run, vocab_size):
         beside = predictions(reference, windows, vocab_size, protocol)
         bar = track(windows, f"scoring {Path(path).stem} in llama.cpp", "window")
         for i, (window, hidden) in enumerate(zip(bar, beside.hidden, strict=True)):
@@ -67,7 +67,7 @@ def gguf_logits(path: str | Path, ids: Int[np.ndarray, "B T"]) -> Float[np.ndarr
 
     Raises `RuntimeError` where llama.cpp cannot load or run the file.
     """
-    with _session(path, ids.shape[1], exact=True) as (run, _):
+    with session(path, ids.shape[1], exact=True) as (run, _):
         return np.stack([run(window, range(len(window))) for window in ids])
 
 
@@ -79,8 +79,11 @@ def _scores(
 
 
 @contextlib.contextmanager
-def _session(path: str | Path, context: int, exact: bool = False) -> Iterator[tuple[Any, int]]:
-    """A function (ids `[T]`, positions wanted) → their logits `[S, V]`; V. `exact` keeps keys and values in f32."""
+def session(path: str | Path, context: int, exact: bool = False) -> Iterator[tuple[Any, int]]:
+    """A function (ids `[T]`, positions wanted) → their logits `[S, V]`; V. `exact` keeps keys and values in f32.
+
+    Both raise `RuntimeError` where llama.cpp cannot load or run the file.
+    """
     require()
     import llama_cpp
 
