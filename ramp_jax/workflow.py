@@ -141,11 +141,11 @@ def evaluate_tasks(
         from ramp_jax.scoring import tasks
     except ImportError as error:
         raise RuntimeError(f"lm-eval is not installed ({error}); run `pip install 'ramp-jax[tasks]'`.") from error
-    loaded = _loaded(model, dtype, tokenizer_from)
+    loaded = _loaded(model, dtype, tokenizer_from).in_memory()
     tokenizer_of(loaded)
     quantized = _quantized(loaded, allocation, encoder)
     found = tasks.accuracies(quantized, names, folder=folder, limit=limit)
-    aim = None if reference is None else _loaded(reference, dtype, tokenizer_from)
+    aim = None if reference is None else _loaded(reference, dtype, tokenizer_from).in_memory()
     return tasks.compared(found, None if aim is None else tasks.accuracies(aim, names, folder=folder, limit=limit))
 
 
@@ -194,12 +194,13 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     if (workdir / inference.POLICY_FILE).is_file():
         say(f"{workdir} already holds the policy of this config.")
         return load_policy(workdir)
-    models = [load_model(ref, config.dtype, config.tokenizer_from) for ref in config.models]
+    models = [load_model(ref, config.dtype, config.tokenizer_from, resident=False) for ref in config.models]
     for model in models:
         tokenizer_of(model)
     write_bytes(workdir / CONFIG, (json.dumps(as_dict(config), indent=1) + "\n").encode())
     tasks = tuple(
-        prepare_task(ref, model, config, workdir, say) for ref, model in zip(config.models, models, strict=True)
+        prepare_task(ref, model.in_memory(), config, workdir, say)
+        for ref, model in zip(config.models, models, strict=True)
     )
     say(f"Training on {' and '.join(config.models)} with levels {', '.join(f'{level:g}' for level in config.levels)}")
     with (workdir / METRICS).open("a", encoding="utf-8") as metrics:
