@@ -4,6 +4,7 @@ A stage of the work is a visit: what it does with a block while that block is th
 passes on. `forward` and `backward` say which block is there.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ramp_jax import scratch
-from ramp_jax.models import DecoderSpec
+from ramp_jax import devices, scratch
+from ramp_jax.models import DecoderSpec, sharding
 from ramp_jax.models.decoder import Params, block_forward, embed
 from ramp_jax.models.layout import Block, full_name
 from ramp_jax.models.store import StoredParams
@@ -77,7 +78,13 @@ def begin(spec: DecoderSpec, params: Params, windows: Int[np.ndarray, "W T"]) ->
 
 def advance(at: Place, x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
     """Hidden states after the block; those before it are given up."""
-    return through(lambda part: (block_forward(at.block, at.weights, part), None), x)[0]
+    run = functools.partial(block_forward, at.block, placed(at))
+    return through(lambda part: (run(part), None), x)[0]
+
+
+def placed(at: Place) -> Params:
+    """The block's tensors where windows go through it: on all devices, rows of matrices along `model`."""
+    return sharding.placed(at.block, at.weights)
 
 
 def through(
@@ -91,7 +98,7 @@ def through(
         return in_batches(run, x, *more)
 
     def in_place(part: np.ndarray, *beside: Any) -> Any:
-        y, found = run(part, *beside)
+        y, found = devices.along_data(run, part, *beside)
         part[:] = y
         return found
 
@@ -104,17 +111,21 @@ def through(
 
 
 def in_batches(run: Callable[..., Any], x: Float[Array, "W T D"], *more: Any) -> Any:
-    """`run` over equal batches of windows, put together again; `more` are arrays `[W, ...]` beside the states."""
+    """`run` over equal batches of windows, put together again; `more` are arrays `[W, ...]` beside the states.
+
+    The windows of a batch are dealt out along the mesh's `data`.
+    """
     windows, size = len(x), _batch(*x.shape[:2])
     if size == windows:
-        return run(x, *more)
+        return jax.tree.map(jnp.asarray, devices.along_data(run, x, *more))
     padded = [jnp.pad(a, ((0, -windows % size), *[(0, 0)] * (a.ndim - 1))) for a in (x, *more)]
-    parts = [run(*(a[start : start + size] for a in padded)) for start in range(0, len(padded[0]), size)]
+    batches = ([a[start : start + size] for a in padded] for start in range(0, len(padded[0]), size))
+    parts = [devices.along_data(run, *batch) for batch in batches]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:windows], *parts)
 
 
 def _batch(windows: int, time: int) -> int:
-    """How many windows go together, so that all batches but the last are equal."""
-    at_once = _TOKENS_AT_ONCE if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATORS
-    count = min(-(-windows * time // at_once), windows)
+    """How many windows go together, so that all batches but the last are equal and no device gets too much."""
+    each = _TOKENS_AT_ONCE if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATORS
+    count = min(-(-windows * time // (each * devices.width())), windows)
     return -(-windows // count)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ramp_jax import devices
 from ramp_jax.cores import cores
 from ramp_jax.formats.registry import Effort, get_format
 from ramp_jax.formats.search import LANES
@@ -67,7 +68,7 @@ def in_row_chunks(
     each: Iterable[Any] | None = None,
     on_accelerator: int = _ACCELERATOR_ROWS,
 ) -> list[Any]:
-    """`run(rows, *rest)` of equal chunks of w's rows in f32, on all cores; the last is filled up with rows of zeros.
+    """`run(rows, *rest)` of equal chunks of w's rows in f32, on all cores and devices; zeros fill up the last.
 
     With `each`, `run(rows, item, *rest)` for every item of it, all chunks of the first item first. Accelerators take up
     to `on_accelerator` weights at once, whole matrices as a rule.
@@ -77,13 +78,20 @@ def in_row_chunks(
     size = min(size, 1 << (len(w) - 1).bit_length() if on_cpu else len(w))
     items = [()] if each is None else [(item,) for item in each]
 
-    def one_chunk(job: tuple[tuple[Any, ...], int]) -> Any:
-        item, start = job
-        chunk = jnp.asarray(w[start : start + size], jnp.float32)
-        short = size - len(chunk)
-        return jax.block_until_ready(run(jnp.pad(chunk, ((0, short), (0, 0))) if short else chunk, *item, *rest))
+    def chunk(start: int) -> Float[Array, "S I"]:
+        rows = jnp.asarray(w[start : start + size], jnp.float32)
+        short = size - len(rows)
+        return jnp.pad(rows, ((0, short), (0, 0))) if short else rows
 
-    return list((_pool().map if on_cpu else map)(one_chunk, itertools.product(items, range(0, len(w), size))))
+    jobs = itertools.product(items, range(0, len(w), size))
+    if devices.current() is not None:
+        return list(devices.each(run, ((chunk(start), *item) for item, start in jobs), *rest))
+
+    def one_job(job: tuple[tuple[Any, ...], int]) -> Any:
+        item, start = job
+        return jax.block_until_ready(run(chunk(start), *item, *rest))
+
+    return list((_pool().map if on_cpu else map)(one_job, jobs))
 
 
 def _in_chunks(run: Callable[..., Any], w: jax.Array, importance: jax.Array | None) -> Any:

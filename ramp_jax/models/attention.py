@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ramp_jax.devices import by_head
 from ramp_jax.models.layers import gain, linear, linear_weights, norm, soft_cap
 from ramp_jax.models.layout import Activation, Params, SubBlock, Tap, Weight, pass_on
 from ramp_jax.models.rope import Rope, rotate
@@ -103,7 +104,7 @@ class Attention(SubBlock):
     def __call__(self, w: Params, x: Float[Array, "B T D"], tap: Tap = pass_on) -> Float[Array, "B T D"]:
         """The stream after it."""
         h = tap("attn_in", norm(x, w, self.norm, self.norm_eps))
-        q, k, v = self._heads(w, h)
+        q, k, v = by_head(self.n_kv_heads, *self._heads(w, h))
         if self.rope is not None:
             rotation = self.rope.rotation(x.shape[1])
             q, k = rotate(q, rotation), rotate(k, rotation)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ramp_jax.devices import whole
 from ramp_jax.models.layout import Weight
 
 ACTIVATIONS = {"silu": nnx.silu, "gelu_tanh": nnx.gelu}  # flax's gelu is the tanh approximation
@@ -14,7 +15,7 @@ ACTIVATIONS = {"silu": nnx.silu, "gelu_tanh": nnx.gelu}  # flax's gelu is the ta
 
 def matmul(x: Float[Array, "... I"], w: Float[Array, "O I"]) -> Float[Array, "... O"]:
     """x · wᵀ with operands in the weights' dtype, accumulated in f32."""
-    return jnp.einsum("...i,oi->...o", x.astype(w.dtype), w, preferred_element_type=jnp.float32)
+    return jnp.einsum("...i,oi->...o", whole(x.astype(w.dtype)), w, preferred_element_type=jnp.float32)
 
 
 def linear(x: Float[Array, "... I"], module: dict[str, Any]) -> Float[Array, "... O"]:
@@ -25,6 +26,7 @@ def linear(x: Float[Array, "... I"], module: dict[str, Any]) -> Float[Array, "..
 
 def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """x / rms(x) · gain."""
+    x = whole(x)
     normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
     return normed * jnp.broadcast_to(gain, x.shape)
 

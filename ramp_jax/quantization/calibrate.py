@@ -96,7 +96,7 @@ def observe(
     at: sweep.Place, x: Float[Array, "W T D"], signs: Float[np.ndarray, "W K T"]
 ) -> tuple[Float[Array, "W T D"], Seen]:
     """Hidden states after a block, and what was seen there; `signs` are those of the sketches, of every window."""
-    y, (sums, sketches) = sweep.through(functools.partial(_observe_windows, at.block, at.weights), x, signs)
+    y, (sums, sketches) = sweep.through(functools.partial(_observe_windows, at.block, sweep.placed(at)), x, signs)
     tokens = x.shape[0] * x.shape[1]
     moments = {tap: _over_windows(sums[tap], tokens, tap, f"layer {at.index}") for tap in at.block.taps}
     scale = 1 / np.sqrt(max(1, signs.shape[1]) * tokens)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ramp_jax import sweep
+from ramp_jax import devices, sweep
 from ramp_jax.models import DecoderSpec, Model
 from ramp_jax.models.decoder import Head, Params, final_norm, output_head
 from ramp_jax.models.store import StoredParams
@@ -106,11 +106,12 @@ def evaluate(
     beside = predictions(reference, windows, model.spec.vocab_size, protocol)
     head, scores = output_head(model.spec, params), []
     states = _window_hidden(model.spec, params, windows, start, doing)
-    for i, (window, x, hidden) in enumerate(zip(track(windows, doing, "window"), states, beside.hidden, strict=True)):
-        found = head_scores(x, head, window[start + 1 :], hidden, beside.head)
-        if not jnp.isfinite(found.nll).all():
+    items = ((x, window[start + 1 :], ref_x) for x, window, ref_x in zip(states, windows, beside.hidden, strict=True))
+    found = devices.each(_window_scores, items, head, beside.head)
+    for i, (window, one) in enumerate(zip(track(windows, doing, "window"), found, strict=True)):
+        if not np.isfinite(one.nll).all():
             raise ValueError(f"the loss of window {i} is not finite, {explain(model.spec, params, window)}.")
-        scores.append(found)
+        scores.append(one)
     return joined(scores)
 
 
@@ -142,6 +143,17 @@ def token_scores(
     ref_nll = -jnp.take_along_axis(log_ref, targets[None], axis=0)[0]
     likeliest = (a == jnp.max(a, axis=0, keepdims=True) for a in (log_p, log_ref))
     return TokenScores(nll, kld, ref_nll, same_top=jnp.any(jnp.logical_and(*likeliest), axis=0))
+
+
+def _window_scores(
+    x: Float[Array, "T D"],
+    targets: Int[Array, " T"],
+    ref_x: Float[Array, "T D"] | None,
+    head: Head,
+    ref_head: Head | None,
+) -> TokenScores:
+    """`head_scores`, with what windows share behind what is each window's own."""
+    return head_scores(x, head, targets, ref_x, ref_head)
 
 
 @jax.jit

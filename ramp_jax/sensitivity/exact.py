@@ -12,6 +12,7 @@ axis grows with the number of layers.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Collection, Sequence
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ramp_jax import sweep
+from ramp_jax import devices, sweep
 from ramp_jax.formats import Format, format_for
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable
 from ramp_jax.models.decoder import Params, block_forward, embed, final_norm, look_up, output_head
@@ -156,6 +157,7 @@ def _costs(
     nudged = [_nudged(state)] if batch.nudged else []
     if first.layer is not None:
         at = next(sweep.forward(spec, params, first=first.layer))
+        at = at._replace(weights=sweep.placed(at))
         pairs = zip(batch.cells, new, strict=True)
         changed = [at._replace(weights=replace_in_block(at.weights, {c.tensor.weight.name: w})) for c, w in pairs]
         starts = [sweep.advance(at, x) for x in nudged] + [sweep.advance(place, state) for place in changed]
@@ -167,10 +169,18 @@ def _costs(
     hidden = _tokens(_run_from(spec, params, jnp.stack(starts), depth)[:, :, scored])
     head, reference = output_head(spec, params), _tokens(reference)
     if first.layer is not None or not (spec.tied or _is_head(first)):
-        return np.asarray(mean_divergences(hidden, head, reference, head))
+        found = devices.each(mean_divergences, _shares(hidden), head, reference, head)
+        return np.concatenate(list(found))[: len(hidden)]
     heads = [head] * batch.nudged + [dataclasses.replace(head, weight=w) for w in new]
-    pairs = zip(hidden, heads, strict=True)
-    return np.concatenate([mean_divergences(x[None], changed, reference, head) for x, changed in pairs])
+    pairs = ((x[None], changed) for x, changed in zip(hidden, heads, strict=True))
+    return np.concatenate(list(devices.each(mean_divergences, pairs, reference, head)))
+
+
+def _shares(hidden: Float[Array, "K N D"]) -> list[tuple[Float[Array, "S N D"]]]:
+    """Variants in equal shares, one per device; the last variant fills up what is missing."""
+    size = -(-len(hidden) // devices.count())
+    shares = np.minimum(np.arange(-(-len(hidden) // size) * size), len(hidden) - 1).reshape(-1, size)
+    return [(hidden[share],) for share in shares]
 
 
 @jax.jit
@@ -187,5 +197,5 @@ def _run_from(spec: DecoderSpec, params: Params, x: Float[Array, "K W T D"], dep
     """Normed hidden states after the last block, from those before the block at `depth`."""
     y = x.reshape(-1, *x.shape[2:])
     for at in sweep.forward(spec, params, first=depth):
-        y = block_forward(at.block, at.weights, y)
+        y = devices.along_data(functools.partial(block_forward, at.block, sweep.placed(at)), y)
     return final_norm(spec, params, y).reshape(x.shape)
