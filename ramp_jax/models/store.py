@@ -70,6 +70,11 @@ class StoredParams(Mapping[str, Any]):
         value = self.finish(tensor, self.read(tensor, rows))
         return value.astype(self.dtype) if tensor.is_matrix else value
 
+    def narrow(self, name: str) -> jax.Array:
+        """A matrix outside the blocks in its own dtype or the tree's, whichever is narrower."""
+        (tensor,) = (tensor for tensor in self._outside if tensor.path[0] == name)
+        return jax.device_put(self.read(tensor, ALL))
+
     def fetch(self, index: int) -> dict[Tensor, np.ndarray]:
         """A block's tensors as they are stored: what can be done while another block computes."""
         return {tensor: self.read(tensor, ALL) for tensor in tensors(self.spec) if tensor.layer == index}
