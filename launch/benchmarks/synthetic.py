@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 from benchmarks.sizes import MODELS
 from benchmarks.zoo import builtin_tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from ramp_jax.models import Tensor, tensors
 from ramp_jax.models.safetensors_source import INDEX
@@ -56,11 +57,12 @@ def checkpoint(name: str, folder: Path) -> str:
     layers = _LAYERS.value or spec.n_layers
     path = Path(_FOLDER.value or folder) / f"{name}-{layers}-layers"
     if not path.exists():
-        write_checkpoint(path, dataclasses.replace(spec, n_layers=layers, windowed=spec.windowed[:layers]))
+        made = dataclasses.replace(spec, n_layers=layers, windowed=spec.windowed[:layers])
+        write_checkpoint(path, made, builtin_tokenizer())
     return str(path)
 
 
-def write_checkpoint(path: Path, spec: DecoderSpec) -> None:
+def write_checkpoint(path: Path, spec: DecoderSpec, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """A Hugging Face directory in four shards, which appears under its name when it is whole.
 
     Matrices and biases are normal of standard deviation 0.02, gains 1, all in bfloat16; a chunk of a tensor is in
@@ -72,7 +74,8 @@ def write_checkpoint(path: Path, spec: DecoderSpec) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / "config.json").write_text(json.dumps(hf_config(spec) | {"torch_dtype": "bfloat16"}))
-    builtin_tokenizer().save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
     rng, files = np.random.default_rng(0), {}
     for i in range(_SHARDS):
         name = f"model-{i + 1:05d}-of-{_SHARDS:05d}.safetensors"
