@@ -130,6 +130,12 @@ def rows_of(params: Params, tensor: Tensor, rows: Rows = ALL) -> Float[Array, "R
     return lookup(params, tensor)[rows]
 
 
+def pieces_of(params: Params, tensor: Tensor, rows: int) -> Iterator[Float[Array, "R I"]]:
+    """A matrix in pieces of so many rows, one after the other; the last may be shorter."""
+    for start in range(0, tensor.shape[0], rows):
+        yield rows_of(params, tensor, slice(start, start + rows))
+
+
 def in_memory(params: Params) -> dict[str, Any]:
     """The tree as a dictionary of arrays."""
     if not isinstance(params, StoredParams):

@@ -69,7 +69,7 @@ def estimated(model: Model, stats: Stats, levels: tuple[float, ...]) -> Estimate
     if stats.sample is None:
         raise ValueError("the statistics hold no sample of the text, which the estimate needs; calibrate the model.")
     encoder = Encoder("reference", importance_of(model.spec, stats))
-    return estimate(model.astype(jnp.float32), stats.sample, levels, encoder)
+    return estimate(model, stats.sample, levels, encoder, stats.states)
 
 
 def embed(model: Model, stats: Stats, loss: Float[np.ndarray, " T"] | None = None) -> Float[np.ndarray, "T 11"]:

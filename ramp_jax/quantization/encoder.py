@@ -6,7 +6,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from ramp_jax.checkpoint import digest
 from ramp_jax.formats.check import EncodeCache, checked_encode
@@ -54,12 +57,16 @@ class Encoder:
                     f"and its folding."
                 )
             return known.codes
-        weights = folded(self.importance, tensor, model.folding)
+        encode = checked_encode if self.cache is None else self.cache.encode
+        return encode(tensor.name, w, fmt, self.weights_of(tensor, model.folding), self.effort)
+
+    def weights_of(self, tensor: Tensor, folding: Mapping[str, jax.Array]) -> Float[np.ndarray, " I"] | None:
+        """What weighs the errors of a tensor's columns in a model of this folding; None where all count alike."""
+        weights = folded(self.importance, tensor, folding)
         if weights is not None and not weights.any():
             _say_unweighted(tensor.name)
-            weights = None
-        encode = checked_encode if self.cache is None else self.cache.encode
-        return encode(tensor.name, w, fmt, weights, self.effort)
+            return None
+        return weights
 
 
 @functools.cache

@@ -3,19 +3,24 @@
 Near the model, KL(p ‖ p') = ½ δzᵀ F δz with the change δz of a token's logits and F = diag(p) − p pᵀ; there is no
 first-order part, since a model is the minimum of its own divergence (Schraudolph 2002). Probes r with E[r rᵀ] = F make
 it a squared inner product, E[(r · δz)²] = δzᵀ F δz (Hutchinson 1990), and one backward pass from r gives the gradient
-g of Σ_t r_t · z_t at every layer. What a quantized tensor changes in the stream after its sub-block is linear in
-the change of its weights, δh = J δW, and costs ½ Σ_u (g_u · δh_u)², summed token by token: the square of the sum over
-tokens less the products of different tokens, which are small on average and very noisy.
+g of Σ_t r_t · z_t at every layer. A change δW changes what its matrix makes of a token's x by δy = δW x, moves the
+token by m = g · δy, and costs ½ Σ m²: the square of the sum over tokens less the products of different tokens, which
+are small on average and very noisy. Where tokens meet between the matrix and the stream, δy is pushed to the stream
+first: counted at the tokens of the keys and values, not at those that attend to them, moves estimate far worse.
 
-Memory beside the weights: hidden states of all layers lie on the host, L · W · T · D f32; the device holds A changes
-of the embedding, the head and one layer's tensors, and (P + 3A) · W · T · F f32 of one layer's activations with A
-levels and P probes.
+All of this needs δy only, so rounding errors are made, used and dropped some rows at a time. Vocabularies pass by in
+pieces, twice: first the normalizer of p, then probes r = e − p Σ e, where e = √p ∘ ε has random signs ε; Σ e is known
+only at the end, so what e and p pull back and move is summed apart.
+
+Memory beside the weights: one block in f32, the hidden states before all layers on the host, L · W · T · D f32, and per
+token (P + A) · O f32 of a block's matrices with A changes and P probes.
 """
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +28,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ramp_jax import sweep
-from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, lookup, tensors
-from ramp_jax.models.decoder import Params, embed, final_norm, output_head
+from ramp_jax.formats import get_format
+from ramp_jax.formats.check import check
+from ramp_jax.formats.registry import Effort
+from ramp_jax.formats.row_chunks import in_row_chunks
+from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, tensors
+from ramp_jax.models.decoder import Params, embed, final_norm
 from ramp_jax.models.layers import matmul, soft_cap
 from ramp_jax.models.layout import Block, SubBlock, of_block, replace_in_block
-from ramp_jax.quantization import REFERENCE, Encoder, decoded
+from ramp_jax.models.store import pieces_of, rows_of
+from ramp_jax.quantization import REFERENCE, Encoder
 from ramp_jax.scoring.perplexity import Protocol, first_scored
 from ramp_jax.sensitivity.exact import Cell, cells
 from ramp_jax.sensitivity.table import Sensitivity, fingerprint
 
 PROBES = 4
 
-_ROWS_AT_ONCE = 64  # scored tokens whose logits exist at one time
+_NUMBERS_AT_ONCE = 1 << 24  # of a vocabulary's weights, or of its logits' gradients
 
 
 def fisher_sensitivity(
@@ -55,7 +65,7 @@ def fisher_sensitivity(
     """
     members = allocatable(model.spec)
     every = cells(members, levels)
-    method = f"fisher, {probes} probes of seed {seed}"
+    method = f"fisher at outputs, {probes} probes of seed {seed}"
     inputs = fingerprint(model, windows, members, levels, protocol, method, encoder)
     table = Sensitivity.begin(members, levels, inputs, path)
     if not table.finished:
@@ -71,29 +81,33 @@ def fisher_sensitivity(
     return table
 
 
-Changes = Callable[[Tensor], Float[Array, "A O I"]]
+Change = Callable[[Float[Array, "R I"]], Float[Array, "R I"]]
+"""What is added to some rows f32 of a matrix, whichever they are."""
+
+Changes = Callable[[Tensor, Float[Array, "O I"]], Sequence[Change]]
+"""What may be added to a tensor, or to a piece of its rows, which it may look at: each change alone."""
 
 
 def rounding_errors(model: Model, every: list[Cell], encoder: Encoder) -> Changes:
-    """What rounding changes in a tensor, for each of its cells among `every`."""
+    """What rounding changes in a tensor, for each of its cells among `every`.
 
-    def changes(tensor: Tensor) -> Float[Array, "A O I"]:
-        w = lookup(model.params, tensor).astype(jnp.float32)
-        formats = [cell.format.name for cell in cells_of(every, tensor)]
-        new = jnp.zeros((len(formats), *tensor.shape))
-        for i, fmt in enumerate(formats):
-            new = _with_change(new, i, decoded(model, tensor, fmt, encoder).astype(jnp.float32), w)
-        return new
+    Raises `ValueError` where a tensor cannot be encoded.
+    """
+
+    def changes(tensor: Tensor, w: Float[Array, "O I"]) -> list[Change]:
+        weights = encoder.weights_of(tensor, model.folding)
+        checked = {c.format.name: check(tensor.name, w, c.format.name, weights) for c in cells_of(every, tensor)}
+        return [functools.partial(_error, fmt=f, importance=i, effort=encoder.effort) for f, i in checked.items()]
 
     return changes
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _with_change(
-    changes: Float[Array, "A O I"], at: int, new: Float[Array, "O I"], w: Float[Array, "O I"]
-) -> Float[Array, "A O I"]:
-    """In place, so that an embedding's changes do not lie in memory twice."""
-    return changes.at[at].set(new - w)
+@functools.partial(jax.jit, static_argnames=("fmt", "effort"))
+def _error(
+    w: Float[Array, "R I"], *, fmt: str, importance: Float[Array, " I"] | None, effort: Effort
+) -> Float[Array, "R I"]:
+    known = get_format(fmt)
+    return known.decode(known.encode(w, importance, effort)) - w
 
 
 def cells_of(every: list[Cell], tensor: Tensor) -> list[Cell]:
@@ -112,121 +126,227 @@ def fisher_moves(
     changes: Changes,
     protocol: Protocol = "llama.cpp",
     *,
+    states: Float[np.ndarray, "L+1 W T D"] | None = None,
     probes: int = PROBES,
     seed: int = 0,
 ) -> dict[str, Float[np.ndarray, "A S"]]:
     """How far each of `changes(tensor)` moves every sample (a probe at a token), by name of the allocatable tensors.
 
     Several changes together move a sample by the sum of their moves; half the sum of the squares is what they cost,
-    in nats per scored token. Forward to the last block, then back, block by block; `changes` is asked for one block's
-    tensors at a time.
+    in nats per scored token. `states` are the stream before every block and after the last one, where that is known;
+    else one more sweep finds it. Computes in f32, whatever the model's dtype.
     """
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
     members = {tensor.name: tensor for tensor in allocatable(spec)}
-    embedding, head = tensors(spec)[0].name, tensors(spec)[0 if spec.tied else -1].name
+    embedding, head = tensors(spec)[0], _head(spec)
+    moves: dict[str, Float[np.ndarray, "A P W*T"]] = {}
     with jax.default_matmul_precision("default"):
-        state, states = embed(spec, params, windows), []
-        for at in sweep.forward(spec, params):
-            states.append(np.asarray(state))
-            state = sweep.advance(at, state)
-        outside = {name: changes(tensor) for name, tensor in members.items() if tensor.layer is None}
-        of_head = {name: change for name, change in outside.items() if name == head}
-        ends = {name: params[name] for name in params if name != "blk"}
-        g, moves = _from_head(spec, ends, state, of_head, jax.random.key(seed), probes, start)
+        states = _states(model, windows) if states is None else states
+        g, moves[head.name] = _from_head(model, states[-1], changes, jax.random.key(seed), probes, start)
         for at in sweep.backward(spec, params, "estimating sensitivity"):
-            names = [weight.name for weight in at.block.weights if at.full(weight.name) in members]
-            new = {name: changes(members[at.full(name)]) for name in names}
-            g, moved = _through_block(at.block, at.weights, states.pop(), g, new)
-            moves |= {at.full(name): value for name, value in moved.items()}
-        if embedding in outside:
-            looked_up = outside[embedding][:, windows] * spec.embedding_scale
-            tied = moves.get(embedding, 0.0)  # as a head, where it is one
-            moves[embedding] = tied + jnp.einsum("PWTD,AWTD->APWT", g, looked_up)
+            g, moved = _through_block(at, states[at.index], g, changes, members)
+            moves |= moved
+        if embedding.name in members:
+            tokens, places = np.unique(windows, return_inverse=True)
+            w = rows_of(params, embedding, tokens)[places.ravel()]
+            looked_up = [change(w.astype(jnp.float32)) * spec.embedding_scale for change in changes(embedding, w)]
+            moved = np.asarray(_moves(g.reshape(probes, *w.shape), np.reshape(looked_up, (-1, *w.shape))))
+            moves[embedding.name] = moves.get(embedding.name, 0) + moved  # as a head, where it is one
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
     scale = np.float32(1 / np.sqrt(probes * scored))
-    samples = probes * windows.size
-    return {name: np.asarray(moves[name]).reshape(-1, samples) * scale for name in members}
+    return {name: moves[name].reshape(-1, probes * windows.size) * scale for name in members}
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "probes", "start"))
+def _states(model: Model, windows: Int[np.ndarray, "W T"]) -> list[Float[np.ndarray, "W T D"]]:
+    """The stream before every block and after the last one."""
+    x = embed(model.spec, model.params, windows)
+    states = [np.asarray(x)]
+    for at in sweep.forward(model.spec, model.params):
+        x = sweep.advance(at._replace(weights=_wide(at.weights)), x)
+        states.append(np.asarray(x))
+    return states
+
+
+def _wide(tree: Params) -> Any:
+    """In f32."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def _output_changes(
+    w: Float[Array, "O I"], x: Float[Array, "N I"], changes: Sequence[Change]
+) -> Float[np.ndarray, "A N O"]:
+    """δW x of every change of a matrix."""
+    chunks = in_row_chunks(_output_change, w, x, each=changes)
+    each = len(chunks) // max(len(changes), 1)
+    by_change = [np.concatenate(chunks[i * each : (i + 1) * each], axis=1)[:, : len(w)] for i in range(len(changes))]
+    return np.reshape(by_change, (len(changes), len(x), len(w)))
+
+
+def _output_change(w: Float[Array, "R I"], change: Change, x: Float[Array, "N I"]) -> Float[Array, "N R"]:
+    return matmul(x, change(w))
+
+
+@jax.jit
+def _moves(g: Float[Array, "P N O"], changes: Float[Array, "A N O"]) -> Float[Array, "A P N"]:
+    """g · δy of every change and probe."""
+    return jnp.einsum("PNO,ANO->APN", g, changes)
+
+
+def _head(spec: DecoderSpec) -> Tensor:
+    """The head, or the embedding that is tied to it."""
+    return tensors(spec)[0 if spec.tied else -1]
+
+
 def _from_head(
-    spec: DecoderSpec,
-    params: Params,
-    state: Float[Array, "W T D"],
-    changes: dict[str, Float[Array, "A V D"]],
+    model: Model, state: Float[np.ndarray, "W T D"], changes: Changes, key: Key[Array, ""], probes: int, start: int
+) -> tuple[Float[Array, "P W T D"], Float[np.ndarray, "A P N"]]:
+    """Gradients of r · z at the last layer's output, and r · δz of the head's changes; 0 where no token is scored."""
+    spec, head = model.spec, _head(model.spec)
+    ends = {"output_norm": model.params["output_norm"]}
+    rows = max(1, _NUMBERS_AT_ONCE // max(spec.d_model, (probes + 1) * state[..., 0].size))
+    vocabulary = functools.partial(pieces_of, model.params, head, rows)
+    x = _scored(spec, ends, state, start)
+    normalizer = jnp.full(len(x), -jnp.inf)
+    for w in vocabulary():
+        normalizer = _normalized(normalizer, w, x, spec.final_cap)
+    total, g, moved = 0.0, 0.0, 0.0
+    for index, w in enumerate(vocabulary()):
+        signs = jax.random.fold_in(key, index)
+        at_logits, added, pulled = _probed(w, x, normalizer, signs, spec.final_cap, probes)
+        total, g = total + added, g + pulled
+        moved = moved + _moves(at_logits, _output_changes(w, x, changes(head, w) if head.allocatable else []))
+    moved = (moved[:, :-1] - total[None] * moved[:, -1:]).reshape(len(moved), probes, len(state), len(x) // len(state))
+    moved = jnp.pad(moved, (*[(0, 0)] * 3, (start, 1))).reshape(len(moved), probes, state[..., 0].size)
+    return _before_norm(spec, ends, state, g[:-1] - total[..., None] * g[-1:], start), np.asarray(moved)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "start"))
+def _scored(spec: DecoderSpec, ends: Params, state: Float[Array, "W T D"], start: int) -> Float[Array, "N D"]:
+    """What the head reads of the tokens that count."""
+    return final_norm(spec, ends, state)[:, start:-1].reshape(-1, state.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "start"))
+def _before_norm(
+    spec: DecoderSpec, ends: Params, state: Float[Array, "W T D"], g: Float[Array, "P N D"], start: int
+) -> Float[Array, "P W T D"]:
+    """Gradients at the last layer's output from those at `_scored`."""
+    _, pull = jax.vjp(lambda x: _scored(spec, ends, x, start), state)
+    (g,) = jax.vmap(pull)(g)
+    return g
+
+
+@functools.partial(jax.jit, static_argnames="cap")
+def _normalized(
+    normalizer: Float[Array, " N"], w: Float[Array, "R D"], x: Float[Array, "N D"], cap: float | None
+) -> Float[Array, " N"]:
+    """log Σ exp z of some more rows of the vocabulary."""
+    z = soft_cap(matmul(x, w.astype(jnp.float32)), cap)
+    return jnp.logaddexp(normalizer, jax.nn.logsumexp(z, axis=1))
+
+
+@functools.partial(jax.jit, static_argnames=("cap", "probes"))
+def _probed(
+    w: Float[Array, "R D"],
+    x: Float[Array, "N D"],
+    normalizer: Float[Array, " N"],
     key: Key[Array, ""],
+    cap: float | None,
     probes: int,
-    start: int,
-) -> tuple[Float[Array, "P W T D"], dict[str, Float[Array, "A P W T"]]]:
-    """Gradients of r · z at the last layer's output, and r · δz of the head's changes, by name.
-
-    Both are 0 where no token is scored. r = e − p Σ e with e = √p ∘ ε and random signs ε has E[r rᵀ] = diag(p) − p pᵀ.
-    """
-    head = output_head(spec, params)
-    normed, pull = jax.vjp(functools.partial(final_norm, spec, params), state)
-
-    def one_token(inputs: tuple[jax.Array, jax.Array]) -> tuple[Float[Array, "P D"], dict[str, Float[Array, "A P"]]]:
-        x, key = inputs
-        logits, uncap = jax.vjp(lambda z: soft_cap(z, head.cap), matmul(x, head.weight))
-        p = jax.nn.softmax(logits)
-        signed = jnp.sqrt(p)[None] * jax.random.rademacher(key, (probes, p.size), jnp.float32)
-        r = signed - p[None] * jnp.sum(signed, axis=1, keepdims=True)
-        (r,) = jax.vmap(uncap)(r)
-        moved = {name: jnp.einsum("PV,AV->AP", r, jnp.einsum("AVD,D->AV", c, x)) for name, c in changes.items()}
-        return matmul(r, head.weight.T), moved
-
-    def by_window(moved: Float[Array, "W*S A P"]) -> Float[Array, "A P W T"]:
-        return jnp.pad(moved.reshape(state.shape[0], -1, *moved.shape[1:]).transpose(2, 3, 0, 1), ((0, 0), *outside))
-
-    scored = normed[:, start:-1].reshape(-1, normed.shape[-1])
-    keys = jax.random.split(key, scored.shape[0])
-    batches = -(-scored.shape[0] // _ROWS_AT_ONCE)  # of equal size: a shorter one would be compiled on its own
-    g, moves = jax.lax.map(one_token, (scored, keys), batch_size=-(-scored.shape[0] // batches))
-    outside = ((0, 0), (0, 0), (start, 1))
-    g = g.reshape(state.shape[0], -1, probes, state.shape[-1]).transpose(2, 0, 1, 3)
-    (g,) = jax.vmap(pull)(jnp.pad(g, (*outside, (0, 0))))
-    return g, {name: by_window(moved) for name, moved in moves.items()}
+) -> tuple[Float[Array, "P+1 N R"], Float[Array, "P N"], Float[Array, "P+1 N D"]]:
+    """For some rows of the vocabulary: e of every probe and, last, p, each times the cap's slope; Σ e; and what the
+    rows pull back of the former."""
+    w = w.astype(jnp.float32)
+    z, uncap = jax.vjp(lambda z: soft_cap(z, cap), matmul(x, w))
+    p = jnp.exp(z - normalizer[:, None])[None]
+    (slope,) = uncap(jnp.ones_like(z))
+    e = jnp.sqrt(p) * jax.random.rademacher(key, (probes, *z.shape), jnp.float32)
+    g = jnp.concatenate([e, p]) * slope[None]
+    return g, jnp.sum(e, axis=2), matmul(g, w.T)
 
 
-@functools.partial(jax.jit, static_argnames="block")
 def _through_block(
-    block: Block,
-    w: Params,
-    x: Float[Array, "W T D"],
+    at: sweep.Place,
+    x: Float[np.ndarray, "W T D"],
     g: Float[Array, "P W T D"],
-    changes: dict[str, Float[Array, "A O I"]],
-) -> tuple[Float[Array, "P W T D"], dict[str, Float[Array, "A P W T"]]]:
-    """The gradients before a block from those after it, and g · δh of every change, of the stream after its sub-block.
-
-    One compilation per kind of block.
-    """
-    starts, pulls = [], []
-    for sub in block.sub_blocks:
-        starts.append(x)
-        x, pull = jax.vjp(functools.partial(sub, w), x)
-        pulls.append(pull)
-    moves = {}
-    for sub, before, pull in reversed(list(zip(block.sub_blocks, starts, pulls, strict=True))):
+    changes: Changes,
+    members: Mapping[str, Tensor],
+) -> tuple[Float[Array, "P W T D"], dict[str, Float[np.ndarray, "A P N"]]]:
+    """The gradients before a block from those after it, and the moves of those of its tensors that are `members`."""
+    starts, moves = _starts(at.block, at.weights, x), {}
+    for sub, start in reversed(list(zip(at.block.sub_blocks, starts, strict=True))):
+        before, outputs, read = _through_sub_block(sub, at.weights, start, g)
         for weight in sub.weights:
-            if weight.name in changes:
-                moves[weight.name] = _moves(sub, w, weight.name, before, g, changes[weight.name])
-        (g,) = jax.vmap(pull)(g)
+            if (tensor := members.get(at.full(weight.name))) is not None:
+                w = of_block(at.weights, weight.name)
+                new = _output_changes(w, read[weight.reads], changes(tensor, w))
+                if weight.name in outputs:
+                    moved = _moves(outputs[weight.name], new)
+                else:
+                    moved = _pushed_moves(sub, at.weights, start, g, new, weight.name)
+                moves[tensor.name] = np.asarray(moved)
+        g = before
     return g, moves
 
 
-def _moves(
+@functools.partial(jax.jit, static_argnames="block")
+def _starts(block: Block, w: Params, x: Float[Array, "W T D"]) -> list[Float[Array, "W T D"]]:
+    """The stream before every sub-block."""
+    w, starts = _wide(w), [x]
+    for sub in block.sub_blocks[:-1]:
+        starts.append(sub(w, starts[-1]))
+    return starts
+
+
+@functools.partial(jax.jit, static_argnames="sub")
+def _through_sub_block(
+    sub: SubBlock, w: Params, x: Float[Array, "W T D"], g: Float[Array, "P W T D"]
+) -> tuple[Float[Array, "P W T D"], dict[str, Float[Array, "P N O"]], dict[str, Float[Array, "N I"]]]:
+    """The gradients before a sub-block from those after it; by name, those at the outputs of matrices behind which
+    tokens do not meet, and what its matrices read."""
+    w = _wide(w)
+    apart = [weight for weight in sub.weights if weight.kind == "matrix" and (weight.writes or not sub.mixes)]
+
+    def run(
+        x: Float[Array, "W T D"], added: dict[str, jax.Array]
+    ) -> tuple[Float[Array, "W T D"], dict[str, jax.Array]]:
+        seen = {}
+
+        def tap(name: str, a: jax.Array) -> jax.Array:
+            seen[name] = a
+            return a
+
+        return sub(_with_outputs(w, added), x, tap), seen
+
+    added = {weight.name: jnp.zeros((*x.shape[:2], weight.shape[0])) for weight in apart}
+    _, pull, seen = jax.vjp(run, x, added, has_aux=True)
+    before, outputs = jax.vmap(pull)(g)
+    outputs = {name: output.reshape(len(g), -1, output.shape[-1]) for name, output in outputs.items()}
+    return before, outputs, {a.name: seen[a.name].reshape(-1, a.width) for a in sub.activations}
+
+
+@functools.partial(jax.jit, static_argnames=("sub", "name"))
+def _pushed_moves(
     sub: SubBlock,
     w: Params,
-    name: str,
     x: Float[Array, "W T D"],
     g: Float[Array, "P W T D"],
-    changes: Float[Array, "A O I"],
-) -> Float[Array, "A P W T"]:
-    """g · δh of changes of one matrix, of the stream after its sub-block."""
-    _, push = jax.linearize(lambda matrix: sub(replace_in_block(w, {name: matrix}), x), of_block(w, name))
+    changes: Float[Array, "A N O"],
+    name: str,
+) -> Float[Array, "A P N"]:
+    """g · δh of every change δy of what the matrix `name` makes, where δh is what that changes after the sub-block."""
+    w, changes = _wide(w), changes.reshape(len(changes), *x.shape[:2], -1)
+    _, push = jax.linearize(lambda output: sub(_with_outputs(w, {name: output}), x), jnp.zeros_like(changes[0]))
+    moved = jax.lax.map(lambda change: jnp.einsum("PWTD,WTD->PWT", g, push(change)), changes)
+    return moved.reshape(*moved.shape[:2], x[..., 0].size)
 
-    def one(change: Float[Array, "O I"]) -> Float[Array, "P W T"]:
-        return jnp.einsum("PWTD,WTD->PWT", g, push(change.astype(of_block(w, name).dtype)))
 
-    return jax.lax.map(one, changes)
+def _with_outputs(w: Params, added: Mapping[str, Float[Array, "W T O"]]) -> Params:
+    """A block's tensors with something added to the outputs of its matrices: a bias for every token."""
+    changed = {}
+    for name, output in added.items():
+        module = name.removesuffix(".weight")
+        bias = w[module].get("bias", jnp.zeros(output.shape[-1]))
+        changed[f"{module}.bias"] = jnp.broadcast_to(bias, output.shape) + output
+    return replace_in_block(w, changed)

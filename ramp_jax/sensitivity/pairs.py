@@ -29,14 +29,21 @@ class Estimate(NamedTuple):
     """What two tensors at two levels lose together beyond their sum; 0 between levels of one tensor."""
 
 
-def estimate(model: Model, windows: Int[np.ndarray, "W T"], levels: tuple[float, ...], encoder: Encoder) -> Estimate:
+def estimate(
+    model: Model,
+    windows: Int[np.ndarray, "W T"],
+    levels: tuple[float, ...],
+    encoder: Encoder,
+    states: Float[np.ndarray, "L+1 W T D"] | None = None,
+) -> Estimate:
     """Losses of single tensors and of pairs, for every allocatable tensor of `model`, scoring every token.
 
-    Raises `ValueError` naming the tensor where a loss is not finite.
+    `states` as in `fisher_moves`. Raises `ValueError` naming the tensor where a loss is not finite.
     """
     members = allocatable(model.spec)
     every = cells(members, levels)
-    moves = fisher_moves(model, windows, rounding_errors(model, every, encoder), "sliding", probes=_PROBES)
+    changes = rounding_errors(model, every, encoder)
+    moves = fisher_moves(model, windows, changes, "sliding", states=states, probes=_PROBES)
     at = [(cell.row, cell.column) for tensor in members for cell in cells_of(every, tensor)]
     m = np.concatenate([moves[tensor.name] for tensor in members])  # [cells, S]
     rows, columns = np.transpose(at)
