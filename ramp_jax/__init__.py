@@ -6,7 +6,7 @@ windows = ramp_jax.data.windows("builtin", model.tokenizer, context=512, count=8
 policy = ramp_jax.load_policy("runs/smollm2-135m")
 model, stats = ramp_jax.calibrate_and_fold(model, windows, policy.fold_level)
 allocation = ramp_jax.allocate(policy, model, stats, budget_bytes=92_000_000)
-encoder = ramp_jax.make_encoder("best", model, windows, allocation)
+encoder = ramp_jax.make_encoder("best", windows)
 ramp_jax.export_gguf(model, allocation, "model.gguf", encoder)
 ramp_jax.evaluate("model.gguf", reference="smollm2-135m", data="builtin")  # {"ppl": ..., "kld": ..., ...}
 """

@@ -158,10 +158,8 @@ def _quantized(model: Model, allocation: str | Path | None, encoder: EncoderName
     if allocation is None:
         return model
     loaded = Allocation.load(allocation, model)
-    folded = refold(model, loaded.folding)
-    return dataclasses.replace(
-        folded, params=fake_quantize(folded, loaded, recorded_encoder(allocation, model, encoder))
-    )
+    params = fake_quantize(model, loaded, recorded_encoder(allocation, model, encoder))
+    return dataclasses.replace(refold(model, loaded.folding), params=params)
 
 
 def _check_unseen(metadata: Metadata, allocation: str | Path | None, data: str, split: texts.Split) -> None:

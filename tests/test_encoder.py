@@ -27,7 +27,6 @@ from ramp_jax.quantization import (
     refold,
     write_imatrix,
 )
-from ramp_jax.quantization.encoder import Fitted
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +47,9 @@ def allocation(untied, stats):
 
 def test_file_holds_exactly_what_was_evaluated(untied, windows, allocation, tmp_path):
     """Importance follows the folding, and the search is not ggml's own."""
-    encoder = make_encoder("best", untied, windows, allocation)
+    encoder = make_encoder("best", windows)
     export_gguf(untied, allocation, tmp_path / "out.gguf", encoder)
-    params = fake_quantize(refold(untied, allocation.folding), allocation, encoder)
+    params = fake_quantize(untied, allocation, encoder)
     jax.tree.map(np.testing.assert_array_equal, load_model(str(tmp_path / "out.gguf")).params, params)
     plain = fake_quantize(refold(untied, allocation.folding), allocation)
     assert (tiny.stacked(params)["attn_q"] != tiny.stacked(plain)["attn_q"]).any()
@@ -93,22 +92,9 @@ def test_dead_channels_keep_their_weights(untied, importance, allocation):
     assert (np.asarray(codes.d) != 0).all()
 
 
-def test_fitted_codes_are_taken_for_their_weights_and_refused_for_others(untied):
-    """And for no other tensor, nor for it in another format."""
-    first, second = (tiny.tensor_of(untied, f"blk.1.{name}.weight") for name in ("attn_k", "attn_v"))
-    w = lookup(untied.params, first)
-    codes = REFERENCE.encode(tiny.changed(untied, first.name, lambda w: -w), first, "Q8_0")
-    encoder = Encoder(fitted={(first.name, "Q8_0"): Fitted(codes, digest(w))})
-    assert encoder.encode(untied, first, "Q8_0") is codes
-    for tensor, fmt in ((second, "Q8_0"), (first, "Q4_0")):
-        expected = REFERENCE.encode(untied, tensor, fmt)
-        jax.tree.map(np.testing.assert_array_equal, encoder.encode(untied, tensor, fmt), expected)
-    other = tiny.changed(untied, first.name, lambda w: w.at[0, 0].add(1e-6))
-    sentence = (
-        r"the codes of blk\.1\.attn_k\.weight were fitted to other weights; make the encoder again for this model"
-    )
-    with pytest.raises(ValueError, match=sentence):
-        encoder.encode(other, first, "Q8_0")
+def test_encoder_that_looks_at_activations_rounds_no_single_tensor(untied, windows):
+    with pytest.raises(ValueError, match="this encoder looks at activations; take all tensors from `encoded`"):
+        make_encoder("best", windows).encode(untied, allocatable(untied.spec)[0], "Q8_0")
 
 
 def write_dat(path, entries, calls=7):
@@ -179,8 +165,14 @@ def test_encoder_of_an_allocation_file(untied, windows, importance, allocation, 
     calibration = {"data": "builtin", "context": 24, "count": 3, "text": data.fingerprint("builtin")}
     dataclasses.replace(allocation, calibration=calibration).save(path, encoder="best")
     found = recorded_encoder(path, untied)
-    assert found.effort == "best"
-    jax.tree.map(np.testing.assert_array_equal, dict(found.importance), dict(importance))
+    assert (found.effort, found.compensated) == ("best", False)
+    np.testing.assert_array_equal(found.windows, windows)
+    known = dataclasses.replace(found, importance=importance, windows=None)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        fake_quantize(untied, allocation, found),
+        fake_quantize(untied, allocation, known),
+    )
     assert recorded_encoder(path, untied, "reference") == REFERENCE
     imatrix = write_dat(tmp_path / "imatrix.dat", {name: values * 2 for name, values in importance.items()})
     np.testing.assert_allclose(

@@ -70,7 +70,7 @@ def test_allocation_bytes_and_scores_are_the_same_wherever_weights_are(both, win
         found = find_allocator("fisher", levels=(4, 5, 8))
         allocation = allocate(found, folded, stats, budget_bytes=110_000)
         for name in ("reference", "best", "compensated"):
-            export_gguf(model, allocation, tmp_path / name, make_encoder(name, model, windows, allocation))
+            export_gguf(model, allocation, tmp_path / name, make_encoder(name, windows))
         raw = [(tmp_path / name).read_bytes() for name in ("reference", "best", "compensated")]
         results.append((allocation.formats, raw, np.asarray(evaluate(model, windows, reference=model).nll)))
     (formats, raw, nll), (others, more, beside) = results

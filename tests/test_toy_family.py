@@ -24,8 +24,15 @@ from ramp_jax.models.layout import Activation, Block, SubBlock, foldable, pass_o
 from ramp_jax.models.spec import spec_from_hf
 from ramp_jax.policy.embedding import embed
 from ramp_jax.policy.inference import allocate, find_allocator, load_policy
-from ramp_jax.quantization import Encoder, calibrate, calibrate_and_fold, fake_quantize, importance_of, refold
-from ramp_jax.quantization.compensate import compensate
+from ramp_jax.quantization import (
+    Encoder,
+    calibrate,
+    calibrate_and_fold,
+    fake_quantize,
+    importance_of,
+    make_encoder,
+    refold,
+)
 from ramp_jax.scoring import variants
 from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity.exact import exact_sensitivity
@@ -210,8 +217,9 @@ def test_a_policy_of_other_models_allocates_for_it(folded, stats):
 
 @pytest.mark.parametrize("rounding", ["reference", "best", "compensated"])
 def test_what_is_evaluated_is_what_is_exported(toy, folded, stats, windows, allocation, tmp_path, rounding):
-    plain = Encoder("best" if rounding != "reference" else rounding, importance_of(toy.spec, stats))
-    encoder = compensate(folded, allocation, windows, plain) if rounding == "compensated" else plain
+    encoder = Encoder(rounding, importance_of(toy.spec, stats))
+    if rounding == "compensated":
+        encoder = make_encoder(rounding, windows, importance=encoder.importance)
     size = export_gguf(folded, allocation, tmp_path / "toy.gguf", encoder)
     assert size == allocation.file_bytes == (tmp_path / "toy.gguf").stat().st_size
     assert len(set(allocation.formats.values())) > 1

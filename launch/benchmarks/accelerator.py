@@ -25,8 +25,7 @@ from ramp_jax.models.decoder import cast_weights
 from ramp_jax.models.layout import LOOKED_UP
 from ramp_jax.models.spec import describe, make_spec
 from ramp_jax.pretrain import init_params
-from ramp_jax.quantization import Encoder, calibrate, importance_of
-from ramp_jax.quantization.compensate import compensate
+from ramp_jax.quantization import calibrate, fake_quantize, importance_of, make_encoder
 from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity.exact import exact_sensitivity
 
@@ -146,8 +145,8 @@ def _compensate(model: Model, repeats: int) -> Numbers:
     one, windows = Model(spec, params, model.metadata, None), _windows(spec, _WINDOWS)
     formats = {t.name: format_for(_LEVEL, t.shape[-1]).name for t in allocatable(spec) if t.layer is not None}
     allocation = Allocation(spec, model.metadata, formats | {"token_embd.weight": "F16"})
-    plain = Encoder("best", importance_of(spec, calibrate(one, windows[:1])))
-    seconds = medians({"one": lambda: compensate(one, allocation, windows, plain)}, min(repeats, 2))["one"]
+    encoder = make_encoder("compensated", windows, importance=importance_of(spec, calibrate(one, windows[:1])))
+    seconds = medians({"one": lambda: fake_quantize(one, allocation, encoder)}, min(repeats, 2))["one"]
     return {"compensate_seconds": seconds}
 
 

@@ -28,8 +28,16 @@ from ramp_jax.formats import format_for
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, allocatable, load_model
-from ramp_jax.quantization import REFERENCE, Encoder, Stats, calibrate, fake_quantize, importance_of
-from ramp_jax.quantization.compensate import compensate
+from ramp_jax.quantization import (
+    REFERENCE,
+    Encoder,
+    Stats,
+    calibrate,
+    calibrate_and_fold,
+    fake_quantize,
+    importance_of,
+    make_encoder,
+)
 from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
 from ramp_jax.scoring.scores import numbers
 
@@ -95,11 +103,11 @@ def _case(bench: Bench, case: str, source: Path, folder: Path) -> list[Row]:
     rows.append(bench.scored(case, "llama-quantize", theirs, theirs.params, cost))
     best = Encoder("best", importance)
     for column, encoder in {"plain": REFERENCE, "best": best}.items():
-        rows.append(_rounded(bench, case, column, model, allocation, lambda _, e=encoder: e, {}))
+        rows.append(_rounded(bench, case, column, model, allocation, encoder, {}))
     cost, (folded, _) = _cost(lambda: calibrate_and_fold(model, bench.fit, level or _FOLD_LEVEL))
-    rows.append(_rounded(bench, case, "best, folded", folded, allocation, lambda _: best, cost))
-    make = lambda m: compensate(m, allocation, bench.fit, best)  # noqa: E731
-    rows.append(_rounded(bench, case, "compensated, folded", folded, allocation, make, cost))
+    rows.append(_rounded(bench, case, "best, folded", folded, allocation, best, cost))
+    compensated = make_encoder("compensated", bench.fit, importance=importance)
+    rows.append(_rounded(bench, case, "compensated, folded", folded, allocation, compensated, cost))
     return rows
 
 
@@ -109,15 +117,10 @@ def _level(case: str) -> float | None:
 
 
 def _rounded(
-    bench: Bench,
-    case: str,
-    column: str,
-    model: Model,
-    allocation: Allocation,
-    make: Callable[[Model], Encoder],
-    before: Cost,
+    bench: Bench, case: str, column: str, model: Model, allocation: Allocation, encoder: Encoder, before: Cost
 ) -> Row:
-    cost, params = _cost(lambda: jax.block_until_ready(fake_quantize(model, allocation, make(model))))
+    allocation = dataclasses.replace(allocation, folding=model.folding)
+    cost, params = _cost(lambda: jax.block_until_ready(fake_quantize(model, allocation, encoder)))
     return bench.scored(case, column, model, params, {name: cost[name] + before.get(name, 0.0) for name in cost})
 
 

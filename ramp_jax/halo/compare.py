@@ -15,12 +15,14 @@ from jaxtyping import Int
 from ramp_jax.allocation import Allocation, costs, from_levels, read_saved
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.checkpoint import write_bytes
+from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, load_model, tensors
-from ramp_jax.quantization import Encoder, EncoderName, make_encoder, refold
-from ramp_jax.quantization.encoder_factory import best_encoder, calibration_windows
+from ramp_jax.quantization import EncoderName, calibrate, importance_of, make_encoder, refold
+from ramp_jax.quantization.encoder_factory import calibration_windows
+from ramp_jax.quantization.importance import Importance
 from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
 from ramp_jax.sensitivity.table import Sensitivity
 
@@ -58,24 +60,26 @@ class Bench:
     reference: Reference
     encoder: EncoderName
     calibration: Int[np.ndarray, "W T"]
-    weighted: Encoder
+    importance: Importance
+    cache: EncodeCache
     workdir: Path
     with_llama_cpp: bool
 
     def export(self, allocation: Allocation, name: str) -> Path:
         """The allocation's file, rounded as all others."""
         path = self.workdir / f"{name}.gguf"
-        encoder = make_encoder(self.encoder, self.model, self.calibration, allocation, self.weighted)
+        encoder = make_encoder(self.encoder, self.calibration, importance=self.importance)
+        encoder = dataclasses.replace(encoder, cache=self.cache)
         export_gguf(self.model, allocation, path, encoder)
         return path
 
     def mix(self, source: Path, budget_bytes: int) -> tuple[str, Path] | None:
         """llama.cpp's largest mix that fits, with the importance matrix of our calibration; None where none fits."""
-        mix = llama_quantize.mix_below(source, budget_bytes, self.weighted.importance)
+        mix = llama_quantize.mix_below(source, budget_bytes, self.importance)
         if mix is None:
             return None
         path = self.workdir / f"llama.cpp-{mix}.gguf"
-        llama_quantize.quantize(source, path, mix, self.weighted.importance)
+        llama_quantize.quantize(source, path, mix, self.importance)
         return mix, path
 
     def row(self, name: str, path: Path, seconds: float) -> Row:
@@ -115,9 +119,9 @@ def compare(
         return known
     say(f"Comparing on {heldout.size:,} held-out tokens" + ("" if with_llama_cpp else ", without llama.cpp"))
     calibration = calibration_windows(ours, model)
-    weighted = best_encoder(model, calibration)
+    importance = importance_of(model.spec, calibrate(model, calibration))
     reference = reference_of(model, heldout)
-    bench = Bench(model, heldout, reference, encoder, calibration, weighted, workdir, with_llama_cpp)
+    bench = Bench(model, heldout, reference, encoder, calibration, importance, EncodeCache(), workdir, with_llama_cpp)
 
     source = workdir / "reference-F16.gguf"
     export_gguf(model, Allocation.uniform(model, "F16"), source)

@@ -12,8 +12,8 @@ from ramp_jax.formats import get_format
 from ramp_jax.models import Model, Tensor, tensors
 from ramp_jax.models.metadata import PairsWriter
 from ramp_jax.models.rope import permute_rope
-from ramp_jax.progress import track
-from ramp_jax.quantization import REFERENCE, Encoder, refold
+from ramp_jax.quantization import REFERENCE, Encoder
+from ramp_jax.quantization.encode import Codes, encoded
 from ramp_jax.resources import check_disk
 
 _ARCHITECTURE = "general.architecture"
@@ -36,7 +36,7 @@ def export_gguf(model: Model, allocation: Allocation, path: str | Path, encoder:
     check_disk(path, allocation.file_bytes)
     partial = path.with_name(path.name + ".partial")
     try:
-        _write(refold(model, allocation.folding), allocation, partial, encoder)
+        _write(model, allocation, partial, encoder)
         size = partial.stat().st_size
         if size != allocation.file_bytes:
             raise ValueError(
@@ -65,8 +65,8 @@ def write_skeleton(model: Model, allocation: Allocation, path: Path) -> None:
 
 def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder) -> None:
     with _begun(model, allocation, path) as writer:
-        for tensor in track(tensors(model.spec), f"writing {path.stem}", "tensor"):
-            writer.write_tensor_data(_encoded(model, tensor, allocation.format_of(tensor), encoder))
+        for tensor, pieces in encoded(model, allocation, encoder, f"writing {path.stem}"):
+            writer.write_tensor_pieces(_raw(model, tensor, allocation.format_of(tensor), pieces))
         for table in model.spec.tables.values():
             writer.write_tensor_data(table)
 
@@ -93,8 +93,10 @@ def _begun(model: Model, allocation: Allocation, path: Path) -> Iterator[PairsWr
         writer.close()
 
 
-def _encoded(model: Model, tensor: Tensor, fmt: str, encoder: Encoder) -> np.ndarray:
-    """The tensor's bytes `[*rows, row bytes]`, rows in the file's order."""
-    raw = get_format(fmt).to_bytes(encoder.encode(model, tensor, fmt))
-    heads = model.spec.family.permuted_heads(tensor)
-    return permute_rope(raw.reshape(tensor.shape[0], -1), heads) if heads else raw  # a row of a bias is one number
+def _raw(model: Model, tensor: Tensor, fmt: str, pieces: Codes) -> Iterator[np.ndarray]:
+    """The tensor's bytes, some rows at a time in the file's order."""
+    raw = (get_format(fmt).to_bytes(codes) for codes in pieces)
+    if heads := model.spec.family.permuted_heads(tensor):
+        rows = np.concatenate([piece.ravel() for piece in raw]).reshape(tensor.shape[0], -1)
+        return iter([permute_rope(rows, heads)])  # a row of a bias is one number
+    return raw

@@ -74,7 +74,7 @@ class Model:
         if not isinstance(self.params, StoredParams):
             return self
         dtype = jnp.dtype(self.params.dtype)
-        check_memory(_bytes(self.spec, dtype), f"the model in {dtype.name}")
+        check_memory(parameter_bytes(self.spec, dtype), f"the model in {dtype.name}")
         return dataclasses.replace(self, params=in_memory(self.params))
 
 
@@ -118,7 +118,7 @@ def load_model(
     wanted = _stored_dtype(opened) if wanted is None else wanted
     if opened.spec.caveat is not None:
         logging.warning("%s: %s", ref, opened.spec.caveat)
-    needed, params = _bytes(opened.spec, wanted), _stored(opened, wanted)
+    needed, params = parameter_bytes(opened.spec, wanted), _stored(opened, wanted)
     if resident is None:
         resident = needed <= _RESIDENT * available_memory()
     check_memory(needed if resident else _working(opened.spec, wanted), f"{ref} in {wanted.name}")
@@ -265,7 +265,7 @@ def _stored(opened: _Checkpoint, wanted: np.dtype) -> StoredParams:
     return StoredParams(opened.spec, read, finish, wanted, files)
 
 
-def _bytes(spec: DecoderSpec, dtype: np.dtype) -> int:
+def parameter_bytes(spec: DecoderSpec, dtype: np.dtype) -> int:
     """Of all parameters, matrices in `dtype`."""
     return sum(tensor.size * (dtype.itemsize if tensor.is_matrix else 4) for tensor in tensors(spec))
 

@@ -1,5 +1,6 @@
 """GGUF key-value pairs with their types, and how many bytes they take in a file."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import gguf
@@ -34,7 +35,23 @@ _SCALAR_BYTES = {scalar: dtype.itemsize for dtype, scalar in _SCALARS.items()}
 
 
 class PairsWriter(gguf.GGUFWriter):
-    """gguf's writer, which also writes arrays without elements: files have them, and they are carried on."""
+    """gguf's writer, which also writes arrays without elements, which files have and which are carried on, and tensors
+    piece by piece."""
+
+    def write_tensor_pieces(self, pieces: Iterable[np.ndarray]) -> None:
+        """The data of the next tensor, whose info says how many bytes all pieces have."""
+        name, info = next(iter(self.tensors[0].items()))
+        del self.tensors[0][name]
+        file = self.fout[0]
+        self.write_padding(file, file.tell())
+        written = 0
+        for piece in pieces:
+            piece.tofile(file)
+            written += piece.nbytes
+        if written != info.nbytes:
+            raise ValueError(f"{name} has {written:,} bytes, {info.nbytes:,} were announced; please report it.")
+        self.write_padding(file, written)
+        self.state = gguf.gguf_writer.WriterState.WEIGHTS
 
     def _pack_val(
         self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None

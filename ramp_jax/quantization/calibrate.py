@@ -126,6 +126,11 @@ def _signs(windows: Int[np.ndarray, "W T"], sketch: int) -> Float[np.ndarray, "W
     return np.random.default_rng(0).choice(np.float32([-1, 1]), (count, each, time))
 
 
+def no_signs(windows: Int[np.ndarray, "W T"]) -> Float[np.ndarray, "W 0 T"]:
+    """For `observe`, where nobody needs a sketch."""
+    return _signs(windows, 0)
+
+
 def _sampled(by_token: Any) -> np.ndarray:
     """Of the windows' tokens, those that statistics keep; hidden states depend on none that come after."""
     return np.asarray(by_token[: _SAMPLE[0], : _SAMPLE[1]])
@@ -149,18 +154,18 @@ def _over_windows(sums: Moments, tokens: int, activation: str, where: str) -> Mo
     return Moments(square, fourth, jnp.max(sums.abs_max, axis=0), mean)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "names"))
-def block_second_moments(
-    block: Block, w: Params, x: Float[Array, "W T D"], names: tuple[str, ...] | None = None
-) -> tuple[Float[Array, "W T D"], dict[str, Float[Array, "C C"]]]:
-    """Hidden states after a block, and E[x xᵀ] of the activations `names` (default: all that are read), one window at
-    a time."""
-    widths = {a.name: a.width for a in block.activations if names is None or a.name in names}
+def second_moment(at: sweep.Place, x: Float[Array, "W T D"], name: str) -> Float[Array, "C C"]:
+    """E[x xᵀ] of an activation of a block, from the hidden states before that; one window at a time."""
+    (width,) = (a.width for a in at.block.activations if a.name == name)
+    total = jnp.zeros((width, width))
+    for window in x:
+        total = _with_second_moment(total, at.block, at.weights, jnp.asarray(window), name)
+    return total / (x.shape[0] * x.shape[1])
 
-    def one_window(total: dict[str, jax.Array], window: Float[Array, "T D"]) -> tuple[dict[str, jax.Array], jax.Array]:
-        y, found = block_taps(block, w, window[None], lambda a: jnp.einsum("btc,btd->cd", a, a))
-        return {name: total[name] + found[name] for name in widths}, y[0]
 
-    total = {name: jnp.zeros((width, width)) for name, width in widths.items()}
-    total, y = jax.lax.scan(one_window, total, x)
-    return y, {name: matrix / (x.shape[0] * x.shape[1]) for name, matrix in total.items()}
+@functools.partial(jax.jit, static_argnames=("block", "name"), donate_argnums=0)
+def _with_second_moment(
+    total: Float[Array, "C C"], block: Block, w: Params, window: Float[Array, "T D"], name: str
+) -> Float[Array, "C C"]:
+    _, found = block_taps(block, w, window[None], lambda a: a)
+    return total + jnp.einsum("btc,btd->cd", found[name], found[name])

@@ -7,29 +7,25 @@ takes w_k − e_j U_jk. A block's scales and minima are chosen when its turn com
 they are then, and its codes replaced column by column; the result is ordinary codes of the format.
 """
 
-import dataclasses
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ramp_jax import sweep
-from ramp_jax.allocation import Allocation
-from ramp_jax.checkpoint import digest
 from ramp_jax.formats import decode, get_format
 from ramp_jax.formats.best import codes_of, state_of
 from ramp_jax.formats.rounding import reciprocal
 from ramp_jax.formats.row_chunks import in_row_chunks
-from ramp_jax.models import Model, lookup, matrices, tensors
-from ramp_jax.models.decoder import Params, look_up
-from ramp_jax.models.layout import Block, replace_in_block
-from ramp_jax.quantization.calibrate import block_second_moments
-from ramp_jax.quantization.encoder import Encoder, Fitted
-from ramp_jax.quantization.fake_quant import decoded
+from ramp_jax.models import Tensor
+from ramp_jax.models.layout import of_block, replace_in_block
+from ramp_jax.quantization.calibrate import second_moment
+from ramp_jax.quantization.encoder import Encoder
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean."""
@@ -37,54 +33,65 @@ DAMPING = 0.01
 _LOG = logging.getLogger(__name__)
 
 
-def compensate(model: Model, allocation: Allocation, windows: Int[np.ndarray, "W T"], plain: Encoder) -> Encoder:
-    """`plain` with compensated codes for every linear of the blocks, fitted on calibration windows.
+class Uncompensated:
+    """Tensors that were rounded without compensation although their format takes it."""
 
-    `model` is folded as it is to be quantized. Blocks go in order, and so do the linears of a block: inputs are those
-    that already quantized tensors make. A quarter of the windows is not fitted on but decides, row by row, whether the
-    outputs lose less than as `plain` rounds them. Tensors before which nothing was seen, or whose second moments are
-    singular, are rounded by `plain`. Second moments of one activation exist at a time.
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def report(self) -> None:
+        """Say so once, for all of them."""
+        if self.names:
+            _LOG.warning(
+                "the inputs of %d tensors have no usable second moment, first %s; they are rounded without "
+                "compensation.",
+                len(self.names),
+                self.names[0],
+            )
+
+
+def compensated_block(
+    at: sweep.Place,
+    members: Mapping[str, Tensor],
+    formats: Mapping[str, str],
+    plain: Encoder,
+    folding: Mapping[str, jax.Array],
+    x: Float[Array, "W T D"],
+    left_out: Uncompensated,
+) -> tuple[Float[Array, "W T D"], dict[str, Any]]:
+    """Hidden states after a block whose matrices were rounded, and their codes by name inside the block.
+
+    The block is folded by `folding`, as it is to be quantized; x comes from blocks that were rounded already. Matrices
+    go in order, so that inputs are those that already quantized ones make. A quarter of the windows is not fitted on
+    but decides, row by row, whether the outputs lose less than as `plain` rounds them. Tensors before which nothing was
+    seen, or whose second moments are singular, are rounded by `plain` and noted in `left_out`. Second moments of one
+    activation exist at a time.
     """
-    members = {tensor.name: tensor for tensor in matrices(model.spec)}
-    first = tensors(model.spec)[0]
-    embedding = decoded(model, first, allocation.format_of(first), plain)
-    x, fitted, failed = look_up(model.spec, embedding, windows), {}, []
-    for at in sweep.forward(model.spec, model.params, "compensating"):
-        w = at.weights
-        for activation in at.block.activations:
-            readers = [members[at.full(weight.name)] for weight in at.block.readers(activation.name)]
-            gridded = [tensor for tensor in readers if get_format(allocation.formats[tensor.name]).grid]
-            second, check = _seconds(at.block, w, x, activation.name) if gridded else (None, None)
-            upper = factor(second) if gridded else None
-            usable = gridded and bool(jnp.isfinite(upper).all())
-            failed += [] if usable else [tensor.name for tensor in gridded]
-            for tensor in readers:
-                fmt = allocation.formats[tensor.name]
-                found = plain.encode(model, tensor, fmt)
-                value = lookup(model.params, tensor)
-                exact = value.astype(jnp.float32)
-                if usable and tensor in gridded:
-                    found = _better(exact, check, fmt, in_chunks(exact, upper, fmt), found)
-                fitted[tensor.name, fmt] = Fitted(jax.tree.map(np.asarray, found), digest(exact))
-                w = replace_in_block(w, {tensor.weight.name: decode(found, fmt).astype(value.dtype)})
-        x = sweep.advance(at._replace(weights=w), x)
-    if failed:
-        _LOG.warning(
-            "the inputs of %d tensors have no usable second moment, first %s; they are rounded without compensation.",
-            len(failed),
-            failed[0],
-        )
-    return dataclasses.replace(plain, fitted=fitted)
-
-
-def _seconds(
-    block: Block, w: Params, x: Float[Array, "W T D"], name: str
-) -> tuple[Float[Array, "C C"], Float[Array, "C C"]]:
-    """Second moments to fit on and to decide by: of three quarters of the windows and of the rest, if there is one."""
-    border = len(x) // 4
-    _, fit = block_second_moments(block, w, x[border:], (name,))
-    _, check = block_second_moments(block, w, x[:border], (name,)) if border else (x, fit)
-    return fit[name], check[name]
+    border, found = len(x) // 4, {}
+    for activation in at.block.activations:
+        readers = at.block.readers(activation.name)
+        gridded = [weight.name for weight in readers if get_format(formats[weight.name]).grid]
+        upper = factor(second_moment(at, x[border:], activation.name)) if gridded else None
+        usable = upper is not None and bool(jnp.isfinite(upper).all())
+        left_out.names += [] if usable else [at.full(name) for name in gridded]
+        changed, fitted = {}, {}
+        for name in (weight.name for weight in readers):
+            value = of_block(at.weights, name)
+            found[name] = plain.encode_rows(members[name], value, formats[name], folding)
+            if usable and name in gridded:
+                fitted[name] = in_chunks(value.astype(jnp.float32), upper, formats[name])
+        del upper
+        if fitted:
+            check = second_moment(at, x[:border] if border else x, activation.name)
+            for name, codes in fitted.items():
+                w = of_block(at.weights, name).astype(jnp.float32)
+                found[name] = _better(w, check, formats[name], codes, found[name])
+        for name in (weight.name for weight in readers):
+            found[name] = jax.tree.map(np.asarray, found[name])
+            value = of_block(at.weights, name)
+            changed[name] = decode(found[name], formats[name]).astype(value.dtype)
+        at = at._replace(weights=replace_in_block(at.weights, changed))
+    return sweep.advance(at, x), found
 
 
 def in_chunks(w: Float[Array, "O I"], upper: Float[Array, "I I"], fmt: str) -> Any:

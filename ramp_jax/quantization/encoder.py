@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
-from ramp_jax.checkpoint import digest
 from ramp_jax.formats.check import EncodeCache, checked_encode
 from ramp_jax.formats.registry import Effort
 from ramp_jax.models import Model, Tensor, lookup
@@ -24,41 +23,41 @@ DEFAULT_ENCODER: EncoderName = "compensated"
 _LOG = logging.getLogger(__name__)
 
 
-class Fitted(NamedTuple):
-    """Codes that were found beforehand, and a fingerprint of the weights that they stand for."""
-
-    codes: Any
-    weights: str
-
-
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """Codes for a model's tensors: `effort` of the search, weighted by `importance` where a tensor has an entry.
 
-    Importance is that of the unfolded model; what a folding changes in it is applied here. With a `cache`, the same
-    weights are encoded once. `fitted` codes by tensor and format were found before, for the weights of one folding.
+    Importance is that of the unfolded model; what a folding changes in it is applied here. With calibration `windows`,
+    `encoded` finds what is not known while a block is there: importance where there is none, and what `compensated`
+    rounding needs. With a `cache`, the same weights are encoded once.
     """
 
     effort: Effort = "reference"
     importance: Importance = dataclasses.field(default_factory=dict)
     cache: EncodeCache | None = None
-    fitted: Mapping[tuple[str, str], Fitted] = dataclasses.field(default_factory=dict)
+    windows: Int[np.ndarray, "W T"] | None = None
+    compensated: bool = False
+
+    @property
+    def observes(self) -> bool:
+        """Whether importance is to be found on the windows."""
+        return self.windows is not None and not self.importance
 
     def encode(self, model: Model, tensor: Tensor, fmt: str) -> Any:
-        """Codes of one tensor of `model`, folded as it is.
+        """Codes of one tensor of `model`, folded as it is, by itself.
 
-        Raises `ValueError` where it cannot be encoded, or where codes were fitted to other weights of that name.
+        Raises `ValueError` where it cannot be encoded, or where that takes a sweep.
         """
-        w = lookup(model.params, tensor).astype(jnp.float32)
-        if (known := self.fitted.get((tensor.name, fmt))) is not None:
-            if known.weights != digest(w):
-                raise ValueError(
-                    f"the codes of {tensor.name} were fitted to other weights; make the encoder again for this model "
-                    f"and its folding."
-                )
-            return known.codes
+        if self.windows is not None:
+            raise ValueError("this encoder looks at activations; take all tensors from `encoded`.")
+        return self.encode_rows(tensor, lookup(model.params, tensor), fmt, model.folding)
+
+    def encode_rows(
+        self, tensor: Tensor, w: Float[Array, "*rows I"], fmt: str, folding: Mapping[str, jax.Array]
+    ) -> Any:
+        """Codes of some rows of a tensor of a model folded by `folding`; raises `ValueError` where that cannot be."""
         encode = checked_encode if self.cache is None else self.cache.encode
-        return encode(tensor.name, w, fmt, self.weights_of(tensor, model.folding), self.effort)
+        return encode(tensor.name, w.astype(jnp.float32), fmt, self.weights_of(tensor, folding), self.effort)
 
     def weights_of(self, tensor: Tensor, folding: Mapping[str, jax.Array]) -> Float[np.ndarray, " I"] | None:
         """What weighs the errors of a tensor's columns in a model of this folding; None where all count alike."""

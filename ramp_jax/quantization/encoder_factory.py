@@ -9,40 +9,29 @@ from jaxtyping import Int
 from ramp_jax import data
 from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.checkpoint import digest
-from ramp_jax.formats.check import EncodeCache
 from ramp_jax.models import Model
-from ramp_jax.quantization.calibrate import calibrate
-from ramp_jax.quantization.compensate import compensate
 from ramp_jax.quantization.encoder import REFERENCE, Encoder, EncoderName
-from ramp_jax.quantization.fold import refold
-from ramp_jax.quantization.importance import importance_of, read_imatrix
-
-
-def best_encoder(model: Model, windows: Int[np.ndarray, "W T"]) -> Encoder:
-    """The wider search, weighted by what `model` (folded or not) does on calibration windows; encodes nothing twice."""
-    return Encoder("best", importance_of(model.spec, calibrate(model, windows)), EncodeCache())
+from ramp_jax.quantization.importance import Importance, read_imatrix
 
 
 def make_encoder(
-    name: EncoderName,
-    model: Model,
-    windows: Int[np.ndarray, "W T"],
-    allocation: Allocation,
-    weighted: Encoder | None = None,
+    name: EncoderName, windows: Int[np.ndarray, "W T"], *, importance: Importance | None = None
 ) -> Encoder:
-    """The encoder of that name for an allocation, with what `model` (folded or not) does on calibration windows.
+    """The encoder of that name; what it needs to know of a model is found on calibration windows.
 
-    `weighted` is `best_encoder` of the same model and windows where that is known. Raises `ValueError` for an unknown
-    name.
+    `importance` is that of the model where it is known already. Raises `ValueError` for an unknown name.
     """
+    if name not in get_args(EncoderName):
+        raise ValueError(f"unknown encoder {name!r}; choose {', '.join(get_args(EncoderName))}.")
     if name == "reference":
         return REFERENCE
-    weighted = best_encoder(model, windows) if weighted is None else weighted
-    if name == "best":
-        return weighted
-    if name == "compensated":
-        return compensate(refold(model, allocation.folding), allocation, windows, weighted)
-    raise ValueError(f"unknown encoder {name!r}; choose {', '.join(get_args(EncoderName))}.")
+    compensated = name == "compensated"
+    return Encoder(
+        "best",
+        {} if importance is None else importance,
+        windows=windows if compensated or importance is None else None,
+        compensated=compensated,
+    )
 
 
 def recorded_encoder(
@@ -62,7 +51,7 @@ def recorded_encoder(
     if name == "reference":
         return REFERENCE
     allocation = Allocation.load(path, model)
-    return make_encoder(name, model, calibration_windows(allocation, model), allocation)
+    return make_encoder(name, calibration_windows(allocation, model))
 
 
 def calibration_windows(allocation: Allocation, model: Model) -> Int[np.ndarray, "W T"]:

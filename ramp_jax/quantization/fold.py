@@ -129,6 +129,11 @@ def refold(model: Model, folding: Mapping[str, Any]) -> Model:
 
     Raises `ValueError` where a scale has another shape than the model's activation.
     """
+    return _scaled(model, scales_to(model, folding))
+
+
+def scales_to(model: Model, folding: Mapping[str, Any]) -> dict[str, Float[Array, " C"]]:
+    """What still divides each activation of `model` until it is folded by `folding`; raises as `refold`."""
     members = foldable(model.spec)
     if unknown := folding.keys() - members.keys():
         raise ValueError(f"the folding names {min(unknown)}, which the model has not; make the allocation again.")
@@ -140,7 +145,7 @@ def refold(model: Model, folding: Mapping[str, Any]) -> Model:
                 shape = f"{target.shape}, this model needs ({activation.width},)"
                 raise ValueError(f"the folding of {name} has shape {shape}; make the allocation again.")
             scales[name] = target / model.folding.get(name, 1.0)
-    return _scaled(model, scales)
+    return scales
 
 
 def _scaled(model: Model, scales: Mapping[str, Float[Array, " C"]]) -> Model:

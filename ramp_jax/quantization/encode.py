@@ -1,0 +1,94 @@
+"""All tensors of an allocation as codes, from one sweep: what an encoder needs is found while a block is there."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ramp_jax import sweep
+from ramp_jax.allocation import Allocation
+from ramp_jax.formats import decode
+from ramp_jax.models import Model, Tensor, tensors
+from ramp_jax.models.decoder import look_up
+from ramp_jax.models.layout import of_block
+from ramp_jax.models.store import pieces_of, rows_of
+from ramp_jax.quantization.calibrate import Seen, no_signs, observe
+from ramp_jax.quantization.compensate import Uncompensated, compensated_block
+from ramp_jax.quantization.encoder import Encoder
+from ramp_jax.quantization.fold import folded_block, scales_to
+from ramp_jax.quantization.importance import Importance
+
+_PIECE = 1 << 23  # weights that are encoded at a time: searches need several times that in f32
+
+Codes = Iterator[Any]
+"""Codes of a tensor, some rows at a time; they are made as they are asked for."""
+
+
+def encoded(
+    model: Model, allocation: Allocation, encoder: Encoder, doing: str = "encoding"
+) -> Iterator[tuple[Tensor, Codes]]:
+    """Every tensor in the file's order with its codes, `model` folded as the allocation says whatever it was.
+
+    One sweep over the weights. Beside two blocks, memory holds the hidden states of the encoder's windows, twice where
+    it compensates, and the codes of one block. Raises `ValueError` where a tensor cannot be encoded.
+    """
+    spec, windows = model.spec, encoder.windows
+    embedding, *ends = (tensor for tensor in tensors(spec) if tensor.layer is None)
+    inside = {tensor.name: tensor for tensor in tensors(spec) if tensor.layer is not None}
+    scales = scales_to(model, allocation.folding)
+    folding = model.folding | {name: model.folding.get(name, 1.0) * s for name, s in scales.items()}
+
+    def pieces(tensor: Tensor) -> Codes:
+        """Of a tensor outside the blocks."""
+        for rows in pieces_of(model.params, tensor, max(1, _PIECE // tensor.shape[-1])):
+            yield encoder.encode_rows(tensor, rows, allocation.format_of(tensor), folding)
+
+    yield embedding, pieces(embedding)
+    seen = sweep.begin(spec, model.params, windows) if encoder.observes else None
+    rounded = _rounded_start(model, allocation, encoder) if encoder.compensated else None
+    left_out = Uncompensated()
+    for at in sweep.forward(spec, model.params, doing):
+        if seen is not None:
+            seen, found = observe(at, seen, no_signs(windows))
+            encoder = dataclasses.replace(encoder, importance=_importance(at, found, model))
+        at = at._replace(weights=folded_block(at.block, at.index, at.weights, scales))
+        members = {weight.name: inside[at.full(weight.name)] for weight in at.block.weights}
+        formats = {name: allocation.format_of(tensor) for name, tensor in members.items()}
+        codes: dict[str, Any] = {}
+        if rounded is not None:
+            rounded, codes = compensated_block(at, members, formats, encoder, folding, rounded, left_out)
+        for name, tensor in members.items():
+            w, known = of_block(at.weights, name), codes.pop(name, None)
+            yield tensor, iter([known]) if known is not None else _rows(encoder, tensor, w, formats[name], folding)
+    left_out.report()
+    for tensor in ends:
+        yield tensor, pieces(tensor)
+
+
+def _rows(encoder: Encoder, tensor: Tensor, w: Float[Array, "O I"], fmt: str, folding: Any) -> Codes:
+    """Of a tensor that is there."""
+    step = max(1, _PIECE // w.shape[-1]) if w.ndim > 1 else len(w)
+    for start in range(0, len(w), step):
+        yield encoder.encode_rows(tensor, w[start : start + step], fmt, folding)
+
+
+def _rounded_start(model: Model, allocation: Allocation, encoder: Encoder) -> Float[Array, "W T D"]:
+    """What enters the first block where the embedding is rounded: rows of the windows' tokens, rounded again."""
+    windows: Int[np.ndarray, "W T"] = encoder.windows
+    embedding = tensors(model.spec)[0]
+    tokens, places = np.unique(windows, return_inverse=True)
+    rows, fmt = rows_of(model.params, embedding, tokens), allocation.format_of(embedding)
+    decoded = decode(encoder.encode_rows(embedding, rows, fmt, {}), fmt).astype(rows.dtype)
+    return look_up(model.spec, decoded, places.reshape(windows.shape))
+
+
+def _importance(at: sweep.Place, seen: Seen, model: Model) -> Importance:
+    """Mean squares of what a block's matrices read, as the unfolded model has them, by the matrices' names."""
+    found = {}
+    for weight in at.block.weights:
+        if weight.reads is not None:
+            moments = seen.moments[weight.reads].scaled(model.folding.get(at.full(weight.reads), 1.0))
+            found[at.full(weight.name)] = np.ascontiguousarray(moments.square, np.float32)
+    return found
