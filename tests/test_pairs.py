@@ -10,7 +10,7 @@ from ramp_jax.quantization import REFERENCE
 from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity import pairs
 from ramp_jax.sensitivity.exact import cells
-from ramp_jax.sensitivity.fisher import fisher_moves, fisher_sensitivity, rounding_errors
+from ramp_jax.sensitivity.fisher import Change, fisher_moves, fisher_sensitivity, rounding_errors
 from ramp_jax.sensitivity.pairs import estimate, shrunk_products
 
 LEVELS = (4, 5, 8)
@@ -62,7 +62,7 @@ def test_products_are_what_two_changes_cost_together(untied, windows):
     pair = [members["blk.0.attn_v.weight"], members["blk.0.attn_output.weight"]]
 
     def changes(tensor, w):
-        return [lambda w: (0.02 if tensor in pair else 0.0) * w]
+        return [Change(lambda w, _: (0.02 if tensor in pair else 0.0) * w)]
 
     first, second = (fisher_moves(untied, windows, changes, "sliding", probes=64)[t.name][0] for t in pair)
 
