@@ -6,9 +6,9 @@ import tiny
 
 from ramp_jax.models import allocatable, lookup
 from ramp_jax.models.layout import replaced
-from ramp_jax.quantization import REFERENCE
+from ramp_jax.quantization import REFERENCE, calibrate
 from ramp_jax.scoring.perplexity import evaluate
-from ramp_jax.sensitivity import pairs
+from ramp_jax.sensitivity import fisher, pairs
 from ramp_jax.sensitivity.exact import cells
 from ramp_jax.sensitivity.fisher import Change, fisher_moves, fisher_sensitivity, rounding_errors
 from ramp_jax.sensitivity.pairs import estimate, shrunk_products
@@ -36,6 +36,14 @@ def test_losses_are_those_of_the_fisher_table(model, windows):
     for row in range(len(expected)):
         assert not found.pairs[row, :, row].any()
         assert not found.pairs[row, expected[row] == 0].any()
+
+
+def test_states_that_are_known_are_not_found_again(untied, windows, monkeypatch):
+    stats = calibrate(untied, windows)
+    expected = estimate(untied, stats.sample, LEVELS, REFERENCE)
+    monkeypatch.setattr(fisher, "_states", lambda *_: pytest.fail("swept again"))
+    found = estimate(untied, stats.sample, LEVELS, REFERENCE, stats.states)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-4)
 
 
 def test_a_loss_that_is_no_number_is_named(untied, windows):
