@@ -99,6 +99,13 @@ def test_weight_numbers_by_hand(untied, embedded):
     assert column(row, "weight_kurtosis")[0] == pytest.approx(np.log(kurtosis - 2), abs=1e-4)
 
 
+def test_pieces_of_vocabularies_change_nothing(untied, stats, monkeypatch):
+    loss = np.ones(len(allocatable(untied.spec)))
+    expected = embedding.embed(untied, stats, loss)
+    monkeypatch.setattr(embedding, "_VOCABULARY_ROWS", 100)
+    np.testing.assert_allclose(embedding.embed(untied, stats, loss), expected, atol=1e-5)
+
+
 def test_error_of_three_bits_against_a_plain_loop(untied, stats, embedded):
     w = np.asarray(untied.params["blk"][0]["ffn_down"]["weight"], np.float64)
     square = np.asarray(stats.moments["blk.0.ffn_mid"].square, np.float64)

@@ -6,11 +6,11 @@ import tiny
 
 from ramp_jax.models import allocatable, lookup
 from ramp_jax.models.layout import replaced
-from ramp_jax.quantization import REFERENCE
+from ramp_jax.quantization import REFERENCE, calibrate
 from ramp_jax.scoring.perplexity import evaluate
-from ramp_jax.sensitivity import pairs
+from ramp_jax.sensitivity import fisher, pairs
 from ramp_jax.sensitivity.exact import cells
-from ramp_jax.sensitivity.fisher import fisher_moves, fisher_sensitivity, rounding_errors
+from ramp_jax.sensitivity.fisher import Change, fisher_moves, fisher_sensitivity, rounding_errors
 from ramp_jax.sensitivity.pairs import estimate, shrunk_products
 
 LEVELS = (4, 5, 8)
@@ -38,6 +38,14 @@ def test_losses_are_those_of_the_fisher_table(model, windows):
         assert not found.pairs[row, expected[row] == 0].any()
 
 
+def test_states_that_are_known_are_not_found_again(untied, windows, monkeypatch):
+    stats = calibrate(untied, windows)
+    expected = estimate(untied, stats.sample, LEVELS, REFERENCE)
+    monkeypatch.setattr(fisher, "_states", lambda *_: pytest.fail("swept again"))
+    found = estimate(untied, stats.sample, LEVELS, REFERENCE, stats.states)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-4)
+
+
 def test_a_loss_that_is_no_number_is_named(untied, windows):
     broken = tiny.changed(untied, "blk.1.ffn_norm.weight", lambda w: w * np.nan)
     with pytest.raises(ValueError, match=r"what \S+ loses is not finite"):
@@ -62,7 +70,7 @@ def test_products_are_what_two_changes_cost_together(untied, windows):
     pair = [members["blk.0.attn_v.weight"], members["blk.0.attn_output.weight"]]
 
     def changes(tensor, w):
-        return [lambda w: (0.02 if tensor in pair else 0.0) * w]
+        return [Change(lambda w, _: (0.02 if tensor in pair else 0.0) * w)]
 
     first, second = (fisher_moves(untied, windows, changes, "sliding", probes=64)[t.name][0] for t in pair)
 

@@ -266,10 +266,10 @@ def test_gradients_go_through_sub_blocks_as_through_the_block(model, rng):
     factors = {width: jnp.asarray(rng.normal(size=(1, width)), jnp.float32) for width in (64, 96)}
     members = {t.name: t for t in allocatable(model.spec)}
 
-    def change(w):
-        return w * factors[w.shape[1]]
+    def changes(tensor, w):
+        return [fisher.Change(jnp.multiply, factors[w.shape[1]])]
 
-    before, moves = fisher._through_block(at, x, g[None], lambda tensor, w: [change], members)
+    before, moves = fisher._through_block(at, x, g[None], changes, members)
     (expected,) = jax.vjp(lambda x: at.block(at.weights, x), x)[1](g)
     np.testing.assert_allclose(before[0], expected, atol=1e-4 * float(jnp.abs(expected).max()))
     assert moves.keys() == {f"blk.1.{name}.weight" for name in tiny.LINEARS}
@@ -277,7 +277,7 @@ def test_gradients_go_through_sub_blocks_as_through_the_block(model, rng):
         w = at.weights[name]["weight"]
 
         def changed(step, name=name, w=w):
-            return at.block({**at.weights, name: {"weight": w + step * change(w)}}, x)
+            return at.block({**at.weights, name: {"weight": w * (1 + step * factors[w.shape[1]])}}, x)
 
         _, moved = jax.jvp(changed, (jnp.float32(0),), (jnp.float32(1),))
         by_token = np.asarray(jnp.sum(g * moved, axis=-1)).ravel()
@@ -292,7 +292,8 @@ def test_probes_have_the_fisher_matrix_as_covariance(model, windows, monkeypatch
     monkeypatch.setattr(fisher, "_NUMBERS_AT_ONCE", 100 * 4097 * 6)
     state = np.random.default_rng(1).normal(size=(1, 6, 64)).astype(np.float32)
     factor = jnp.asarray(np.random.default_rng(2).normal(size=(1, 64)), jnp.float32)
-    _, moves = fisher._from_head(model, state, lambda tensor, w: [lambda w: w * factor], jax.random.key(0), 4096, 2)
+    change = fisher.Change(jnp.multiply, factor)
+    _, moves = fisher._from_head(model, state, lambda tensor, w: [change], jax.random.key(0), 4096, 2)
     hidden = np.asarray(exact._run_from(model.spec, model.params, state[None], 3)[0, 0, 2:-1], np.float64)
     head = np.asarray(model.params.get("output", model.params["token_embd"])["weight"], np.float64)
     p, dz = np.exp(log_softmax(hidden @ head.T, axis=-1)), hidden @ (head * np.asarray(factor)).T

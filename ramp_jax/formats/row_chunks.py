@@ -94,6 +94,13 @@ def in_row_chunks(
     return list((_pool().map if on_cpu else map)(one_job, jobs))
 
 
+def side_by_side(run: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """`run(item)` of every item, each of which calls `in_row_chunks`: at the same time on the cores of one device, so
+    that tensors of few chunks fill them, and what is compiled for one does not wait for another."""
+    together = jax.default_backend() == "cpu" and devices.current() is None
+    return list((_callers().map if together else map)(run, items))
+
+
 def _in_chunks(run: Callable[..., Any], w: jax.Array, importance: jax.Array | None) -> Any:
     """`run(rows [R, I], importance)` over all rows of w, put together again."""
     if isinstance(w, jax.core.Tracer):
@@ -111,4 +118,10 @@ def _in_chunks(run: Callable[..., Any], w: jax.Array, importance: jax.Array | No
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """One thread per core: a chunk of this size keeps one core busy, XLA does not spread it over more."""
+    return ThreadPoolExecutor(cores())
+
+
+@functools.cache
+def _callers() -> ThreadPoolExecutor:
+    """Threads that only wait for those of `_pool`."""
     return ThreadPoolExecutor(cores())

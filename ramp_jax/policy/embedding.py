@@ -18,17 +18,20 @@ Every number is a ratio, a log or a position, moved by a fixed map to the order 
 loss is `estimated`: one backward pass over a few calibration tokens; no quantized model is run.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ramp_jax import sweep
 from ramp_jax.formats.rounding import blocks_of, flatten_blocks, reciprocal, round_half_away
-from ramp_jax.models import Model, Tensor, allocatable, lookup, tensors
-from ramp_jax.models.layout import LOOKED_UP, STREAM, full_name
-from ramp_jax.progress import track
+from ramp_jax.formats.row_chunks import in_row_chunks
+from ramp_jax.models import Model, Tensor, allocatable, tensors
+from ramp_jax.models.layout import LOOKED_UP, STREAM, full_name, of_block
+from ramp_jax.models.store import pieces_of
 from ramp_jax.quantization import Encoder, Stats, importance_of
 from ramp_jax.quantization.calibrate import Moments
 from ramp_jax.sensitivity.pairs import Estimate, estimate
@@ -59,6 +62,8 @@ LOSS_LEVEL = 4
 
 _TINY = 1e-12
 
+_VOCABULARY_ROWS = 1 << 12  # read at one time
+
 
 def estimated(model: Model, stats: Stats, levels: tuple[float, ...]) -> Estimate:
     """What allocatable tensors lose at each level by the Fisher estimate, alone and in pairs.
@@ -83,9 +88,10 @@ def embed(model: Model, stats: Stats, loss: Float[np.ndarray, " T"] | None = Non
     size = np.asarray([tensor.size for tensor in members], np.float64)
     rates = np.log10((loss / max(loss.sum(), _TINY**2) + _TINY) / (size / size.sum()))
     stats = stats.under(model.folding)
+    weights = _weights(model, stats)
     rows = [
-        [*_activation(stats, tensor), *_weight(model, stats, tensor), rate, *_structure(model, tensor, size.sum())]
-        for tensor, rate in zip(track(members, "embedding tensors", "tensor"), rates, strict=True)
+        [*_activation(stats, tensor), *weights[tensor], rate, *_structure(model, tensor, size.sum())]
+        for tensor, rate in zip(members, rates, strict=True)
     ]
     return (np.asarray(rows, np.float32) - _CENTER) / _WIDTH
 
@@ -107,12 +113,35 @@ def _activation(stats: Stats, tensor: Tensor) -> list[float]:
     ]
 
 
-def _weight(model: Model, stats: Stats, tensor: Tensor) -> list[float]:
-    w = lookup(model.params, tensor).astype(jnp.float32)
+def _weights(model: Model, stats: Stats) -> dict[Tensor, list[float]]:
+    """The numbers of every allocatable matrix's weights, from one sweep; vocabularies go in pieces."""
+    members = allocatable(model.spec)
+    found = {
+        tensor: _weight(stats, tensor, pieces_of(model.params, tensor, _VOCABULARY_ROWS))
+        for tensor in members
+        if tensor.layer is None
+    }
+    for at in sweep.forward(model.spec, model.params, "embedding tensors"):
+        for tensor in members:
+            if tensor.layer == at.index:
+                found[tensor] = _weight(stats, tensor, [of_block(at.weights, tensor.weight.name)])
+    return found
+
+
+def _weight(stats: Stats, tensor: Tensor, pieces: Iterable[Float[Array, "R I"]]) -> list[float]:
     looked_up = tensor.reads == LOOKED_UP
     square = np.ones(tensor.shape[-1], np.float32) if looked_up else _moments(stats, tensor.reads).square
-    outlier, kurtosis, error = (float(x) for x in _weight_numbers(w, square))
-    return [float(np.log10(outlier + _TINY)), _log_kurtosis(kurtosis), float(np.log10(error + _TINY))]
+    chunks = jax.device_get([sums for piece in pieces for sums in in_row_chunks(_weight_sums, piece, square)])
+    largest = max(float(chunk.largest) for chunk in chunks)
+    powers, error, energy = (np.sum(parts, axis=0, dtype=np.float64) for parts in list(zip(*chunks, strict=True))[1:])
+    first, second, third, fourth = powers / tensor.size
+    variance = second - first**2 + _TINY
+    centered = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
+    return [
+        float(np.log10(largest / np.sqrt(variance) + _TINY)),
+        _log_kurtosis(centered / variance**2),
+        float(np.log10(error / (energy + _TINY) + _TINY)),
+    ]
 
 
 def _structure(model: Model, tensor: Tensor, total: float) -> list[float]:
@@ -131,16 +160,21 @@ def _log_kurtosis(kurtosis: float) -> float:
     return float(np.log(max(kurtosis - 2.0, 0.1)))
 
 
+class _Sums(NamedTuple):
+    """Over some rows: max |w|, Σ w to Σ w⁴, and the activation-weighted squares of 3-bit rounding's error and of w."""
+
+    largest: jax.Array
+    powers: Float[Array, " 4"]
+    error: jax.Array
+    energy: jax.Array
+
+
 @jax.jit
-def _weight_numbers(w: Float[Array, "O I"], square: Float[Array, " I"]) -> Any:
-    """max / std, fourth moment / squared second, activation-weighted relative error of 3-bit rounding."""
-    centered = w - jnp.mean(w)
-    variance = jnp.mean(jnp.square(centered)) + _TINY
-    kurtosis = jnp.mean(jnp.square(jnp.square(centered))) / jnp.square(variance)
-    error = jnp.sum(jnp.square(_round_3_bits(w) - w) * square[None, :]) / (
-        jnp.sum(jnp.square(w) * square[None, :]) + _TINY
-    )
-    return jnp.max(jnp.abs(w)) / jnp.sqrt(variance), kurtosis, error
+def _weight_sums(w: Float[Array, "R I"], square: Float[Array, " I"]) -> _Sums:
+    off = _round_3_bits(w) - w
+    powers = jnp.stack([jnp.sum(w**power) for power in (1, 2, 3, 4)])
+    error, energy = (jnp.sum(jnp.square(a) * square[None]) for a in (off, w))
+    return _Sums(jnp.max(jnp.abs(w)), powers, error, energy)
 
 
 def _round_3_bits(w: Float[Array, "O I"]) -> Float[Array, "O I"]:

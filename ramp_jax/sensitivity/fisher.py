@@ -20,7 +20,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from ramp_jax import sweep
 from ramp_jax.formats import get_format
 from ramp_jax.formats.check import check
 from ramp_jax.formats.registry import Effort
-from ramp_jax.formats.row_chunks import in_row_chunks
+from ramp_jax.formats.row_chunks import in_row_chunks, side_by_side
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, tensors
 from ramp_jax.models.decoder import Params, embed, final_norm
 from ramp_jax.models.layers import matmul, soft_cap
@@ -81,11 +81,15 @@ def fisher_sensitivity(
     return table
 
 
-Change = Callable[[Float[Array, "R I"]], Float[Array, "R I"]]
-"""What is added to some rows f32 of a matrix, whichever they are."""
+class Change(NamedTuple):
+    """What is added to a matrix: `rule(w, data)` to each of its rows f32, however many there are at a time."""
+
+    rule: Callable[[Float[Array, "R I"], Any], Float[Array, "R I"]]
+    data: Any = None
+
 
 Changes = Callable[[Tensor, Float[Array, "O I"]], Sequence[Change]]
-"""What may be added to a tensor, or to a piece of its rows, which it may look at: each change alone."""
+"""What may be added to a tensor, of which it is shown some rows; each change alone."""
 
 
 def rounding_errors(model: Model, every: list[Cell], encoder: Encoder) -> Changes:
@@ -96,18 +100,22 @@ def rounding_errors(model: Model, every: list[Cell], encoder: Encoder) -> Change
 
     def changes(tensor: Tensor, w: Float[Array, "O I"]) -> list[Change]:
         weights = encoder.weights_of(tensor, model.folding)
-        checked = {c.format.name: check(tensor.name, w, c.format.name, weights) for c in cells_of(every, tensor)}
-        return [functools.partial(_error, fmt=f, importance=i, effort=encoder.effort) for f, i in checked.items()]
+        formats = [cell.format.name for cell in cells_of(every, tensor)]
+        return [Change(_rounding(fmt, encoder.effort), check(tensor.name, w, fmt, weights)) for fmt in formats]
 
     return changes
 
 
-@functools.partial(jax.jit, static_argnames=("fmt", "effort"))
-def _error(
-    w: Float[Array, "R I"], *, fmt: str, importance: Float[Array, " I"] | None, effort: Effort
-) -> Float[Array, "R I"]:
+@functools.cache
+def _rounding(fmt: str, effort: Effort) -> Callable[..., Float[Array, "R I"]]:
+    """One function per format, so that it compiles once."""
     known = get_format(fmt)
-    return known.decode(known.encode(w, importance, effort)) - w
+
+    @jax.jit
+    def error(w: Float[Array, "R I"], importance: Float[Array, " I"] | None) -> Float[Array, "R I"]:
+        return known.decode(known.encode(w, importance, effort)) - w
+
+    return error
 
 
 def cells_of(every: list[Cell], tensor: Tensor) -> list[Cell]:
@@ -150,7 +158,8 @@ def fisher_moves(
         if embedding.name in members:
             tokens, places = np.unique(windows, return_inverse=True)
             w = rows_of(params, embedding, tokens)[places.ravel()]
-            looked_up = [change(w.astype(jnp.float32)) * spec.embedding_scale for change in changes(embedding, w)]
+            wide = w.astype(jnp.float32)
+            looked_up = [c.rule(wide, c.data) * spec.embedding_scale for c in changes(embedding, w)]
             moved = np.asarray(_moves(g.reshape(probes, *w.shape), np.reshape(looked_up, (-1, *w.shape))))
             moves[embedding.name] = moves.get(embedding.name, 0) + moved  # as a head, where it is one
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
@@ -177,14 +186,18 @@ def _output_changes(
     w: Float[Array, "O I"], x: Float[Array, "N I"], changes: Sequence[Change]
 ) -> Float[np.ndarray, "A N O"]:
     """δW x of every change of a matrix."""
-    chunks = in_row_chunks(_output_change, w, x, each=changes)
-    each = len(chunks) // max(len(changes), 1)
-    by_change = [np.concatenate(chunks[i * each : (i + 1) * each], axis=1)[:, : len(w)] for i in range(len(changes))]
-    return np.reshape(by_change, (len(changes), len(x), len(w)))
+
+    def one(change: Change) -> Float[np.ndarray, "N O"]:
+        run = functools.partial(_output_change, change.rule)
+        return np.concatenate(in_row_chunks(run, w, x, change.data), axis=1)[:, : len(w)]
+
+    return np.reshape(side_by_side(one, changes), (len(changes), len(x), len(w)))
 
 
-def _output_change(w: Float[Array, "R I"], change: Change, x: Float[Array, "N I"]) -> Float[Array, "N R"]:
-    return matmul(x, change(w))
+def _output_change(
+    rule: Callable[..., Float[Array, "R I"]], w: Float[Array, "R I"], x: Float[Array, "N I"], data: Any
+) -> Float[Array, "N R"]:
+    return matmul(x, rule(w, data))
 
 
 @jax.jit
