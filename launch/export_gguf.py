@@ -4,16 +4,13 @@
         [--encoder=reference|best|compensated] [--imatrix=FILE]
 
 Weights are rounded by the encoder that the allocation records. What calibration saw is found again on the windows that
-the allocation records; --imatrix takes an importance matrix of llama.cpp (GGUF or .dat) instead.
+the allocation records; --imatrix takes an importance matrix of llama.cpp (GGUF or .dat) instead. An export that was
+stopped goes on where it was.
 """
 
 from absl import flags
 
-from ramp_jax import cli
-from ramp_jax.allocation import Allocation
-from ramp_jax.halo.export import export_gguf
-from ramp_jax.quantization import recorded_encoder
-from ramp_jax.resources import check_disk
+from ramp_jax import cli, workflow
 
 _MODEL = flags.DEFINE_string("model", None, "The model that the allocation was made for.")
 _TOKENIZER = cli.define_tokenizer_from()
@@ -28,10 +25,7 @@ def main() -> None:
     files = (_ALLOCATION.value, _IMATRIX.value, _TOKENIZER.value)
     output = cli.check_output_path(_OUTPUT.value, models=[_MODEL.value], files=files)
     model = cli.load(_MODEL.value, tokenizer_from=_TOKENIZER.value)
-    allocation = Allocation.load(_ALLOCATION.value, model)
-    check_disk(output, allocation.file_bytes)
-    encoder = recorded_encoder(_ALLOCATION.value, model, _ENCODER.value, _IMATRIX.value)
-    size = export_gguf(model, allocation, output, encoder)
+    size = workflow.export(model, _ALLOCATION.value, output, _ENCODER.value, _IMATRIX.value)
     print(f"{size:,} bytes: {output}")
 
 

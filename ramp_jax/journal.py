@@ -75,6 +75,17 @@ class Journal:
         except FileNotFoundError:
             return None
 
+    def append(self, series: str, index: int, result: Any, state: Any) -> None:
+        """Keep the result of the next item of a series, and the state that the items after it begin with."""
+        self.save(f"{series} {index}", result)
+        self.save(series, {"count": index + 1, "state": state})
+
+    def passed(self, series: str) -> tuple[list[Any], Any | None]:
+        """Results of the items that a series has been through and its state; none and None if one is damaged."""
+        last = self.load(series)
+        results = [self.load(f"{series} {index}") for index in range(last["count"])] if last else []
+        return ([], None) if not last or any(result is None for result in results) else (results, last["state"])
+
     def __enter__(self) -> "Journal":
         return self
 

@@ -43,9 +43,9 @@ def forward(spec: DecoderSpec, params: Params, doing: str | None = None, *, firs
     return _visited(spec, params, range(first, len(spec.blocks)), doing)
 
 
-def backward(spec: DecoderSpec, params: Params, doing: str | None = None) -> Iterator[Place]:
-    """Every block, the last one first."""
-    return _visited(spec, params, range(len(spec.blocks) - 1, -1, -1), doing)
+def backward(spec: DecoderSpec, params: Params, doing: str | None = None, *, passed: int = 0) -> Iterator[Place]:
+    """Every block, the last one first, but for as many as were `passed` before."""
+    return _visited(spec, params, range(len(spec.blocks) - 1 - passed, -1, -1), doing)
 
 
 def _visited(spec: DecoderSpec, params: Params, order: range, doing: str | None) -> Iterator[Place]:
@@ -74,6 +74,17 @@ def begin(spec: DecoderSpec, params: Params, windows: Int[np.ndarray, "W T"]) ->
         window[:] = embed(spec, params, ids)
     scratch.release(x)
     return x
+
+
+def held(x: Float[np.ndarray, "W T D"]) -> Float[Array, "W T D"]:
+    """Hidden states that were kept somewhere, where a sweep can go on with them."""
+    if x.nbytes <= scratch.LARGEST:
+        return jnp.asarray(x)
+    copy = scratch.empty(x.shape)
+    for window, kept in zip(copy, x, strict=True):
+        window[:] = kept
+        scratch.release(copy)
+    return copy
 
 
 def advance(at: Place, x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:

@@ -18,9 +18,11 @@ from ramp_jax.allocation import Allocation, calibration_text, read_saved
 from ramp_jax.allocators import Actions, Allocator
 from ramp_jax.checkpoint import digest, write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
-from ramp_jax.halo.export import check_writable
+from ramp_jax.halo.export import check_writable, export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
-from ramp_jax.models import Model, load_model
+from ramp_jax.journal import NOWHERE, Journal, beside, code_version
+from ramp_jax.models import Model, load_model, store
+from ramp_jax.models.decoder import weights_dtype
 from ramp_jax.models.gguf_header import is_gguf
 from ramp_jax.models.gguf_source import parts_beside
 from ramp_jax.models.load import read_description
@@ -40,6 +42,7 @@ from ramp_jax.quantization import (
     recorded_encoder,
     refold,
 )
+from ramp_jax.resources import check_disk
 from ramp_jax.scoring import perplexity, variants
 from ramp_jax.scoring.perplexity import Protocol
 from ramp_jax.scoring.scores import numbers
@@ -178,9 +181,11 @@ def _check_unseen(metadata: Metadata, allocation: str | Path | None, data: str, 
         )
 
 
-def prepare(model: Model, calibration: WindowsConfig, fold_level: float) -> tuple[Model, Stats]:
+def prepare(
+    model: Model, calibration: WindowsConfig, fold_level: float, journal: Journal = NOWHERE
+) -> tuple[Model, Stats]:
     """The model folded for `fold_level`, and the statistics that decided it."""
-    return calibrate_and_fold(model, tokens(model, calibration, "calibration"), fold_level)
+    return calibrate_and_fold(model, tokens(model, calibration, "calibration"), fold_level, journal=journal)
 
 
 def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
@@ -272,28 +277,69 @@ def allocate(
     ref: str,
     encoder: EncoderName = DEFAULT_ENCODER,
 ) -> Allocation:
-    """Calibrate, fold, allocate, and save the allocation.
+    """Calibrate, fold, allocate, and save the allocation; a job that was killed goes on where it was.
 
-    No quantized model is run, but for as many of them on calibration text as the allocator evaluates.
+    No quantized model is run, but for as many of them on calibration text as the allocator evaluates. Raises
+    `ValueError` where a killed job had other inputs.
     """
     check_writable(output)
     started = time.monotonic()
-    folded, stats = prepare(model, calibration, allocator.fold_level)
-    evaluate = _true_loss(model, folded, stats, calibration, allocator.levels) if allocator.evaluations else None
-    allocation = inference.allocate(allocator, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate)
     seen = {"text": texts.fingerprint(calibration.data), "tokens": digest(tokens(model, calibration, "calibration"))}
-    calibrated_on = as_dict(calibration) | seen
-    allocation = dataclasses.replace(allocation, calibration=calibrated_on)
-    allocation.save(
-        output,
-        model=ref,
-        budget_bytes=budget_bytes,
-        encoder=encoder,
-        allocator=allocator.name,
-        refine_evals=allocator.evaluations,
-        seconds=allocator.seconds + time.monotonic() - started,
-    )
+    inputs = job_inputs(model) | {
+        "calibration tokens": seen["tokens"],
+        "level of folding": f"{allocator.fold_level:g}",
+        "levels": " ".join(map(str, allocator.levels)),
+    }
+    with Journal(beside(output), inputs) as journal:
+        folded, stats = prepare(model, calibration, allocator.fold_level, journal)
+        evaluate = _true_loss(model, folded, stats, calibration, allocator.levels) if allocator.evaluations else None
+        allocation = inference.allocate(
+            allocator, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate, journal=journal
+        )
+        allocation = dataclasses.replace(allocation, calibration=as_dict(calibration) | seen)
+        allocation.save(
+            output,
+            model=ref,
+            budget_bytes=budget_bytes,
+            encoder=encoder,
+            allocator=allocator.name,
+            refine_evals=allocator.evaluations,
+            seconds=allocator.seconds + time.monotonic() - started,
+        )
     return allocation
+
+
+def export(
+    model: Model,
+    allocation: str | Path,
+    output: Path,
+    encoder: EncoderName | None = None,
+    imatrix: str | Path | None = None,
+) -> int:
+    """Write the GGUF of an allocation file, rounded by `encoder` or as the file records; returns its size in bytes.
+
+    A job that was killed goes on where it was; raises `ValueError` where that had other inputs.
+    """
+    loaded = Allocation.load(allocation, model)
+    check_disk(output, loaded.file_bytes)
+    rounding = recorded_encoder(allocation, model, encoder, imatrix)
+    inputs = job_inputs(model) | {
+        "allocation": digest(np.frombuffer(Path(allocation).read_bytes(), np.uint8)),
+        "encoder": f"{rounding.effort} {rounding.compensated}",
+        "calibration": digest((dict(rounding.importance), rounding.windows)),
+    }
+    with Journal(beside(output), inputs) as journal:
+        return export_gguf(model, loaded, output, rounding, journal)
+
+
+def job_inputs(model: Model) -> dict[str, str]:
+    """What all steps of a long job on a model depend on."""
+    return {
+        "model": store.fingerprint(model.params),
+        "folding": digest(model.folding),
+        "dtype": str(weights_dtype(model.params)),
+        "code": code_version(),
+    }
 
 
 def _true_loss(

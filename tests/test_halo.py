@@ -112,7 +112,7 @@ def test_nothing_is_left_of_an_export_that_fails(untied, tmp_path, monkeypatch):
 
     (tmp_path / "out.gguf").write_bytes(b"old")
     with monkeypatch.context() as patched:
-        patched.setattr(export, "_encoded", fail)
+        patched.setattr(export, "_raw", fail)
         with pytest.raises(RuntimeError, match="stopped"):
             export_gguf(untied, Allocation.uniform(untied, "Q4_0"), tmp_path / "out.gguf")
     with monkeypatch.context() as patched:

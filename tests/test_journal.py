@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ramp_jax import checkpoint, journal
+from ramp_jax import checkpoint, journal, sweep
 from ramp_jax.journal import NOWHERE, Journal, beside
+from ramp_jax.quantization import calibrate_and_fold
 
 INPUTS = {"model": "a", "windows": "b"}
 
@@ -165,3 +166,39 @@ def test_nowhere_keeps_nothing(tmp_path, monkeypatch):
         kept.save("one", 1)
         assert kept.load("one") is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_series_goes_on_where_it_was_or_from_the_start(folder):
+    with Journal(folder, INPUTS) as kept:
+        assert kept.passed("blocks") == ([], None)
+        for index in range(3):
+            kept.append("blocks", index, {"x": index}, {"sum": index})
+        assert kept.passed("blocks") == ([{"x": 0}, {"x": 1}, {"x": 2}], {"sum": 2})
+        (folder / "blocks 1.step").write_bytes(b"")
+        assert kept.passed("blocks") == ([], None)
+
+
+def test_calibration_goes_on_with_the_next_block(folder, untied, windows, monkeypatch):
+    whole = calibrate_and_fold(untied, windows, 4.5)
+    visited = []
+    forward = sweep.forward
+
+    def stopped_before(last):
+        def visits(*arguments, **keywords):
+            for at in forward(*arguments, **keywords):
+                visited.append(at.index)
+                if at.index == last:
+                    raise KeyboardInterrupt
+                yield at
+
+        monkeypatch.setattr(sweep, "forward", visits)
+        with Journal(folder, INPUTS) as kept:
+            return calibrate_and_fold(untied, windows, 4.5, journal=kept)
+
+    for last in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            stopped_before(last)
+    model, stats = stopped_before(None)
+    assert visited == [0, 1, 1, 2, 2]
+    assert checkpoint.digest((model.params, model.folding)) == checkpoint.digest((whole[0].params, whole[0].folding))
+    assert checkpoint.digest(vars(stats)) == checkpoint.digest(vars(whole[1]))

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from ramp_jax import cli, data, workflow
+from ramp_jax import cli, data, journal, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.models import load_model
@@ -42,8 +44,8 @@ OTHER = ("--context=24", "--count=3")
 """What the allocation is calibrated on, other windows than those of the training run."""
 
 
-def script(cache, name, *arguments):
-    """Run a script in a process of its own, as from a shell; returns what it printed.
+def begun(cache, name, *arguments):
+    """A script in a process of its own, as from a shell.
 
     Compiled quickly rather than well, and only once for all processes that share `cache`.
     """
@@ -54,9 +56,27 @@ def script(cache, name, *arguments):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, LAUNCH / f"{name}.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=os.environ | settings)
+
+
+def script(cache, name, *arguments):
+    """Run a script to its end; returns what it printed."""
+    process = begun(cache, name, *arguments)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return printed
+
+
+def killed(step, cache, name, *arguments):
+    """Kill a script as soon as it has kept `step`, a file of its journal."""
+    process = begun(cache, name, *arguments)
+    while process.poll() is None and not step.exists():
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert step.exists()
 
 
 @pytest.fixture
@@ -187,6 +207,30 @@ def test_same_seed_gives_the_same_allocation(whole, allocate, untied, tmp_path):
     first, second = (Allocation.load(path, untied) for path in (whole.allocation, output))
     assert first.formats == second.formats
     jax.tree.map(np.testing.assert_array_equal, first.folding, second.folding)
+
+
+def test_a_killed_allocation_goes_on(whole, allocate, fails, tmp_path):
+    output = tmp_path / "alloc.json"
+    killed(journal.beside(output) / "calibrating 1.step", whole.cache, "allocate", *allocate(output=output))
+    assert not output.exists()
+    assert "(changed: calibration tokens)" in fails("allocate", *allocate(output=output, context=23))
+    script(whole.cache, "allocate", *allocate(output=output))
+    assert list(tmp_path.iterdir()) == [output]
+    first, second = (json.loads(path.read_text()) for path in (whole.allocation, output))
+    assert first.pop("seconds") != second.pop("seconds")
+    assert first == second
+
+
+def test_a_killed_export_goes_on(whole, tmp_path):
+    """What a second run finds already written stays as it is, so that what it makes alone shows."""
+    output, parts = tmp_path / "out.gguf", ("--model", whole.model, "--allocation", whole.allocation)
+    arguments = (*parts, "--encoder", "compensated", "--output")
+    script(whole.cache, "export_gguf", *arguments, tmp_path / "whole.gguf")
+    killed(journal.beside(output) / "encoding.step", whole.cache, "export_gguf", *arguments, output)
+    assert not output.exists()
+    script(whole.cache, "export_gguf", *arguments, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
+    assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 def test_budgets_in_every_unit(whole, call, allocate, untied, tmp_path):

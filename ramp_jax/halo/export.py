@@ -9,23 +9,29 @@ import numpy as np
 
 from ramp_jax.allocation import Allocation, export_metadata
 from ramp_jax.formats import get_format
+from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, Tensor, tensors
 from ramp_jax.models.metadata import PairsWriter
 from ramp_jax.models.rope import permute_rope
 from ramp_jax.quantization import REFERENCE, Encoder
-from ramp_jax.quantization.encode import Codes, encoded
+from ramp_jax.quantization.encode import TAKEN, Codes, encoded
 from ramp_jax.resources import check_disk
 
 _ARCHITECTURE = "general.architecture"
 
 
-def export_gguf(model: Model, allocation: Allocation, path: str | Path, encoder: Encoder = REFERENCE) -> int:
+def export_gguf(
+    model: Model,
+    allocation: Allocation,
+    path: str | Path,
+    encoder: Encoder = REFERENCE,
+    journal: Journal = NOWHERE,
+) -> int:
     """Quantize `model` as `allocation` says (Scale Folding included) and write the file; returns its size in bytes.
 
-    The bytes are those that `fake_quantize` decodes with the same encoder.
-
-    The file appears under its name only when it is whole. Raises `ValueError` where the allocation is another model's
-    or there is no vocabulary, `OSError` where the folder cannot be written.
+    The bytes are those that `fake_quantize` decodes with the same encoder. The file appears under its name only when it
+    is whole; what was written of it before `journal` last kept a block is not made again. Raises `ValueError` where the
+    allocation is another model's or there is no vocabulary, `OSError` where the folder cannot be written.
     """
     if allocation.spec != model.spec:
         raise ValueError("the allocation was made for another model; make one for this model with launch/allocate.py.")
@@ -35,8 +41,10 @@ def export_gguf(model: Model, allocation: Allocation, path: str | Path, encoder:
     check_writable(path)
     check_disk(path, allocation.file_bytes)
     partial = path.with_name(path.name + ".partial")
+    if not partial.is_file():
+        journal.save(TAKEN, None)
     try:
-        _write(model, allocation, partial, encoder)
+        _write(model, allocation, partial, encoder, journal)
         size = partial.stat().st_size
         if size != allocation.file_bytes:
             raise ValueError(
@@ -44,7 +52,8 @@ def export_gguf(model: Model, allocation: Allocation, path: str | Path, encoder:
             )
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        if journal.load(TAKEN) is None:
+            partial.unlink(missing_ok=True)
     return size
 
 
@@ -63,18 +72,20 @@ def write_skeleton(model: Model, allocation: Allocation, path: Path) -> None:
     os.truncate(path, allocation.file_bytes)
 
 
-def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder) -> None:
-    with _begun(model, allocation, path) as writer:
-        for tensor, pieces in encoded(model, allocation, encoder, f"writing {path.stem}"):
-            writer.write_tensor_pieces(_raw(model, tensor, allocation.format_of(tensor), pieces))
+def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder, journal: Journal) -> None:
+    with _begun(model, allocation, path, go_on=journal.load(TAKEN) is not None) as writer:
+        for tensor, pieces in encoded(model, allocation, encoder, f"writing {path.stem}", journal):
+            writer.write_tensor_pieces(tensor.name, _raw(model, tensor, allocation.format_of(tensor), pieces))
         for table in model.spec.tables.values():
             writer.write_tensor_data(table)
 
 
 @contextlib.contextmanager
-def _begun(model: Model, allocation: Allocation, path: Path) -> Iterator[PairsWriter]:
-    """A writer behind everything that comes before the first tensor's data."""
-    writer = PairsWriter(path, model.spec.architecture)
+def _begun(model: Model, allocation: Allocation, path: Path, go_on: bool = False) -> Iterator[PairsWriter]:
+    """A writer behind everything that comes before the first tensor's data, of a new file or one to `go_on` with."""
+    writer = PairsWriter(None if go_on else path, model.spec.architecture)
+    if go_on:
+        writer.go_on_with(path)
     for name, pair in export_metadata(allocation).items():
         if name != _ARCHITECTURE:  # the writer's constructor adds it
             writer.add_key_value(name, pair.value, pair.type, pair.sub_type)

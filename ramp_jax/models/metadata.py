@@ -1,6 +1,8 @@
 """GGUF key-value pairs with their types, and how many bytes they take in a file."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
@@ -38,19 +40,28 @@ class PairsWriter(gguf.GGUFWriter):
     """gguf's writer, which also writes arrays without elements, which files have and which are carried on, and tensors
     piece by piece."""
 
-    def write_tensor_pieces(self, pieces: Iterable[np.ndarray]) -> None:
-        """The data of the next tensor, whose info says how many bytes all pieces have."""
-        name, info = next(iter(self.tensors[0].items()))
-        del self.tensors[0][name]
-        file = self.fout[0]
+    def go_on_with(self, path: Path) -> None:
+        """Write into the file that is there, whose tensors stay where no other data is written."""
+        self.fout, self.path = [path.open("r+b")], path
+        self.state = gguf.gguf_writer.WriterState.EMPTY
+
+    def write_tensor_pieces(self, name: str, pieces: Iterable[np.ndarray]) -> None:
+        """The data of a tensor, whose info says how many bytes all pieces have; those before it stay as they are.
+
+        When this returns, the data is in the file whatever happens to the process.
+        """
+        file, infos = self.fout[0], self.tensors[0]
         self.write_padding(file, file.tell())
-        written = 0
+        while (before := next(iter(infos))) != name:
+            file.seek(self.ggml_pad(infos.pop(before).nbytes, self.data_alignment), os.SEEK_CUR)
+        announced, written = infos.pop(name).nbytes, 0
         for piece in pieces:
             piece.tofile(file)
             written += piece.nbytes
-        if written != info.nbytes:
-            raise ValueError(f"{name} has {written:,} bytes, {info.nbytes:,} were announced; please report it.")
+        if written != announced:
+            raise ValueError(f"{name} has {written:,} bytes, {announced:,} were announced; please report it.")
         self.write_padding(file, written)
+        file.flush()
         self.state = gguf.gguf_writer.WriterState.WEIGHTS
 
     def _pack_val(

@@ -6,6 +6,7 @@ A tree is either a dictionary of arrays, all of it in memory, or `StoredParams`,
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ramp_jax.checkpoint import digest
 from ramp_jax.models.layout import Params, Tensor, lookup, nest, tensors
 from ramp_jax.models.source import Rows
 
@@ -134,6 +136,11 @@ def pieces_of(params: Params, tensor: Tensor, rows: int) -> Iterator[Float[Array
     """A matrix in pieces of so many rows, one after the other; the last may be shorter."""
     for start in range(0, tensor.shape[0], rows):
         yield rows_of(params, tensor, slice(start, start + rows))
+
+
+def fingerprint(params: Params) -> str:
+    """What tells parameters from others: their files with sizes and time stamps, or a digest of the arrays."""
+    return json.dumps(dict(params.stamp)) if isinstance(params, StoredParams) else digest(params)
 
 
 def in_memory(params: Params) -> dict[str, Any]:

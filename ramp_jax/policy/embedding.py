@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from ramp_jax import sweep
 from ramp_jax.formats.rounding import blocks_of, flatten_blocks, reciprocal, round_half_away
 from ramp_jax.formats.row_chunks import in_row_chunks
+from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, Tensor, allocatable, tensors
 from ramp_jax.models.layout import LOOKED_UP, STREAM, full_name, of_block
 from ramp_jax.models.store import pieces_of
@@ -65,16 +66,17 @@ _TINY = 1e-12
 _VOCABULARY_ROWS = 1 << 12  # read at one time
 
 
-def estimated(model: Model, stats: Stats, levels: tuple[float, ...]) -> Estimate:
+def estimated(model: Model, stats: Stats, levels: tuple[float, ...], journal: Journal = NOWHERE) -> Estimate:
     """What allocatable tensors lose at each level by the Fisher estimate, alone and in pairs.
 
     Weights are rounded by ggml's search, weighted by importance: the wider one takes three times as long, and its
-    estimate chooses no better. Raises `ValueError` where `stats` lack a sample of the text.
+    estimate chooses no better. Blocks that `journal` has are not gone through again. Raises `ValueError` where `stats`
+    lack a sample of the text.
     """
     if stats.sample is None:
         raise ValueError("the statistics hold no sample of the text, which the estimate needs; calibrate the model.")
     encoder = Encoder("reference", importance_of(model.spec, stats))
-    return estimate(model, stats.sample, levels, encoder, stats.states)
+    return estimate(model, stats.sample, levels, encoder, stats.states, journal)
 
 
 def embed(model: Model, stats: Stats, loss: Float[np.ndarray, " T"] | None = None) -> Float[np.ndarray, "T 11"]:

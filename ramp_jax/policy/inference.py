@@ -27,6 +27,7 @@ from ramp_jax.allocators.tables import exchange, fill
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats import LEVELS, get_format
 from ramp_jax.halo import llama_quantize
+from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, allocatable
 from ramp_jax.policy import embedding, networks
 from ramp_jax.policy.env import CONTEXT, Process
@@ -105,7 +106,13 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def problem(
-    model: Model, stats: Stats, levels: tuple[float, ...], table: Costs | None = None, *, estimates: bool = True
+    model: Model,
+    stats: Stats,
+    levels: tuple[float, ...],
+    table: Costs | None = None,
+    *,
+    estimates: bool = True,
+    journal: Journal = NOWHERE,
 ) -> Problem:
     """The decision process of `model`, whose tensors are embedded as they are (fold first).
 
@@ -124,7 +131,7 @@ def problem(
     if not estimates:
         return found
     measured = tuple(sorted({*levels, embedding.LOSS_LEVEL}))
-    estimate = embedding.estimated(model, stats, measured)
+    estimate = embedding.estimated(model, stats, measured, journal)
     loss, mine = estimate.loss, [measured.index(level) for level in levels]
     return found._replace(
         embedding=jnp.asarray(embedding.embed(model, stats, loss[:, measured.index(embedding.LOSS_LEVEL)])),
@@ -172,6 +179,7 @@ def allocate(
     budget_bytes: int,
     evaluate: Callable[[Actions], float] | None = None,
     evaluations: int = 0,
+    journal: Journal = NOWHERE,
 ) -> Allocation:
     """What a policy or any other allocator chooses for `model` (folded as it is to be quantized) and `budget_bytes`.
 
@@ -183,7 +191,7 @@ def allocate(
     allocator = refine(allocator, evaluations) if evaluations else allocator
     table = costs(model, allocator.levels)
     check_budget(table, budget_bytes)
-    known = problem(model, stats, allocator.levels, table, estimates=allocator.estimates)
+    known = problem(model, stats, allocator.levels, table, estimates=allocator.estimates, journal=journal)
     known = known._replace(evaluate=evaluate, model=model, importance=importance_of(model.spec, stats))
     return from_levels(model, [allocator.levels[a] for a in allocator.choose(known, table.units(budget_bytes))])
 

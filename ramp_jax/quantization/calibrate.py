@@ -11,10 +11,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ramp_jax import sweep
+from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import DecoderSpec, Model
 from ramp_jax.models.decoder import Params, block_taps, final_norm
-from ramp_jax.models.layout import HEAD_INPUT, Block
+from ramp_jax.models.layout import HEAD_INPUT, Block, full_name
 
+_SERIES = "calibrating"
 _SAMPLE = (2, 64)  # windows, and tokens of each, that statistics keep
 
 
@@ -67,29 +69,38 @@ def calibrate(model: Model, windows: Int[np.ndarray, "W T"]) -> Stats:
 
     Raises `ValueError` where an activation is not finite, naming it, the layer and the window.
     """
-    return calibrated(model, windows, lambda at, seen: None)
+    return calibrated(model, windows, lambda at, seen: {})[0]
 
 
 def calibrated(
-    model: Model, windows: Int[np.ndarray, "W T"], visit: Callable[[sweep.Place, Seen], None], sketch: int = 0
-) -> Stats:
-    """`calibrate`, with a `visit` of every block that is told what was seen there.
+    model: Model,
+    windows: Int[np.ndarray, "W T"],
+    visit: Callable[[sweep.Place, Seen], Mapping[str, Any]],
+    sketch: int = 0,
+    journal: Journal = NOWHERE,
+) -> tuple[Stats, list[Mapping[str, Any]]]:
+    """`calibrate`, with what a `visit` of every block found, that is told what was seen there.
 
-    Sketches have about `sketch` rows, none by default.
+    Sketches have about `sketch` rows, none by default. Blocks that `journal` has are not visited again.
     """
     spec, params = model.spec, model.params
     signs = _signs(windows, sketch)
-    moments: dict[str, Moments] = {}
-    x = sweep.begin(spec, params, windows)
-    states = [_sampled(x)]
-    for at in sweep.forward(spec, params, "calibrating"):
+    passed, x = journal.passed(_SERIES)
+    x = sweep.begin(spec, params, windows) if x is None else sweep.held(x)
+    for at in sweep.forward(spec, params, _SERIES, first=len(passed)):
+        before = _sampled(x)
         x, seen = observe(at, x, signs)
-        moments |= {at.full(tap): found for tap, found in seen.moments.items()}
-        states.append(_sampled(x))
-        visit(at, seen)
+        passed.append({"state": before, "moments": seen.moments, "visit": visit(at, seen)})
+        journal.append(_SERIES, at.index, passed[-1], x)
+    moments = {
+        full_name(index, tap): Moments(*map(jnp.asarray, found))
+        for index, block in enumerate(passed)
+        for tap, found in block["moments"].items()
+    }
     sums = sweep.in_batches(functools.partial(_head_sums, spec, {"output_norm": params["output_norm"]}), x)
     moments[HEAD_INPUT] = _over_windows(sums, windows.size, HEAD_INPUT, "the last layer")
-    return Stats(moments, model.folding, _sampled(windows), np.stack(states))
+    states = np.stack([*(block["state"] for block in passed), _sampled(x)])
+    return Stats(moments, model.folding, _sampled(windows), states), [block["visit"] for block in passed]
 
 
 def observe(

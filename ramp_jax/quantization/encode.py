@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from ramp_jax import sweep
 from ramp_jax.allocation import Allocation
 from ramp_jax.formats import decode
+from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, Tensor, tensors
 from ramp_jax.models.decoder import look_up
 from ramp_jax.models.layout import of_block
@@ -22,17 +23,21 @@ from ramp_jax.quantization.importance import Importance
 
 _PIECE = 1 << 23  # weights that are encoded at a time: searches need several times that in f32
 
+TAKEN = "encoding"
+"""The step of a journal that says how many blocks were taken, and the hidden states after them."""
+
 Codes = Iterator[Any]
 """Codes of a tensor, some rows at a time; they are made as they are asked for."""
 
 
 def encoded(
-    model: Model, allocation: Allocation, encoder: Encoder, doing: str = "encoding"
+    model: Model, allocation: Allocation, encoder: Encoder, doing: str = "encoding", journal: Journal = NOWHERE
 ) -> Iterator[tuple[Tensor, Codes]]:
     """Every tensor in the file's order with its codes, `model` folded as the allocation says whatever it was.
 
     One sweep over the weights. Beside two blocks, memory holds the hidden states of the encoder's windows, twice where
-    it compensates, and the codes of one block. Raises `ValueError` where a tensor cannot be encoded.
+    it compensates, and the codes of one block. Tensors that were taken before `journal` last kept a block are left out.
+    Raises `ValueError` where a tensor cannot be encoded.
     """
     spec, windows = model.spec, encoder.windows
     embedding, *ends = (tensor for tensor in tensors(spec) if tensor.layer is None)
@@ -45,11 +50,14 @@ def encoded(
         for rows in pieces_of(model.params, tensor, max(1, _PIECE // tensor.shape[-1])):
             yield encoder.encode_rows(tensor, rows, allocation.format_of(tensor), folding)
 
-    yield embedding, pieces(embedding)
-    seen = sweep.begin(spec, model.params, windows) if encoder.observes else None
-    rounded = _rounded_start(model, allocation, encoder) if encoder.compensated else None
+    if (kept := journal.load(TAKEN)) is not None:
+        seen, rounded = (None if x is None else sweep.held(x) for x in kept["states"])
+    else:
+        yield embedding, pieces(embedding)
+        seen = sweep.begin(spec, model.params, windows) if encoder.observes else None
+        rounded = _rounded_start(model, allocation, encoder) if encoder.compensated else None
     left_out = Uncompensated()
-    for at in sweep.forward(spec, model.params, doing):
+    for at in sweep.forward(spec, model.params, doing, first=kept["blocks"] if kept else 0):
         if seen is not None:
             seen, found = observe(at, seen, no_signs(windows))
             encoder = dataclasses.replace(encoder, importance=_importance(at, found, model))
@@ -62,6 +70,7 @@ def encoded(
         for name, tensor in members.items():
             w, known = of_block(at.weights, name), codes.pop(name, None)
             yield tensor, iter([known]) if known is not None else _rows(encoder, tensor, w, formats[name], folding)
+        journal.save(TAKEN, {"blocks": at.index + 1, "states": [seen, rounded]})
     left_out.report()
     for tensor in ends:
         yield tensor, pieces(tensor)

@@ -13,7 +13,7 @@ Folding. Norms that multiply by 1 + γ are stored as 1 + γ in the parameter tre
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ramp_jax import sweep
 from ramp_jax.formats import format_up_to, get_format
 from ramp_jax.formats.row_chunks import in_row_chunks
+from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import DecoderSpec, Model
 from ramp_jax.models.layout import (
     SMALLEST_BLOCK,
@@ -45,7 +46,7 @@ BETAS = (0.0, 0.3)
 _SMALLEST = 1e-4  # magnitude, of the group's largest; a dead channel keeps a finite scale
 _LARGEST_SCALE = 64.0
 _SKETCH = 256  # signed sums of tokens that stand for all of them
-_SEARCH_ROWS, _CHECK_ROWS = 64, 256  # of a group: these decide among the candidates, those whether to fold at all
+_SEARCH_ROWS, _CHECK_ROWS, _CHECKED = 64, 256, 3  # of a group: on those rows the best few of these are decided among
 _LOG = logging.getLogger(__name__)
 
 
@@ -56,19 +57,20 @@ def calibrate_and_fold(
     *,
     alphas: tuple[float, ...] = ALPHAS,
     betas: tuple[float, ...] = BETAS,
+    journal: Journal = NOWHERE,
 ) -> tuple[Model, Stats]:
     """The model folded for `level`, and the statistics that decided it, from one sweep.
 
     As `fold`, but (α, β) minimizes the error of the outputs on the tokens themselves, tr(E H Eᵀ) with a sketch of
-    H = E[x xᵀ] that exists for one block at a time.
+    H = E[x xᵀ] that exists for one block at a time. Blocks that `journal` has are not searched again.
     """
     search = _Search(model.spec, level, alphas, betas)
 
-    def visit(at: sweep.Place, seen: Seen) -> None:
-        search.visit(at, {name: moments.square for name, moments in seen.moments.items()}, seen.sketches)
+    def visit(at: sweep.Place, seen: Seen) -> dict[str, Found]:
+        return search.visit(at, {name: moments.square for name, moments in seen.moments.items()}, seen.sketches)
 
-    stats = calibrated(model, windows, visit, _SKETCH)
-    return search.folded(model), stats
+    stats, found = calibrated(model, windows, visit, _SKETCH, journal)
+    return _folded(model, found), stats
 
 
 def fold(
@@ -88,13 +90,18 @@ def fold(
     """
     search = _Search(model.spec, level, alphas, betas)
     moments = stats.under(model.folding).moments
+    found = []
     for at in sweep.forward(model.spec, model.params, "folding"):
-        search.visit(at, {a.name: moments[at.full(a.name)].square for a in at.block.activations}, {})
-    return search.folded(model)
+        found.append(search.visit(at, {a.name: moments[at.full(a.name)].square for a in at.block.activations}, {}))
+    return _folded(model, found)
+
+
+Found = tuple[Float[Array, " C"], int]
+"""Scales of an activation, and how many of them were clipped."""
 
 
 class _Search:
-    """Folding block by block: candidates (α, β) `[A, 2]`, the formats of a level by width, and the scales found."""
+    """Folding block by block: candidates (α, β) `[A, 2]`, and the formats of a level by width."""
 
     def __init__(self, spec: DecoderSpec, level: float, alphas: tuple[float, ...], betas: tuple[float, ...]) -> None:
         widths = {a.width for a in foldable(spec).values() if a.width % SMALLEST_BLOCK == 0}
@@ -102,11 +109,12 @@ class _Search:
         if widths and not self.formats:
             raise ValueError(f"no level up to {level} can hold rows of {min(widths)} weights; fold at another level.")
         self.grid = np.asarray([(a, b) for a in alphas for b in betas], np.float32)
-        self.scales: dict[str, Float[Array, " C"]] = {}
-        self.clipped = 0
 
-    def visit(self, at: sweep.Place, squares: Mapping[str, jax.Array], sketches: Mapping[str, jax.Array]) -> None:
+    def visit(
+        self, at: sweep.Place, squares: Mapping[str, jax.Array], sketches: Mapping[str, jax.Array]
+    ) -> dict[str, Found]:
         """Find a block's scales, from its activations' mean squares and, where they are known, sketches."""
+        found = {}
         for activation in at.block.activations:
             fmt = self.formats.get(activation.width)
             if activation.maker is not None and fmt is not None:
@@ -114,14 +122,16 @@ class _Search:
                 w, square = jnp.concatenate(rows), squares[activation.name]
                 scales, beyond = _scales(activation, w, square, self.grid)
                 best = _best(w, scales, square, sketches.get(activation.name), fmt)
-                self.clipped += int(beyond[best].sum())
-                self.scales[at.full(activation.name)] = scales[best]
+                found[at.full(activation.name)] = scales[best], int(beyond[best].sum())
+        return found
 
-    def folded(self, model: Model) -> Model:
-        """The model with all scales that were found."""
-        if self.clipped:
-            _LOG.warning("%d scales of folding went beyond %g and were clipped.", self.clipped, _LARGEST_SCALE)
-        return _scaled(model, self.scales)
+
+def _folded(model: Model, blocks: Sequence[Mapping[str, Found]]) -> Model:
+    """The model with all scales that were found."""
+    found = {name: one for block in blocks for name, one in block.items()}
+    if clipped := sum(count for _, count in found.values()):
+        _LOG.warning("%d scales of folding went beyond %g and were clipped.", clipped, _LARGEST_SCALE)
+    return _scaled(model, {name: jnp.asarray(scales) for name, (scales, _) in found.items()})
 
 
 def refold(model: Model, folding: Mapping[str, Any]) -> Model:
@@ -207,13 +217,12 @@ def _log(magnitude: Float[Array, " C"]) -> Float[Array, " C"]:
 
 
 def _best(w: jax.Array, scales: jax.Array, square: jax.Array, sketch: jax.Array | None, fmt: str) -> int:
-    """The candidate of the least error over a few evenly spaced rows, unless the first one's is smaller over more."""
+    """Of the first candidate and those of the least errors over a few evenly spaced rows the one that is best over
+    more."""
     few, more = (w[:: -(-len(w) // count)] for count in (_SEARCH_ROWS, _CHECK_ROWS))
-    found = int(np.argmin(_errors(few, scales, square, sketch, fmt)))
-    if found == 0:
-        return 0
-    first, best = _errors(more, scales[np.array([0, found])], square, sketch, fmt)
-    return found if best < first else 0
+    found = np.argsort(_errors(few, scales, square, sketch, fmt), kind="stable")[:_CHECKED]
+    finalists = np.asarray([0, *found])
+    return int(finalists[np.argmin(_errors(more, scales[finalists], square, sketch, fmt))])
 
 
 def _errors(

@@ -32,6 +32,7 @@ from ramp_jax.formats import get_format
 from ramp_jax.formats.check import check
 from ramp_jax.formats.registry import Effort
 from ramp_jax.formats.row_chunks import in_row_chunks, side_by_side
+from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, tensors
 from ramp_jax.models.decoder import Params, embed, final_norm
 from ramp_jax.models.layers import matmul, soft_cap
@@ -43,6 +44,7 @@ from ramp_jax.sensitivity.exact import Cell, cells
 from ramp_jax.sensitivity.table import Sensitivity, fingerprint
 
 PROBES = 4
+_SERIES = "estimating"
 
 _NUMBERS_AT_ONCE = 1 << 24  # of a vocabulary's weights, or of its logits' gradients
 
@@ -137,30 +139,37 @@ def fisher_moves(
     states: Float[np.ndarray, "L+1 W T D"] | None = None,
     probes: int = PROBES,
     seed: int = 0,
+    journal: Journal = NOWHERE,
 ) -> dict[str, Float[np.ndarray, "A S"]]:
     """How far each of `changes(tensor)` moves every sample (a probe at a token), by name of the allocatable tensors.
 
     Several changes together move a sample by the sum of their moves; half the sum of the squares is what they cost,
     in nats per scored token. `states` are the stream before every block and after the last one, where that is known;
-    else one more sweep finds it. Computes in f32, whatever the model's dtype.
+    else one more sweep finds it. Computes in f32, whatever the model's dtype. Blocks that `journal` has are not gone
+    through again.
     """
     spec, params = model.spec, model.params
     start = first_scored(protocol, windows.shape[1])
     members = {tensor.name: tensor for tensor in allocatable(spec)}
     embedding, head = tensors(spec)[0], _head(spec)
-    moves: dict[str, Float[np.ndarray, "A P W*T"]] = {}
+    passed, g = journal.passed(_SERIES)
     with jax.default_matmul_precision("default"):
         states = _states(model, windows) if states is None else states
-        g, moves[head.name] = _from_head(model, states[-1], changes, jax.random.key(seed), probes, start)
-        for at in sweep.backward(spec, params, "estimating sensitivity"):
-            g, moved = _through_block(at, states[at.index], g, changes, members)
-            moves |= moved
+        if g is None:
+            g, moved = _from_head(model, states[-1], changes, jax.random.key(seed), probes, start)
+            passed = [{head.name: moved}]
+            journal.append(_SERIES, 0, passed[0], g)
+        for at in sweep.backward(spec, params, "estimating sensitivity", passed=len(passed) - 1):
+            g, moved = _through_block(at, states[at.index], jnp.asarray(g), changes, members)
+            journal.append(_SERIES, len(passed), moved, g)
+            passed.append(moved)
+        moves: dict[str, Float[np.ndarray, "A P W*T"]] = {name: m for moved in passed for name, m in moved.items()}
         if embedding.name in members:
             tokens, places = np.unique(windows, return_inverse=True)
             w = rows_of(params, embedding, tokens)[places.ravel()]
             wide = w.astype(jnp.float32)
             looked_up = [c.rule(wide, c.data) * spec.embedding_scale for c in changes(embedding, w)]
-            moved = np.asarray(_moves(g.reshape(probes, *w.shape), np.reshape(looked_up, (-1, *w.shape))))
+            moved = np.asarray(_moves(jnp.reshape(g, (probes, *w.shape)), np.reshape(looked_up, (-1, *w.shape))))
             moves[embedding.name] = moves.get(embedding.name, 0) + moved  # as a head, where it is one
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
     scale = np.float32(1 / np.sqrt(probes * scored))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, allocatable
 from ramp_jax.quantization import Encoder
 from ramp_jax.sensitivity.exact import cells
@@ -35,15 +36,16 @@ def estimate(
     levels: tuple[float, ...],
     encoder: Encoder,
     states: Float[np.ndarray, "L+1 W T D"] | None = None,
+    journal: Journal = NOWHERE,
 ) -> Estimate:
     """Losses of single tensors and of pairs, for every allocatable tensor of `model`, scoring every token.
 
-    `states` as in `fisher_moves`. Raises `ValueError` naming the tensor where a loss is not finite.
+    `states` and `journal` as in `fisher_moves`. Raises `ValueError` naming the tensor where a loss is not finite.
     """
     members = allocatable(model.spec)
     every = cells(members, levels)
     changes = rounding_errors(model, every, encoder)
-    moves = fisher_moves(model, windows, changes, "sliding", states=states, probes=_PROBES)
+    moves = fisher_moves(model, windows, changes, "sliding", states=states, probes=_PROBES, journal=journal)
     at = [(cell.row, cell.column) for tensor in members for cell in cells_of(every, tensor)]
     m = np.concatenate([moves[tensor.name] for tensor in members])  # [cells, S]
     rows, columns = np.transpose(at)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from ramp_jax.checkpoint import digest, write_bytes
 from ramp_jax.formats import format_for
-from ramp_jax.models import Model, Tensor
+from ramp_jax.models import Model, Tensor, store
 from ramp_jax.models.decoder import weights_dtype
 from ramp_jax.quantization import Encoder
 from ramp_jax.scoring.perplexity import Protocol
@@ -129,5 +129,5 @@ def fingerprint(
         "dtype": str(weights_dtype(model.params)),
         "windows": digest(windows),
         "folding": digest(model.folding),
-        "folded weights": digest(model.params),
+        "folded weights": store.fingerprint(model.params),
     }
