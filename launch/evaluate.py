@@ -48,6 +48,7 @@ _TASKS = flags.DEFINE_list("tasks", [], "Measure accuracy on these instead of pe
 _TASK_PATH = flags.DEFINE_string("task_path", None, "A folder with more tasks: lm-eval's YAML files.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first examples of each task.", lower_bound=2)
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
+cli.define_mesh()
 flags.mark_flags_as_required(["model"])
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn, get_args
 import jax
 from absl import app, flags, logging
 
+from ramp_jax import devices
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.footprint import bytes_that_fit, runtime_bytes
@@ -36,6 +37,7 @@ def run(main: Callable[[], None]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             _keep_compiled()
+            _use_mesh()
             main()
         except (ValueError, OSError, RuntimeError) as error:
             _fail(error)
@@ -57,6 +59,12 @@ def _keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
+
+
+def _use_mesh() -> None:
+    """Compute on the mesh that `--mesh` describes, where a script has that flag and it is given."""
+    if "mesh" in flags.FLAGS and (text := flags.FLAGS.mesh) is not None:
+        devices.use(devices.make_mesh(*map(int, text.split("x"))))
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -98,6 +106,19 @@ def define_tokenizer_from() -> flags.FlagHolder[str | None]:
         "tokenizer_from",
         None,
         "A GGUF of the same vocabulary, whose tokenizer is used and exported instead of the model's own.",
+    )
+
+
+def define_mesh() -> None:
+    """`--mesh`: how the devices of this machine share the work."""
+    flags.DEFINE_string(
+        "mesh",
+        None,
+        "Devices that windows and chunks of rows are dealt out to, by devices that the rows of a matrix are cut over, "
+        "as in 4x2. Default: all of them by 1.",
+    )
+    flags.register_validator(
+        "mesh", lambda text: text is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", text), "must be two numbers, as in 4x2."
     )
 
 

@@ -8,6 +8,7 @@ device, so that it does not matter to a bit how many there are. With one device 
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -28,19 +29,27 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     data = len(found) // model if data is None else data
     if data * model != len(found):
         raise ValueError(
-            f"a mesh of {data}x{model} has places for {data * model} devices and there are {len(found)}; choose two "
-            f"numbers whose product is {len(found)}."
+            f"a mesh of {data}x{model} has places for {data * model} devices and there "
+            f"{'is 1' if len(found) == 1 else f'are {len(found)}'}; choose two numbers whose product is {len(found)}."
         )
     return jax.make_mesh((data, model), (DATA, MODEL), (AxisType.Auto,) * 2, devices=found)
 
 
 _default = functools.cache(make_mesh)
+_CHOSEN: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+def use(mesh: Mesh | None) -> None:
+    """Compute on this mesh of `make_mesh` from now on; None is the default one.
+
+    JAX's own `set_mesh` would cut what is computed outside of this module as well.
+    """
+    _CHOSEN.set(mesh)
 
 
 def current() -> Mesh | None:
-    """The mesh that `jax.set_mesh` made known, else all devices along `data`; None where there is only one device."""
-    known = jax.sharding.get_mesh()
-    mesh = known if known.axis_names == (DATA, MODEL) else _default()
+    """The mesh in use, by default all devices along `data`; None where there is only one device."""
+    mesh = _CHOSEN.get() or _default()
     return None if mesh.size == 1 else mesh
 
 

@@ -1,0 +1,160 @@
+"""Eight forced host devices beside one: the same statistics, allocation and bytes, whatever divides or not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny import VOCABULARY, drawn, save
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ramp_jax import data, devices, workflow
+from ramp_jax.allocation import costs
+from ramp_jax.checkpoint import digest
+from ramp_jax.config import WindowsConfig
+from ramp_jax.halo.export import export_gguf
+from ramp_jax.models import allocatable, load_model, sharding
+from ramp_jax.policy.inference import find_allocator
+from ramp_jax.quantization import calibrate, recorded_encoder
+from ramp_jax.scoring.perplexity import evaluate
+from ramp_jax.sensitivity.exact import exact_sensitivity
+
+HEADS = {"even": (4, 2), "odd": (6, 3)}
+"""Of queries, and of keys and values: each of two devices has half of them, or not."""
+
+MESHES = {"all along data": None, "4x2": (4, 2)}
+ENCODED = "4x2, odd"
+"""Where the whole way to a file is gone, which compiles for long."""
+
+LEVELS = (4.0, 8.0)
+
+
+def save_model(folder, heads, kv_heads):
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        intermediate_size=384,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    return save(drawn(LlamaForCausalLM(config), seed=heads), folder)
+
+
+def losses(folder):
+    """Statistics and losses of three windows, and some of the exact table, as JSON holds them."""
+    model = load_model(folder)
+    windows = data.windows("builtin", model.tokenizer, context=24, count=3)
+    members = [tensor.name for tensor in allocatable(model.spec)]
+    table = exact_sensitivity(model, windows, LEVELS, tensors=[members[3], members[-1]])
+    return {
+        "moments": digest(calibrate(model, windows).moments),
+        "nll": evaluate(model, windows, reference=model).nll.tolist(),
+        "exact": table.kld.tolist(),
+    }
+
+
+def exported(folder, output):
+    """Formats by tensor, and the digest of the exported file."""
+    model, path, gguf = load_model(folder), Path(output) / "allocation.json", Path(output) / "model.gguf"
+    reach = costs(model, LEVELS)
+    allocator, budget = find_allocator("fisher", levels=LEVELS), (reach.smallest + reach.largest) // 2
+    allocation = workflow.allocate(model, allocator, budget, WindowsConfig("builtin", 24, 3), path, str(folder))
+    export_gguf(model, allocation, gguf, recorded_encoder(path, model))
+    return [dict(allocation.formats), digest(np.fromfile(gguf, np.uint8))]
+
+
+def on_eight_devices(folders, output):
+    """What every model finds on every mesh, and the one that is exported."""
+    found = {}
+    for mesh, shape in MESHES.items():
+        devices.use(None if shape is None else devices.make_mesh(*shape))
+        assert devices.current().size == 8
+        for name, folder in folders.items():
+            found[f"{mesh}, {name}"] = losses(folder)
+            if f"{mesh}, {name}" == ENCODED:
+                found["exported"] = exported(folder, output)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: str(save_model(root / name, *heads)) for name, heads in HEADS.items()}
+
+
+@pytest.fixture(scope="module")
+def eight(folders, tmp_path_factory):
+    """What a process of eight devices finds, by mesh and model."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    output = tmp_path_factory.mktemp("eight")
+    run = [sys.executable, __file__, json.dumps(folders), str(output)]
+    done = subprocess.run(run, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(folders):
+    """What this process finds, by model."""
+    return {name: losses(folder) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", HEADS)
+def test_eight_devices_lose_what_one_does(one, eight, mesh, name):
+    found = eight[f"{mesh}, {name}"]
+    assert found["moments"] == one[name]["moments"]
+    np.testing.assert_allclose(found["nll"], one[name]["nll"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["exact"], one[name]["exact"], rtol=1e-5)
+
+
+def test_eight_devices_write_the_file_that_one_does(folders, eight, tmp_path):
+    formats, content = exported(folders["odd"], tmp_path)
+    assert len(set(formats.values())) > 1
+    assert eight["exported"] == [formats, content]
+
+
+def test_rows_of_matrices_are_cut_where_every_part_fills_its_tiles(folders):
+    block = load_model(folders["odd"]).spec.blocks[0]
+    cut = {weight.name for weight in block.weights if sharding.spec_of(weight, 2) == P(devices.MODEL)}
+    assert cut == {f"{name}.weight" for name in ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    assert sharding.spec_of(block.weights[1], 1) == P(devices.MODEL)
+    assert all(sharding.spec_of(weight, 8) == P() for weight in block.weights)
+
+
+def test_one_device_passes_on_what_it_gets(rng):
+    x = rng.normal(size=(3, 4))
+    assert devices.current() is None
+    assert devices.placed(x) is x
+    assert devices.along_data(lambda a: a, x) is x
+    assert next(devices.each(lambda a, b: (a, b), [(x,)], x)) == (x, x)
+
+
+@pytest.mark.parametrize("mesh", ["2x2", "1x3"])
+def test_a_mesh_that_the_devices_do_not_fill_is_refused(call, tied_directory, mesh):
+    code, _, err = call("evaluate", f"--model={tied_directory}", f"--mesh={mesh}")
+    assert code == 1
+    assert f"a mesh of {mesh} has places for" in err
+    assert "there is 1" in err
+    assert err.count("\n") == 1
+
+
+def test_a_mesh_is_two_numbers(call, tied_directory):
+    code, _, err = call("evaluate", f"--model={tied_directory}", "--mesh=4")
+    assert code == 1
+    assert "must be two numbers, as in 4x2" in err
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401, the same strict flags
+
+    output = Path(sys.argv[2])
+    (output / "found.json").write_text(json.dumps(on_eight_devices(json.loads(sys.argv[1]), output)))
