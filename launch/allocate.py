@@ -42,6 +42,7 @@ _ENCODER = cli.define_encoder(recorded=False)
 _REFINE_EVALS = flags.DEFINE_integer("refine_evals", 0, "True evaluations that refine the allocation.", lower_bound=0)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the sizes that can be reached, and what fits.")
 cli.define_mesh()
+cli.define_hosts()
 cli.define_budget()
 flags.mark_flags_as_required(["model", "source_policy"])
 

@@ -19,6 +19,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "The GGUF to write.")
 _ENCODER = cli.define_encoder()
 _IMATRIX = flags.DEFINE_string("imatrix", None, "Importance matrix of the model, as llama-imatrix writes it.")
 cli.define_mesh()
+cli.define_hosts()
 flags.mark_flags_as_required(["model", "allocation", "output"])
 
 

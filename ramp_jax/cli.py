@@ -1,17 +1,18 @@
 """What every script in `launch/` shares: failures in one sentence, and budgets in the units that people think in."""
 
+import contextlib
 import os
 import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 import jax
 from absl import app, flags, logging
 
-from ramp_jax import devices
+from ramp_jax import devices, hosts
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.footprint import bytes_that_fit, runtime_bytes
@@ -24,6 +25,7 @@ from ramp_jax.workflow import tokenizer_of
 _MOST_COMPILED = 1 << 28  # bytes on disk; what was not used for longest goes first
 _WORTH_KEEPING = 0.05  # seconds of compiling; JAX keeps what took one, and most of a short job are many small programs
 
+_AUTO = "auto"
 _BUDGETS = ("budget_bytes", "budget_gb", "budget_bits", "fit_memory")
 _MEMORY = "must be a size, as in 8GiB (2^30 bytes) or 8GB (10^9)."
 
@@ -37,8 +39,9 @@ def run(main: Callable[[], None]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             _keep_compiled()
-            _use_mesh()
-            main()
+            with _hosts():
+                _use_mesh()
+                main()
         except (ValueError, OSError, RuntimeError) as error:
             _fail(error)
         except KeyboardInterrupt:
@@ -61,6 +64,17 @@ def _keep_compiled() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
+def _hosts() -> contextlib.AbstractContextManager[Any]:
+    """All processes of the job, where a script has the flags of `define_hosts` and they are given."""
+    values = flags.FLAGS
+    if "coordinator" not in values or values.coordinator is None:
+        return contextlib.nullcontext()
+    if values.shared_folder is None:
+        raise ValueError("--shared_folder is missing; name a folder that all processes see.")
+    where = None if values.coordinator == _AUTO else values.coordinator
+    return hosts.joined(Path(values.shared_folder), where, values.processes, values.process_id, values.patience)
+
+
 def _use_mesh() -> None:
     """Compute on the mesh that `--mesh` describes, where a script has that flag and it is given."""
     if "mesh" in flags.FLAGS and (text := flags.FLAGS.mesh) is not None:
@@ -77,7 +91,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def _fail(cause: object) -> NoReturn:
     """Print one line and end with exit code 1."""
     print("error:", " ".join(str(cause).split()), file=sys.stderr)
-    sys.exit(1)
+    hosts.leave(1)
 
 
 def load(ref: str, dtype: str = "float32", tokenizer_from: str | None = None) -> Model:
@@ -107,6 +121,20 @@ def define_tokenizer_from() -> flags.FlagHolder[str | None]:
         None,
         "A GGUF of the same vocabulary, whose tokenizer is used and exported instead of the model's own.",
     )
+
+
+def define_hosts() -> None:
+    """`--coordinator` and its like: several processes that work on one job."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "Work together with other processes, each of which runs this command: HOST:PORT of process 0, or auto where "
+        "SLURM or a TPU pod says who they are.",
+    )
+    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which of them this is; process 0 writes the output.", lower_bound=0)
+    flags.DEFINE_string("shared_folder", None, "A folder that all processes see.")
+    flags.DEFINE_float("patience", hosts.PATIENCE, "Seconds without a sign of life of a process.", lower_bound=1)
 
 
 def define_mesh() -> None:

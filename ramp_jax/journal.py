@@ -54,26 +54,14 @@ class Journal:
         Trees are dicts by strings, sequences, strings, numbers, None, and arrays of the host or of the device, which
         reach the disk one by one.
         """
-        path = self._path(step)
-        temporary = path.with_name(path.name + ".partial")
-        try:
-            with temporary.open("wb") as file:
-                _write(file, tree)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise OSError(f"cannot write {path} ({error.strerror}); free some space there, then run again.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        keep(self._path(step), tree)
 
     def load(self, step: str) -> Any | None:
         """What `save` kept, None where that is not there or damaged.
 
         Tuples come back as lists. Arrays are read-only views of the file, which may be replaced while they are used.
         """
-        try:
-            return _read(self._path(step))
-        except FileNotFoundError:
-            return None
+        return kept(self._path(step))
 
     def append(self, series: str, index: int, result: Any, state: Any) -> None:
         """Keep the result of the next item of a series, and the state that the items after it begin with."""
@@ -139,8 +127,42 @@ class _Nowhere(Journal):
         pass
 
 
+class Followed(Journal):
+    """The journal that another process writes of the same job: read, never written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, step: str, tree: Any) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+
 NOWHERE: Journal = _Nowhere()
 """For jobs that are not worth keeping, or have no file to keep something beside."""
+
+
+def keep(path: Path, tree: Any) -> None:
+    """Write a tree as `Journal.save` describes it; the file is whole or not there."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("wb") as file:
+            _write(file, tree)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}); free some space there, then run again.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def kept(path: Path) -> Any | None:
+    """What `keep` wrote, None where that is not there or damaged."""
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        return None
 
 
 def beside(output: Path) -> Path:

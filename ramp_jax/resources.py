@@ -41,7 +41,7 @@ def available_memory() -> float:
 
     On CPUs the least of what the kernel, the control groups of this process and its own limit leave.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else math.inf

@@ -14,13 +14,14 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from ramp_jax import data as texts
+from ramp_jax import hosts
 from ramp_jax.allocation import Allocation, calibration_text, read_saved
 from ramp_jax.allocators import Actions, Allocator
 from ramp_jax.checkpoint import digest, write_bytes
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
 from ramp_jax.halo.export import check_writable, export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
-from ramp_jax.journal import NOWHERE, Journal, beside, code_version
+from ramp_jax.journal import NOWHERE, Followed, Journal, beside, code_version
 from ramp_jax.models import Model, load_model, store
 from ramp_jax.models.decoder import weights_dtype
 from ramp_jax.models.gguf_header import is_gguf
@@ -290,23 +291,31 @@ def allocate(
         "level of folding": f"{allocator.fold_level:g}",
         "levels": " ".join(map(str, allocator.levels)),
     }
-    with Journal(beside(output), inputs) as journal:
+    with _journal(output, inputs) as journal:
         folded, stats = prepare(model, calibration, allocator.fold_level, journal)
         evaluate = _true_loss(model, folded, stats, calibration, allocator.levels) if allocator.evaluations else None
         allocation = inference.allocate(
             allocator, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate, journal=journal
         )
         allocation = dataclasses.replace(allocation, calibration=as_dict(calibration) | seen)
-        allocation.save(
-            output,
-            model=ref,
-            budget_bytes=budget_bytes,
-            encoder=encoder,
-            allocator=allocator.name,
-            refine_evals=allocator.evaluations,
-            seconds=allocator.seconds + time.monotonic() - started,
-        )
+        if hosts.index() == 0:
+            allocation.save(
+                output,
+                model=ref,
+                budget_bytes=budget_bytes,
+                encoder=encoder,
+                allocator=allocator.name,
+                refine_evals=allocator.evaluations,
+                seconds=allocator.seconds + time.monotonic() - started,
+            )
     return allocation
+
+
+def _journal(output: Path, inputs: dict[str, str]) -> Journal:
+    """What process 0 writes beside its output and the others read."""
+    own = Journal(beside(output), inputs) if hosts.index() == 0 else Followed(beside(output))
+    hosts.barrier()
+    return own
 
 
 def export(
@@ -328,7 +337,7 @@ def export(
         "encoder": f"{rounding.effort} {rounding.compensated}",
         "calibration": digest((dict(rounding.importance), rounding.windows)),
     }
-    with Journal(beside(output), inputs) as journal:
+    with _journal(output, inputs) as journal:
         return export_gguf(model, loaded, output, rounding, journal)
 
 

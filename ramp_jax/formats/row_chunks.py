@@ -6,7 +6,7 @@ Inside a compiled function the same calls simply become part of it.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ramp_jax import devices
+from ramp_jax import devices, hosts
 from ramp_jax.cores import cores
 from ramp_jax.formats.registry import Effort, get_format
 from ramp_jax.formats.search import LANES
@@ -68,7 +68,7 @@ def in_row_chunks(
     each: Iterable[Any] | None = None,
     on_accelerator: int = _ACCELERATOR_ROWS,
 ) -> list[Any]:
-    """`run(rows, *rest)` of equal chunks of w's rows in f32, on all cores and devices; zeros fill up the last.
+    """`run(rows, *rest)` of equal chunks of w's rows in f32, on all cores, devices and hosts; zeros fill up the last.
 
     With `each`, `run(rows, item, *rest)` for every item of it, all chunks of the first item first. Accelerators take up
     to `on_accelerator` weights at once, whole matrices as a rule.
@@ -83,21 +83,22 @@ def in_row_chunks(
         short = size - len(rows)
         return jnp.pad(rows, ((0, short), (0, 0))) if short else rows
 
-    jobs = itertools.product(items, range(0, len(w), size))
-    if devices.current() is not None:
-        return list(devices.each(run, ((chunk(start), *item) for item, start in jobs), *rest))
+    def all_jobs(jobs: Sequence[tuple[tuple[Any, ...], int]]) -> list[Any]:
+        if devices.current() is not None:
+            return list(devices.each(run, ((chunk(start), *item) for item, start in jobs), *rest))
+        return list((_pool().map if on_cpu else map)(one_job, jobs))
 
     def one_job(job: tuple[tuple[Any, ...], int]) -> Any:
         item, start = job
         return jax.block_until_ready(run(chunk(start), *item, *rest))
 
-    return list((_pool().map if on_cpu else map)(one_job, jobs))
+    return hosts.shared(all_jobs, list(itertools.product(items, range(0, len(w), size))))
 
 
 def side_by_side(run: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     """`run(item)` of every item, each of which calls `in_row_chunks`: at the same time on the cores of one device, so
     that tensors of few chunks fill them, and what is compiled for one does not wait for another."""
-    together = jax.default_backend() == "cpu" and devices.current() is None
+    together = jax.default_backend() == "cpu" and devices.current() is None and hosts.count() == 1
     return list((_callers().map if together else map)(run, items))
 
 

@@ -1,5 +1,6 @@
 """Folded weights and an allocation → a GGUF that stock llama.cpp runs."""
 
+import collections
 import contextlib
 import os
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ramp_jax import hosts
 from ramp_jax.allocation import Allocation, export_metadata
 from ramp_jax.formats import get_format
 from ramp_jax.journal import NOWHERE, Journal
@@ -30,7 +32,8 @@ def export_gguf(
     """Quantize `model` as `allocation` says (Scale Folding included) and write the file; returns its size in bytes.
 
     The bytes are those that `fake_quantize` decodes with the same encoder. The file appears under its name only when it
-    is whole; what was written of it before `journal` last kept a block is not made again. Raises `ValueError` where the
+    is whole; what was written of it before `journal` last kept a block is not made again. Of several processes only the
+    first writes. Raises `ValueError` where the
     allocation is another model's or there is no vocabulary, `OSError` where the folder cannot be written.
     """
     if allocation.spec != model.spec:
@@ -43,6 +46,11 @@ def export_gguf(
     partial = path.with_name(path.name + ".partial")
     if not partial.is_file():
         journal.save(TAKEN, None)
+    hosts.barrier()  # all begin where process 0 does
+    if hosts.index() > 0:
+        for _, pieces in encoded(model, allocation, encoder, "encoding", journal):
+            collections.deque(pieces, maxlen=0)
+        return allocation.file_bytes
     try:
         _write(model, allocation, partial, encoder, journal)
         size = partial.stat().st_size

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ramp_jax import devices, sweep
+from ramp_jax import devices, hosts, sweep
 from ramp_jax.formats import Format, format_for
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable
 from ramp_jax.models.decoder import Params, block_forward, embed, final_norm, look_up, output_head
@@ -69,16 +69,23 @@ def exact_sensitivity(
         state, depth = embed(model.spec, model.params, windows), 0
         blocks = sweep.forward(model.spec, model.params)
         reference = _run_from(model.spec, model.params, state[None], 0)[0, :, scored]
-        for batch in track(batches, "measuring sensitivity", "batch"):
-            started = time.monotonic()
-            while depth < _depth(model.spec, batch.cells[0].tensor):
+        hosts.barrier()  # all have read the table that process 0 goes on with
+        todo = [batch for batch in batches if np.isnan(table.kld[batch.rows, batch.columns]).any()]
+        bar = track(todo, "measuring sensitivity", "batch")
+        for layer, same in itertools.groupby(bar, lambda batch: _depth(model.spec, batch.cells[0].tensor)):
+            while depth < layer:
                 state, depth = sweep.advance(next(blocks), state), depth + 1
-            rows, columns = zip(*((cell.row, cell.column) for cell in batch.cells), strict=True)
-            if np.isnan(table.kld[rows, columns]).any():
-                kld = _costs(model, batch, state, windows, reference, scored, encoder)
-                floor, kld = (kld[0], kld[1:]) if batch.nudged else (table.floor[batch.first_row], kld)
-                table = table.with_cells(rows, columns, kld, floor, time.monotonic() - started)
-                if path is not None:
+
+            def measure(own: Sequence[Batch], state: jax.Array = state) -> list[Float[np.ndarray, " K"]]:
+                return [_costs(model, batch, state, windows, reference, scored, encoder) for batch in own]
+
+            while together := list(itertools.islice(same, hosts.count())):
+                started = time.monotonic()
+                for batch, kld in zip(together, hosts.shared(measure, together), strict=True):
+                    floor, kld = (kld[0], kld[1:]) if batch.nudged else (table.floor[batch.first_row], kld)
+                    table = table.with_cells(batch.rows, batch.columns, kld, floor, time.monotonic() - started)
+                    started = time.monotonic()
+                if path is not None and hosts.index() == 0:
                     table.save(path)
     return table
 
@@ -108,6 +115,16 @@ class Batch(NamedTuple):
     cells: list[Cell]
     nudged: bool
     first_row: int  # of the layer; the nudge gives it its floor
+
+    @property
+    def rows(self) -> list[int]:
+        """Of the table, by cell."""
+        return [cell.row for cell in self.cells]
+
+    @property
+    def columns(self) -> list[int]:
+        """Of the table, by cell."""
+        return [cell.column for cell in self.cells]
 
 
 def _batches(members: Sequence[Tensor], levels: tuple[float, ...], size: int) -> list[Batch]:
