@@ -10,6 +10,7 @@ they are then, and its codes replaced column by column; the result is ordinary c
 import functools
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,17 +19,21 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ramp_jax import sweep
+from ramp_jax.cores import cores
 from ramp_jax.formats import decode, get_format
 from ramp_jax.formats.best import codes_of, state_of
 from ramp_jax.formats.rounding import reciprocal
-from ramp_jax.formats.row_chunks import in_row_chunks
 from ramp_jax.models import Tensor
-from ramp_jax.models.layout import of_block, replace_in_block
+from ramp_jax.models.decoder import Params, block_taps
+from ramp_jax.models.layout import Block, of_block, replace_in_block
 from ramp_jax.quantization.calibrate import second_moment
 from ramp_jax.quantization.encoder import Encoder
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean."""
+
+_ROWS = 96
+"""That one core of a CPU rounds together."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,7 +87,7 @@ def compensated_block(
                 fitted[name] = in_chunks(value.astype(jnp.float32), upper, formats[name])
         del upper
         if fitted:
-            check = second_moment(at, x[:border] if border else x, activation.name)
+            check = read_by(at, x[:border] if border else x, activation.name)
             for name, codes in fitted.items():
                 w = of_block(at.weights, name).astype(jnp.float32)
                 found[name] = _better(w, check, formats[name], codes, found[name])
@@ -94,17 +99,35 @@ def compensated_block(
     return sweep.advance(at, x), found
 
 
+def read_by(at: sweep.Place, x: Float[Array, "W T D"], name: str) -> Float[Array, "W T C"]:
+    """An activation of a block as its readers multiply it, from the hidden states before that."""
+    return sweep.in_batches(functools.partial(_read_by, at.block, at.weights, name=name), x)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "name"))
+def _read_by(block: Block, w: Params, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T C"]:
+    return block_taps(block, w, x, lambda a: a)[1][name]
+
+
 def in_chunks(w: Float[Array, "O I"], upper: Float[Array, "I I"], fmt: str) -> Any:
-    """`compensated` in chunks of rows, which are independent, on all cores."""
-    chunks = in_row_chunks(functools.partial(compensated, name=fmt), w, upper)
+    """`compensated` in chunks of rows, which are independent, on all cores; accelerators take all rows at once."""
+    on_cpu = jax.default_backend() == "cpu"
+    size = _ROWS if on_cpu else len(w)
+
+    def one_chunk(start: int) -> Any:
+        rows = w[start : start + size]
+        return jax.block_until_ready(compensated(jnp.pad(rows, ((0, size - len(rows)), (0, 0))), upper, fmt))
+
+    with ThreadPoolExecutor(cores() if on_cpu else 1) as pool:
+        chunks = list(pool.map(one_chunk, range(0, len(w), size)))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(w)], *chunks)
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
-def _better(w: Float[Array, "O I"], second: Float[Array, "I I"], fmt: str, new: Any, old: Any) -> Any:
+def _better(w: Float[Array, "O I"], inputs: Float[Array, "W T I"], fmt: str, new: Any, old: Any) -> Any:
     """Codes of each row from `new` where its outputs lose less than with `old`."""
     known = get_format(fmt)
-    better = loss(known.decode(new) - w, second) < loss(known.decode(old) - w, second)
+    better = loss(known.decode(new) - w, inputs) < loss(known.decode(old) - w, inputs)
 
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b)
@@ -112,41 +135,52 @@ def _better(w: Float[Array, "O I"], second: Float[Array, "I I"], fmt: str, new: 
     return jax.tree.map(pick, new, old)
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames="second")
 def factor(second: Float[Array, "I I"], damping: Float[Array, ""] | float = DAMPING) -> Float[Array, "I I"]:
     """Upper triangular U with (H + damping · mean diagonal)⁻¹ = Uᵀ U; not finite where H is singular beyond that.
 
-    Channels that were never active get the mean, so that their weights are rounded as they are.
+    Channels that were never active get the mean, so that their weights are rounded as they are. H is given up.
     """
     diagonal = jnp.diagonal(second)
     mean = jnp.mean(diagonal)
     damped = second + jnp.diag(jnp.where(diagonal > 0, damping * mean, mean))
-    flipped = jnp.linalg.cholesky(damped[::-1, ::-1])  # H = R Rᵀ with R = flipped, turned around
+    # H = R Rᵀ with R = flipped, turned around
+    flipped = jax.lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
     return jax.scipy.linalg.solve_triangular(flipped[::-1, ::-1], jnp.eye(len(second)), lower=False)
 
 
-@functools.partial(jax.jit, static_argnames="name")
 def compensated(w: Float[Array, "O I"], upper: Float[Array, "I I"], name: str) -> Any:
     """Codes of w in format `name`, every column's error passed on to the columns after it."""
-    size = get_format(name).block_size
+    size, rest, codes = get_format(name).block_size, w.T, []
+    for start in range(0, w.shape[1], size):
+        found, errors = _round_block(*_block_of(rest, upper, start, size), name)
+        rest = _passed_on(rest, upper, errors, start)
+        codes.append(found)
+    return jax.tree.map(lambda *blocks: jnp.concatenate(blocks, axis=1), *codes)  # [O, 1, ...] → [O, blocks, ...]
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _block_of(
+    rest: Float[Array, "I O"], upper: Float[Array, "I I"], start: int, size: int
+) -> tuple[Float[Array, "S O"], Float[Array, "S S"]]:
+    """A block's columns as they are when its turn comes, and its part of U."""
+    x = jax.lax.dynamic_slice_in_dim(rest, start, size)
+    return x, jax.lax.dynamic_slice(upper, (start, start), (size, size))
+
+
+@functools.partial(jax.jit, donate_argnames="rest")
+def _passed_on(
+    rest: Float[Array, "I O"], upper: Float[Array, "I I"], errors: Float[Array, "S O"], start: int
+) -> Float[Array, "I O"]:
+    """Columns that make up for a block's errors; those of the block itself and before it are done with."""
+    rows = jax.lax.dynamic_slice_in_dim(upper, start, len(errors))  # [S, I]
+    return rest - jnp.matmul(rows.T, errors, precision="highest")
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def _round_block(x: Float[Array, "S O"], upper: Float[Array, "S S"], name: str) -> tuple[Any, Float[Array, "S O"]]:
+    """Codes of one block per row, and each column's error over U_jj; one compilation per format and number of rows."""
     importance = 1 / jnp.square(jnp.diagonal(upper))  # of a column's error, once later columns have made up for it
-
-    def one_block(rest: Float[Array, "I O"], start: jax.Array) -> tuple[Float[Array, "I O"], Any]:
-        x = jax.lax.dynamic_slice_in_dim(rest, start, size)
-        weight = jax.lax.dynamic_slice_in_dim(importance, start, size)
-        rows = jax.lax.dynamic_slice_in_dim(upper, start, size)  # [size, I]
-        codes, errors = _round_block(x, weight, jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1), name)
-        later = jnp.arange(rest.shape[0]) >= start + size
-        return rest - jnp.matmul(jnp.where(later[None], rows, 0).T, errors, precision="highest"), codes
-
-    _, codes = jax.lax.scan(one_block, w.T, jnp.arange(0, w.shape[1], size))
-    return jax.tree.map(lambda a: jnp.moveaxis(a[:, :, 0], 0, 1), codes)  # [blocks, O, 1, ...] → [O, blocks, ...]
-
-
-def _round_block(
-    x: Float[Array, "S O"], importance: Float[Array, " S"], upper: Float[Array, "S S"], name: str
-) -> tuple[Any, Float[Array, "S O"]]:
-    """Codes of one block per row, and each column's error over U_jj."""
     chosen = get_format(name).encode(x.T, importance, "best")
     state = state_of(chosen)
     size, subs = x.shape[0], state.scale.shape[0]
@@ -174,6 +208,11 @@ def _sub_blocks(q: Float[Array, "S*E N"], subs: int) -> Float[Array, "E S N"]:
 
 
 @jax.jit
-def loss(off: Float[Array, "O I"], second: Float[Array, "I I"]) -> Float[Array, " O"]:
-    """e H eᵀ of every row of errors: what the row's output loses, mean squared."""
-    return jnp.sum(jnp.matmul(off, second, precision="highest") * off, axis=1)
+def loss(off: Float[Array, "O I"], inputs: Float[Array, "W T I"]) -> Float[Array, " O"]:
+    """What the output of every row of errors loses over all tokens, mean squared."""
+
+    def add(total: Float[Array, " O"], window: Float[Array, "T I"]) -> tuple[Float[Array, " O"], None]:
+        return total + jnp.sum(jnp.square(jnp.matmul(off, window.T, precision="highest")), axis=1), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(len(off)), inputs)
+    return total / (inputs.shape[0] * inputs.shape[1])
