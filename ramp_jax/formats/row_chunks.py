@@ -75,7 +75,10 @@ def in_row_chunks(
     """
     on_cpu = jax.default_backend() == "cpu"
     size = max(1, (_CPU_CHUNK if on_cpu else on_accelerator) // w.shape[1])
-    size = min(size, 1 << (len(w) - 1).bit_length() if on_cpu else len(w))
+    if not on_cpu:
+        size = min(size, len(w))
+    elif 2 * (filled := 1 << (len(w) - 1).bit_length()) <= size:
+        size = filled  # a program of its own; above half of a chunk, filling it up costs less than compiling
     items = [()] if each is None else [(item,) for item in each]
 
     def chunk(start: int) -> Float[Array, "S I"]:

@@ -167,9 +167,8 @@ def fisher_moves(
         if embedding.name in members:
             tokens, places = np.unique(windows, return_inverse=True)
             w = rows_of(params, embedding, tokens)[places.ravel()]
-            wide = w.astype(jnp.float32)
-            looked_up = [c.rule(wide, c.data) * spec.embedding_scale for c in changes(embedding, w)]
-            moved = np.asarray(_moves(jnp.reshape(g, (probes, *w.shape)), np.reshape(looked_up, (-1, *w.shape))))
+            looked_up = _row_changes(w, changes(embedding, w)) * np.float32(spec.embedding_scale)
+            moved = np.asarray(_moves(jnp.reshape(g, (probes, *w.shape)), looked_up))
             moves[embedding.name] = moves.get(embedding.name, 0) + moved  # as a head, where it is one
     scored = windows.shape[0] * (windows.shape[1] - 1 - start)
     scale = np.float32(1 / np.sqrt(probes * scored))
@@ -189,6 +188,15 @@ def _states(model: Model, windows: Int[np.ndarray, "W T"]) -> list[Float[np.ndar
 def _wide(tree: Params) -> Any:
     """In f32."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def _row_changes(w: Float[Array, "O I"], changes: Sequence[Change]) -> Float[np.ndarray, "A O I"]:
+    """δW of every change of a small matrix."""
+
+    def one(change: Change) -> Float[np.ndarray, "O I"]:
+        return np.concatenate(in_row_chunks(change.rule, w, change.data))[: len(w)]
+
+    return np.reshape(side_by_side(one, changes), (len(changes), *w.shape))
 
 
 def _output_changes(
