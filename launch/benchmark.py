@@ -14,6 +14,7 @@
 `accelerator`: what 7B shapes take on one GPU or TPU.
 `memory`: memory, seconds and sweeps of every script, also on weights of real shapes that are made up.
 `end_to_end`: seconds from a checkpoint to a file, beside llama.cpp's.
+`devices`: forced devices of one CPU beside a single one: losses, allocation and bytes.
 `loading`: memory and seconds of loading a sharded model of 1.5 billion weights, and a GGUF.
 `tokenizers`: ids of Hugging Face, llama.cpp and our reading of its file, for every kind of tokenizer.
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
@@ -31,6 +32,7 @@ from typing import Any
 from absl import app, flags
 from benchmarks import formats
 from benchmarks.accelerator import accelerator
+from benchmarks.devices import devices
 from benchmarks.encoder import encoder
 from benchmarks.end_to_end import end_to_end
 from benchmarks.families import families
@@ -70,6 +72,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "policy": policy,
     "memory": memory,
     "end_to_end": end_to_end,
+    "devices": devices,
     "loading": loading,
     "encoder": encoder,
     "accelerator": accelerator,

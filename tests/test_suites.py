@@ -28,6 +28,7 @@ from ramp_jax.scoring.perplexity import evaluate
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 from benchmarks import accelerator as accelerator_suite
+from benchmarks import devices as devices_suite
 from benchmarks import end_to_end as end_to_end_suite
 from benchmarks import forward as forward_suite
 from benchmarks import measuring, synthetic, watched
@@ -339,6 +340,33 @@ def test_end_to_end_suite_takes_turns_with_llama_cpp(scripts, monkeypatch):
     theirs = row["llama.cpp forward"] + row["llama.cpp quantize"]
     for how in ("best", "compensated"):
         assert row[f"{how} over llama.cpp"] == pytest.approx((row["allocate"] + row[how]) / theirs)
+
+
+def test_devices_suite_compares_every_mesh_with_the_first(scripts, monkeypatch):
+    """The scripts write what the mesh says: here the second one's file and loss differ."""
+    forced = []
+
+    def run(name, *arguments, settings):
+        flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+        forced.append((flags["mesh"], settings["XLA_FLAGS"].split("=")[-1]))
+        other = flags["mesh"] == "4x2"
+        if name == "allocate":
+            Path(flags["output"]).write_text(json.dumps({"formats": {"a": "Q8_0"}, "folding": {}}))
+        elif name == "export_gguf":
+            Path(flags["output"]).write_bytes(b"other" if other else b"one")
+        else:
+            assert Path(flags["model"]).name == "model.gguf"
+            Path(flags["json"]).write_text(json.dumps({"nll": 2.5 if other else 2.0, "kld": 1.0}))
+        return TOOK
+
+    scripts(run)
+    monkeypatch.setattr(devices_suite, "_MODEL", SimpleNamespace(value="ref-llama"))
+    monkeypatch.setattr(devices_suite, "_MESHES", SimpleNamespace(value=["1x1", "4x2"]))
+    first, second = devices_suite.devices(1)["rows"]
+    assert forced == [("1x1", "1")] * 3 + [("4x2", "8")] * 3
+    assert [first[f"{name} equal"] for name in ("formats", "folding", "file")] == [True] * 3
+    assert [second[f"{name} equal"] for name in ("formats", "folding", "file")] == [True, True, False]
+    assert (first["nll difference"], second["nll difference"], second["kld difference"]) == (0, 0.5, 0)
 
 
 def test_scripts_are_watched_in_processes_of_their_own(untied_directory):
