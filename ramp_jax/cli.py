@@ -25,7 +25,6 @@ from ramp_jax.workflow import tokenizer_of
 _MOST_COMPILED = 1 << 28  # bytes on disk; what was not used for longest goes first
 _WORTH_KEEPING = 0.05  # seconds of compiling; JAX keeps what took one, and most of a short job are many small programs
 
-_AUTO = "auto"
 _BUDGETS = ("budget_bytes", "budget_gb", "budget_bits", "fit_memory")
 _MEMORY = "must be a size, as in 8GiB (2^30 bytes) or 8GB (10^9)."
 
@@ -67,12 +66,13 @@ def _keep_compiled() -> None:
 def _hosts() -> contextlib.AbstractContextManager[Any]:
     """All processes of the job, where a script has the flags of `define_hosts` and they are given."""
     values = flags.FLAGS
-    if "coordinator" not in values or values.coordinator is None:
+    if "hosts" not in values or values.hosts is None:
         return contextlib.nullcontext()
-    if values.shared_folder is None:
-        raise ValueError("--shared_folder is missing; name a folder that all processes see.")
-    where = None if values.coordinator == _AUTO else values.coordinator
-    return hosts.joined(Path(values.shared_folder), where, values.processes, values.process_id, values.patience)
+    if values.output is None:
+        raise ValueError("--output is missing; its folder is where the processes of --hosts exchange what they find.")
+    where, count, index = (None, None, None) if values.hosts == "auto" else values.hosts.split(",")
+    numbers = [None if number is None else int(number) for number in (count, index)]
+    return hosts.joined(Path(values.output).expanduser().parent, where, *numbers, values.patience)
 
 
 def _use_mesh() -> None:
@@ -124,17 +124,21 @@ def define_tokenizer_from() -> flags.FlagHolder[str | None]:
 
 
 def define_hosts() -> None:
-    """`--coordinator` and its like: several processes that work on one job."""
+    """`--hosts` and `--patience`: processes that work on one job."""
     flags.DEFINE_string(
-        "coordinator",
+        "hosts",
         None,
-        "Work together with other processes, each of which runs this command: HOST:PORT of process 0, or auto where "
-        "SLURM or a TPU pod says who they are.",
+        "Run the same command in every process of a job, whose --output lies in a folder that all see: auto under SLURM "
+        "and on TPU pods, else ADDRESS:PORT,COUNT,INDEX of process 0, of all and of this one.",
     )
-    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Which of them this is; process 0 writes the output.", lower_bound=0)
-    flags.DEFINE_string("shared_folder", None, "A folder that all processes see.")
-    flags.DEFINE_float("patience", hosts.PATIENCE, "Seconds without a sign of life of a process.", lower_bound=1)
+    flags.register_validator(
+        "hosts",
+        lambda text: text in (None, "auto") or re.fullmatch(r"[^,]+:\d+,\d+,\d+", text),
+        "must be auto, or as in 10.0.0.1:8476,4,0.",
+    )
+    flags.DEFINE_float(
+        "patience", hosts.PATIENCE, "Seconds without a sign of life, after which a process is given up.", lower_bound=1
+    )
 
 
 def define_mesh() -> None:

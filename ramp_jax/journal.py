@@ -196,12 +196,12 @@ def _locked(path: Path) -> IO[bytes]:
 
 def _write(file: IO[bytes], tree: Any) -> None:
     """The arrays, then the tree that says where they are, then where the tree is, then the checksum."""
-    size = checksum = 0
+    size = total = 0
 
     def append(content: Any) -> None:
-        nonlocal size, checksum
+        nonlocal size, total
         file.write(content)
-        size, checksum = size + len(content), zlib.crc32(content, checksum)
+        size, total = size + len(content), zlib.crc32(content, total)
 
     def place(leaf: Any) -> dict[str, Any]:
         if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
@@ -215,14 +215,14 @@ def _write(file: IO[bytes], tree: Any) -> None:
     text = json.dumps(tree, default=place).encode()
     tree_at = _TREE.pack(size, len(text))
     append(text + tree_at)
-    file.write(_CHECKSUM.pack(checksum))
+    file.write(_CHECKSUM.pack(total))
 
 
 def _read(path: Path) -> Any | None:
     """The tree in a file, its arrays mapped; None where the file is not as it was written."""
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size - _CHECKSUM.size
-        if end < _TREE.size or _CHECKSUM.pack(_checksum(file, end)) != file.read():
+        if end < _TREE.size or _CHECKSUM.pack(checksum(file, end)) != file.read():
             return None
         file.seek(end - _TREE.size)
         begin, length = _TREE.unpack(file.read(_TREE.size))
@@ -238,9 +238,9 @@ def _read(path: Path) -> Any | None:
     return json.loads(text, object_hook=find)
 
 
-def _checksum(file: IO[bytes], size: int) -> int:
-    """Of the next bytes of a file, which are read piece by piece."""
-    checksum = 0
+def checksum(file: IO[bytes], size: int) -> int:
+    """CRC-32 of the next bytes of a file, which are read piece by piece."""
+    found = 0
     while part := file.read(min(size, _AT_ONCE)):
-        size, checksum = size - len(part), zlib.crc32(part, checksum)
-    return checksum
+        size, found = size - len(part), zlib.crc32(part, found)
+    return found

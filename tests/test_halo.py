@@ -18,6 +18,7 @@ from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.halo import export, llama_quantize, report
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
+from ramp_jax.journal import Journal, beside
 from ramp_jax.models import DecoderSpec, allocatable, load_model, matrices, tensors
 from ramp_jax.models.metadata import plain
 from ramp_jax.policy.inference import allocate
@@ -121,6 +122,43 @@ def test_nothing_is_left_of_an_export_that_fails(untied, tmp_path, monkeypatch):
             export_gguf(untied, Allocation.uniform(untied, "Q4_0"), tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     assert (tmp_path / "out.gguf").read_bytes() == b"old"
+
+
+def test_a_file_that_was_begun_goes_on_where_it_is_whole(untied, tmp_path, monkeypatch):
+    """Tensors of blocks that were kept are not made again, unless some byte of them is not as it was written."""
+    path, allocation = tmp_path / "out.gguf", Allocation.uniform(untied, "Q4_0")
+    partial, made, raw = tmp_path / "out.gguf.partial", [], export._raw
+    export_gguf(untied, allocation, tmp_path / "whole.gguf")
+
+    def run(stop_at):
+        def made_until(model, tensor, fmt, pieces):
+            made.append(tensor.name)
+            if tensor.name == stop_at:
+                raise KeyboardInterrupt
+            return raw(model, tensor, fmt, pieces)
+
+        made.clear()
+        monkeypatch.setattr(export, "_raw", made_until)
+        with Journal(beside(path), {}) as journal:
+            export_gguf(untied, allocation, path, journal=journal)
+
+    def damage(change):
+        content = bytearray(partial.read_bytes())
+        begin = content.index(b"token_embd.weight")
+        partial.write_bytes(change(content, (begin + len(content)) // 2))
+
+    for change, first in (
+        (lambda content, _: content, "blk.2.attn_norm.weight"),
+        (lambda content, at: content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :], "token_embd.weight"),
+        (lambda content, at: content[:at], "token_embd.weight"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            run("blk.2.ffn_up.weight")
+        damage(change)
+        run(None)
+        assert made[0] == first
+        assert path.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+        assert sorted(left.name for left in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
 
 
 def test_matrices_that_no_block_can_hold_are_written_in_f16(odd, windows, tmp_path):

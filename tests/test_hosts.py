@@ -28,13 +28,12 @@ def begun(cache, name, *arguments, devices=4):
     return subprocess.Popen(command, **pipes, text=True, env=os.environ | settings)
 
 
-def both(cache, folder, name, *arguments):
+def both(cache, name, *arguments):
     """The two processes of a job."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
-    common = (*arguments, f"--coordinator={where}", "--processes=2", f"--shared_folder={folder}")
-    return [begun(cache, name, *common, f"--process_id={i}", f"--patience={PATIENCE}") for i in range(2)]
+    return [begun(cache, name, *arguments, f"--hosts={where},2,{i}", f"--patience={PATIENCE}") for i in range(2)]
 
 
 def ended(processes):
@@ -59,7 +58,7 @@ def test_two_processes_make_what_one_makes_also_after_one_was_killed(untied_dire
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     ended([begun(cache, "allocate", *choose, f"--output={one}", devices=1)])
 
-    job = both(cache, tmp_path / "shared", "allocate", *choose, f"--output={two}")
+    job = both(cache, "allocate", *choose, f"--output={two}")
     while not (journal.beside(two) / "calibrating 0.step").exists():
         assert job[0].poll() is None, job[0].communicate()[1]
         time.sleep(0.01)
@@ -70,13 +69,13 @@ def test_two_processes_make_what_one_makes_also_after_one_was_killed(untied_dire
     assert job[1].wait() == -signal.SIGKILL
     assert not two.exists()
 
-    ended(both(cache, tmp_path / "shared", "allocate", *choose, f"--output={two}"))
+    ended(both(cache, "allocate", *choose, f"--output={two}"))
     assert allocation(one) == allocation(two)
     write = (model, f"--allocation={one}")
     ended([begun(cache, "export_gguf", *write, f"--output={tmp_path / 'one.gguf'}", devices=1)])
-    ended(both(cache, tmp_path / "shared", "export_gguf", *write, f"--output={tmp_path / 'two.gguf'}"))
+    ended(both(cache, "export_gguf", *write, f"--output={tmp_path / 'two.gguf'}"))
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
-    left = {path.name for path in tmp_path.iterdir()} - {"shared"}
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("hosts-")}  # of the killed job
     assert left == {"one.json", "two.json", "one.gguf", "two.gguf"}
 
 

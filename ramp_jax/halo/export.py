@@ -11,15 +11,16 @@ import numpy as np
 from ramp_jax import hosts
 from ramp_jax.allocation import Allocation, export_metadata
 from ramp_jax.formats import get_format
-from ramp_jax.journal import NOWHERE, Journal
+from ramp_jax.journal import NOWHERE, Journal, checksum
 from ramp_jax.models import Model, Tensor, tensors
-from ramp_jax.models.metadata import PairsWriter
+from ramp_jax.models.metadata import PairsWriter, Written
 from ramp_jax.models.rope import permute_rope
 from ramp_jax.quantization import REFERENCE, Encoder
 from ramp_jax.quantization.encode import TAKEN, Codes, encoded
 from ramp_jax.resources import check_disk
 
 _ARCHITECTURE = "general.architecture"
+_WRITTEN = "written"
 
 
 def export_gguf(
@@ -33,8 +34,8 @@ def export_gguf(
 
     The bytes are those that `fake_quantize` decodes with the same encoder. The file appears under its name only when it
     is whole; what was written of it before `journal` last kept a block is not made again. Of several processes only the
-    first writes. Raises `ValueError` where the
-    allocation is another model's or there is no vocabulary, `OSError` where the folder cannot be written.
+    first writes. Raises `ValueError` where the allocation is another model's or there is no vocabulary, `OSError` where
+    the folder cannot be written.
     """
     if allocation.spec != model.spec:
         raise ValueError("the allocation was made for another model; make one for this model with launch/allocate.py.")
@@ -44,8 +45,9 @@ def export_gguf(
     check_writable(path)
     check_disk(path, allocation.file_bytes)
     partial = path.with_name(path.name + ".partial")
-    if not partial.is_file():
+    if hosts.index() == 0 and journal.load(TAKEN) is not None and not _holds(partial, journal.load(_WRITTEN)):
         journal.save(TAKEN, None)
+        journal.save(_WRITTEN, {})
     hosts.barrier()  # all begin where process 0 does
     if hosts.index() > 0:
         for _, pieces in encoded(model, allocation, encoder, "encoding", journal):
@@ -65,6 +67,16 @@ def export_gguf(
     return size
 
 
+def _holds(path: Path, written: dict[str, Written] | None) -> bool:
+    """Whether a file that was begun has what was written of it: a disk that lost its power may have less."""
+    if written is None or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return all(
+            file.seek(begin) == begin and checksum(file, size) == known for begin, size, known in written.values()
+        )
+
+
 def check_writable(path: Path) -> None:
     """Raise `OSError` where a file of that name cannot be made, before long work starts."""
     if path.is_dir():
@@ -81,9 +93,12 @@ def write_skeleton(model: Model, allocation: Allocation, path: Path) -> None:
 
 
 def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder, journal: Journal) -> None:
+    written: dict[str, Written] = journal.load(_WRITTEN) or {}
     with _begun(model, allocation, path, go_on=journal.load(TAKEN) is not None) as writer:
         for tensor, pieces in encoded(model, allocation, encoder, f"writing {path.stem}", journal):
-            writer.write_tensor_pieces(tensor.name, _raw(model, tensor, allocation.format_of(tensor), pieces))
+            raw = _raw(model, tensor, allocation.format_of(tensor), pieces)
+            written[tensor.name] = writer.write_tensor_pieces(tensor.name, raw)
+            journal.save(_WRITTEN, written)
         for table in model.spec.tables.values():
             writer.write_tensor_data(table)
 
@@ -92,8 +107,6 @@ def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder, j
 def _begun(model: Model, allocation: Allocation, path: Path, go_on: bool = False) -> Iterator[PairsWriter]:
     """A writer behind everything that comes before the first tensor's data, of a new file or one to `go_on` with."""
     writer = PairsWriter(None if go_on else path, model.spec.architecture)
-    if go_on:
-        writer.go_on_with(path)
     for name, pair in export_metadata(allocation).items():
         if name != _ARCHITECTURE:  # the writer's constructor adds it
             writer.add_key_value(name, pair.value, pair.type, pair.sub_type)
@@ -103,6 +116,8 @@ def _begun(model: Model, allocation: Allocation, path: Path, go_on: bool = False
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=fmt.ggml_type)
     for name, table in model.spec.tables.items():
         writer.add_tensor_info(name, table.shape, table.dtype, table.nbytes)
+    if go_on:
+        writer.go_on_with(path)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -1,6 +1,7 @@
 """GGUF key-value pairs with their types, and how many bytes they take in a file."""
 
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,14 @@ _SCALARS = {
 _SCALAR_BYTES = {scalar: dtype.itemsize for dtype, scalar in _SCALARS.items()}
 
 
+class Written(NamedTuple):
+    """Where a tensor's bytes are in a file, and their CRC-32."""
+
+    begin: int
+    size: int
+    checksum: int
+
+
 class PairsWriter(gguf.GGUFWriter):
     """gguf's writer, which also writes arrays without elements, which files have and which are carried on, and tensors
     piece by piece."""
@@ -45,7 +54,7 @@ class PairsWriter(gguf.GGUFWriter):
         self.fout, self.path = [path.open("r+b")], path
         self.state = gguf.gguf_writer.WriterState.EMPTY
 
-    def write_tensor_pieces(self, name: str, pieces: Iterable[np.ndarray]) -> None:
+    def write_tensor_pieces(self, name: str, pieces: Iterable[np.ndarray]) -> Written:
         """The data of a tensor, whose info says how many bytes all pieces have; those before it stay as they are.
 
         When this returns, the data is in the file whatever happens to the process.
@@ -54,15 +63,16 @@ class PairsWriter(gguf.GGUFWriter):
         self.write_padding(file, file.tell())
         while (before := next(iter(infos))) != name:
             file.seek(self.ggml_pad(infos.pop(before).nbytes, self.data_alignment), os.SEEK_CUR)
-        announced, written = infos.pop(name).nbytes, 0
+        announced, written, begin, checksum = infos.pop(name).nbytes, 0, file.tell(), 0
         for piece in pieces:
             piece.tofile(file)
-            written += piece.nbytes
+            written, checksum = written + piece.nbytes, zlib.crc32(np.ascontiguousarray(piece), checksum)
         if written != announced:
             raise ValueError(f"{name} has {written:,} bytes, {announced:,} were announced; please report it.")
         self.write_padding(file, written)
         file.flush()
         self.state = gguf.gguf_writer.WriterState.WEIGHTS
+        return Written(begin, written, checksum)
 
     def _pack_val(
         self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
