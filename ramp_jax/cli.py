@@ -45,7 +45,9 @@ def run(main: Callable[[], None]) -> None:
             _fail(error)
         except KeyboardInterrupt:
             print("stopped; run the same command again to go on.", file=sys.stderr)
-            sys.exit(130)
+            hosts.leave(130)
+        if jax.distributed.is_initialized():
+            hosts.leave(0)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -128,7 +130,7 @@ def define_hosts() -> None:
     flags.DEFINE_string(
         "hosts",
         None,
-        "Run the same command in every process of a job, whose --output lies in a folder that all see: auto under SLURM "
+        "Run the same command in every process of a job, whose --output lies where all see it: auto under SLURM "
         "and on TPU pods, else ADDRESS:PORT,COUNT,INDEX of process 0, of all and of this one.",
     )
     flags.register_validator(

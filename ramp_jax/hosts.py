@@ -55,15 +55,19 @@ class Group:
 
 
 _GROUP: list[Group] = []
+_LAST: list[Path] = []  # what a process removes when it ends
 
 
 def leave(code: int) -> NoReturn:
-    """End this process, at once where it had joined others: JAX would wait for those that are gone, and then abort."""
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """End this process. One that had joined others ends at once: JAX would wait for those that are gone, and abort
+    those that are left when process 0 ends, which therefore waits for their signs to disappear."""
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for sign in _LAST:
+        sign.unlink(missing_ok=True)
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -74,7 +78,7 @@ def joined(
     index: int | None = None,
     patience: float = PATIENCE,
 ) -> Iterator[Group]:
-    """Work together with the other processes of a job while the context lasts.
+    """Work together with the other processes of a job while the context lasts; then `leave`.
 
     `coordinator` is HOST:PORT of process 0, `count` the number of processes and `index` which of them this is; what is
     None SLURM or the TPU pod says. `folder` is one that all of them see. Raises `RuntimeError` where they do not find
@@ -101,8 +105,8 @@ def joined(
         _GROUP.remove(group)
         over.set()
         beating.join()
-        group.sign(group.index).unlink(missing_ok=True)
-        if group.index == 0:  # once all others have read what they wait for
+        _LAST.append(group.sign(group.index))
+        if group.index == 0:  # once all others have read what they wait for and left
             others, end = [group.sign(i) for i in range(1, group.count)], time.monotonic() + group.patience
             while any(sign.exists() for sign in others) and time.monotonic() < end:
                 time.sleep(_LOOK)
