@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ramp_jax import devices, hosts
@@ -80,11 +81,13 @@ def in_row_chunks(
     elif 2 * (filled := 1 << (len(w) - 1).bit_length()) <= size:
         size = filled  # a program of its own; above half of a chunk, filling it up costs less than compiling
     items = [()] if each is None else [(item,) for item in each]
+    arrays = _arrays()
+    w = arrays.asarray(w)
 
     def chunk(start: int) -> Float[Array, "S I"]:
-        rows = jnp.asarray(w[start : start + size], jnp.float32)
+        rows = w[start : start + size]
         short = size - len(rows)
-        return jnp.pad(rows, ((0, short), (0, 0))) if short else rows
+        return jnp.asarray(arrays.pad(rows, ((0, short), (0, 0))) if short else rows, jnp.float32)
 
     def all_jobs(jobs: Sequence[tuple[tuple[Any, ...], int]]) -> list[Any]:
         if devices.current() is not None:
@@ -113,10 +116,16 @@ def _in_chunks(run: Callable[..., Any], w: jax.Array, importance: jax.Array | No
     rows = w.reshape(-1, n_in)
     chunks = in_row_chunks(run, rows, importance, on_accelerator=_ACCELERATOR_CHUNK)
 
-    def join(*leaves: jax.Array) -> jax.Array:
-        return jnp.concatenate(leaves)[: len(rows)].reshape(*lead, *leaves[0].shape[1:])
+    def join(*leaves: jax.Array) -> jax.Array | np.ndarray:
+        return _arrays().concatenate(leaves)[: len(rows)].reshape(*lead, *leaves[0].shape[1:])
 
     return jax.tree.map(join, *chunks)
+
+
+def _arrays() -> Any:
+    """What cuts rows and joins chunks: NumPy where weights lie on the host, since JAX would compile every cut and join
+    for its number of rows."""
+    return np if jax.default_backend() == "cpu" and devices.current() is None else jnp
 
 
 @functools.cache
