@@ -53,7 +53,7 @@ def cache(tmp_path_factory):
 
 def test_two_processes_make_what_one_makes_also_after_one_was_killed(untied_directory, cache, tmp_path):
     model = f"--model={untied_directory}"
-    choose = (model, "--source_policy=fisher", "--levels=4,8", "--budget_bytes=110000", "--context=24", "--count=3")
+    choose = (model, "--source_policy=uniform", "--levels=4,8", "--budget_bytes=110000", "--context=24", "--count=3")
     choose = (*choose, "--dtype=float32", "--encoder=reference")
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     ended([begun(cache, "allocate", *choose, f"--output={one}", devices=1)])
