@@ -12,7 +12,6 @@ from ramp_jax.allocation import Allocation
 from ramp_jax.formats import decode
 from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, Tensor, tensors
-from ramp_jax.models.decoder import look_up
 from ramp_jax.models.layout import of_block
 from ramp_jax.models.store import pieces_of, rows_of
 from ramp_jax.quantization.calibrate import Seen, no_signs, observe
@@ -90,7 +89,7 @@ def _rounded_start(model: Model, allocation: Allocation, encoder: Encoder) -> Fl
     tokens, places = np.unique(windows, return_inverse=True)
     rows, fmt = rows_of(model.params, embedding, tokens), allocation.format_of(embedding)
     decoded = decode(encoder.encode_rows(embedding, rows, fmt, {}), fmt).astype(rows.dtype)
-    return look_up(model.spec, decoded, places.reshape(windows.shape))
+    return sweep.begin(model.spec, {"token_embd": {"weight": decoded}}, places.reshape(windows.shape))
 
 
 def _importance(at: sweep.Place, seen: Seen, model: Model) -> Importance:
