@@ -1,6 +1,6 @@
 """The suite `memory` of launch/benchmark.py: memory, seconds and sweeps over the weights of every script.
 
-A model is allocated on 8 windows of 512 tokens, exported by both encoders that calibrate, and a file evaluated on as
+A model is allocated on 8 windows of 512 tokens, exported by encoders that calibrate, and the first file evaluated on as
 many held-out windows beside the model, each in a process of its own. `peak_gb` is the most that it had resident, in
 10^9 bytes, pages of memory-mapped files among it, and `peak_over_checkpoint` that over the bytes of the model's files.
 Llama-2-7B takes 30 GB of disk:
@@ -8,6 +8,7 @@ Llama-2-7B takes 30 GB of disk:
     python launch/benchmark.py --suite=memory --memory_models=llama-2-7b --synthetic_folder=FOLDER
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ _MODELS = flags.DEFINE_list(
     "memory_models", ["smollm2-135m", "qwen2.5-1.5b"], f"Models; weights of {', '.join(KNOWN)} are made up."
 )
 _POLICY = flags.DEFINE_string("memory_policy", "fisher", "Who allocates, as --source_policy of launch/allocate.py.")
+_ENCODERS = flags.DEFINE_list("memory_encoders", ["best", "compensated"], "Encoders of the exports.")
 
 BITS = 5.0
 """Mean bits per weight of the allocations."""
@@ -44,12 +46,16 @@ def memory(repeats: int) -> dict[str, list[Numbers]]:
 
 def _runs(ref: str, folder: Path) -> list[tuple[str, Callable[[], Took]]]:
     """What each row runs, in an order in which every script finds its inputs."""
-    allocation, best, compensated = folder / "alloc.json", folder / "best.gguf", folder / "compensated.gguf"
+    allocation = folder / "alloc.json"
+    files = {encoder: folder / f"{encoder}.gguf" for encoder in _ENCODERS.value}
+    exports = [
+        (f"export --encoder={encoder}", functools.partial(export, ref, allocation, file, encoder))
+        for encoder, file in files.items()
+    ]
     return [
         ("allocate", lambda: allocate(ref, allocation, _POLICY.value)),
-        ("export --encoder=best", lambda: export(ref, allocation, best, "best")),
-        ("export --encoder=compensated", lambda: export(ref, allocation, compensated, "compensated")),
-        ("evaluate --reference", lambda: _evaluate(best, ref)),
+        *exports,
+        ("evaluate --reference", lambda: _evaluate(next(iter(files.values())), ref)),
     ]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -14,6 +14,9 @@ from ramp_jax.allocators.simple import greedy, random, uniform
 from ramp_jax.allocators.tables import Actions, Cost, Loss, Pairs, exchange, total_loss
 from ramp_jax.models import Model, allocatable
 from ramp_jax.sensitivity.table import Sensitivity
+
+Sees = Literal["sizes", "estimates", "embeddings"]
+"""How much of a problem an allocator looks at, each more than the one before; nobody has to find out the rest."""
 
 FOLD_LEVEL = 4.5
 """Level of Scale Folding for whom no training decided it."""
@@ -53,15 +56,14 @@ class Allocator:
 
     The model is folded for `fold_level` first. `evaluations` counts the calls of `Problem.evaluate` that a choice may
     make, `seconds` what it needed of the model beforehand (a measured table). `draw` proposes allocations that a
-    search may start from beside the choice. A level may be a format's name. Without `estimates` the choice does not
-    look at what levels are estimated to lose, and nobody has to find out.
+    search may start from beside the choice. A level may be a format's name.
     """
 
     name: str
     levels: tuple[float | str, ...]
     fold_level: float
     choose: Callable[[Problem, int], Actions]
-    estimates: bool = True
+    sees: Sees = "embeddings"
     evaluations: int = 0
     seconds: float = 0.0
     draw: Callable[[Problem, int, int], list[Actions]] = _draw_none
@@ -84,7 +86,9 @@ RULES: Mapping[str, Callable[[Problem, int], Actions]] = {
 
 def by_rule(name: str, levels: tuple[float, ...]) -> Allocator:
     """One of `RULES` over these levels."""
-    return Allocator(name, levels, FOLD_LEVEL, RULES[name], estimates=name not in ("uniform", "random"))
+    return Allocator(
+        name, levels, FOLD_LEVEL, RULES[name], sees="sizes" if name in ("uniform", "random") else "estimates"
+    )
 
 
 def by_evolution(levels: tuple[float, ...], evaluations: int) -> Allocator:
@@ -93,7 +97,7 @@ def by_evolution(levels: tuple[float, ...], evaluations: int) -> Allocator:
     def choose(problem: Problem, budget: int) -> Actions:
         return evolution(*tables(problem), budget, evaluate=true_loss(problem), evaluations=evaluations)
 
-    return Allocator("evolution", levels, FOLD_LEVEL, choose, estimates=False, evaluations=evaluations)
+    return Allocator("evolution", levels, FOLD_LEVEL, choose, sees="sizes", evaluations=evaluations)
 
 
 def by_table(table: Sensitivity) -> Allocator:
@@ -110,7 +114,7 @@ def by_table(table: Sensitivity) -> Allocator:
             )
         return knapsack(cost, table.kld, budget)
 
-    return Allocator("knapsack", table.levels, FOLD_LEVEL, choose, estimates=False, seconds=table.seconds)
+    return Allocator("knapsack", table.levels, FOLD_LEVEL, choose, sees="sizes", seconds=table.seconds)
 
 
 def tables(problem: Problem) -> tuple[Cost, Loss]:

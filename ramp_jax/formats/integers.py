@@ -26,10 +26,15 @@ class GroupCodes(NamedTuple):
 
 
 def encode(
-    w: Float[Array, "*rows I"], importance: Float[Array, " I"] | None = None, *, bits: int, group: int
+    w: Float[Array, "*rows I"],
+    importance: Float[Array, " I"] | None = None,
+    coarse: bool = False,
+    *,
+    bits: int,
+    group: int,
 ) -> GroupCodes:
-    """Minimum and maximum of each group (0 included) become the ends of the grid; importance plays no part."""
-    del importance
+    """Minimum and maximum of each group (0 included) become the ends of the grid; it needs no search."""
+    del importance, coarse
     groups = blocks_of(w, group)
     top = (1 << bits) - 1
     low = jnp.minimum(jnp.min(groups, axis=-1), 0.0)

@@ -49,41 +49,41 @@ Weights = Float[Array, "*rows I"]
 Importance = Float[Array, " I"] | None
 
 
-def encode_q2_k(w: Weights, importance: Importance = None) -> SuperAffineCodes:
+def encode_q2_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperAffineCodes:
     """Codes in 0..3, sub-scales and minima in 0..15."""
     grid = AffineGrid(3, -0.5, 0.1, 16, absolute=True) if importance is None else AffineGrid(3, -0.9, 0.05, 37)
-    return _encode(functools.partial(_affine, grid=grid, size=16, top=15, spread=1), w, importance)
+    return _encode(functools.partial(_affine, grid=grid, size=16, top=15, spread=1), w, importance, coarse)
 
 
-def encode_q3_k(w: Weights, importance: Importance = None) -> SuperScaledCodes:
+def encode_q3_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperScaledCodes:
     """Codes in −4..3, sub-scales in −32..31."""
-    return _encode(_q3_k, w, importance)
+    return _encode(_q3_k, w, importance, coarse)
 
 
-def encode_q4_k(w: Weights, importance: Importance = None) -> SuperAffineCodes:
+def encode_q4_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperAffineCodes:
     """Codes in 0..15, sub-scales and minima in 0..63."""
     grid = AffineGrid(15, -1.0, 0.1, 21) if importance is None else AffineGrid(15, -0.9, 0.05, 37)
-    return _encode(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance)
+    return _encode(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance, coarse)
 
 
-def encode_q5_k(w: Weights, importance: Importance = None) -> SuperAffineCodes:
+def encode_q5_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperAffineCodes:
     """Codes in 0..31, sub-scales and minima in 0..63."""
     grid = AffineGrid(31, -0.5, 0.1, 16) if importance is None else AffineGrid(31, -0.9, 0.05, 37)
-    return _encode(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance)
+    return _encode(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance, coarse)
 
 
-def encode_q6_k(w: Weights, importance: Importance = None) -> SuperScaledCodes:
+def encode_q6_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperScaledCodes:
     """Codes in −32..31, sub-scales in −128..127."""
-    return _encode(_q6_k, w, importance)
+    return _encode(_q6_k, w, importance, coarse)
 
 
-def encode_iq4_xs(w: Weights, importance: Importance = None) -> SuperScaledCodes:
+def encode_iq4_xs(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperScaledCodes:
     """Codes among the 16 IQ4 values, sub-scales in −32..31."""
-    return _encode(_iq4_xs, w, importance)
+    return _encode(_iq4_xs, w, importance, coarse)
 
 
-def _encode(one_chunk: Callable[..., Codes], w: Weights, importance: Importance) -> Codes:
-    """Apply `one_chunk(x [256, N], importance [256, N] or None, one)` → codes with lanes last to all superblocks."""
+def _encode(one_chunk: Callable[..., Codes], w: Weights, importance: Importance, coarse: bool) -> Codes:
+    """Apply `one_chunk(x [256, N], importance [256, N] or None, one, coarse)` → codes, lanes last, to all blocks."""
     one = opaque_one(w)
     blocks = blocks_of(w, BLOCK)
     lead = blocks.shape[:-1]
@@ -91,14 +91,23 @@ def _encode(one_chunk: Callable[..., Codes], w: Weights, importance: Importance)
     if importance is not None:
         columns.append(jnp.broadcast_to(blocks_of(importance, BLOCK), blocks.shape))
     lanes = [a.reshape(-1, BLOCK).T for a in columns]
-    codes = map_lanes(lambda x, i=None: one_chunk(x, i, one), _CHUNK, *lanes)
+    codes = map_lanes(lambda x, i=None: one_chunk(x, i, one, coarse), _CHUNK, *lanes)
     return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0).reshape(*lead, *a.shape[:-1]), codes)
 
 
 def _affine(
-    x: jax.Array, importance: jax.Array | None, one: jax.Array, grid: AffineGrid, size: int, top: int, spread: int
+    x: jax.Array,
+    importance: jax.Array | None,
+    one: jax.Array,
+    coarse: bool,
+    *,
+    grid: AffineGrid,
+    size: int,
+    top: int,
+    spread: int,
 ) -> SuperAffineCodes:
     """Q2_K, Q4_K, Q5_K: `spread` is ggml's factor on the mean square in the error weights."""
+    grid = grid.thinned() if coarse else grid
     subs = _subs(x, size)  # [E, S, N]
     if importance is not None:
         weight = _error_weights(x, importance, spread, size, one)
@@ -112,8 +121,8 @@ def _affine(
         dmin, mins = _largest_scale(low, top)
     else:
         total = sum_rows(list(weight), one)
-        d, scales = search.search_positive(scale, total, top, one)
-        dmin, mins = search.search_positive(low, total, top, one)
+        d, scales = search.search_positive(scale, total, top, one, coarse)
+        dmin, mins = search.search_positive(low, total, top, one, coarse)
     d, dmin = rounded_to_f16(d), rounded_to_f16(dmin)
     sub_d = d[None] * scales
     sub_m = one * (dmin[None] * mins)
@@ -123,7 +132,7 @@ def _affine(
     return SuperAffineCodes(to_f16(d), to_f16(dmin), scales.astype(u8), mins.astype(u8), _whole(q).astype(u8))
 
 
-def _q3_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
+def _q3_k(x: jax.Array, importance: jax.Array | None, one: jax.Array, coarse: bool) -> SuperScaledCodes:
     subs = _subs(x, 16)
     if importance is None:
         scale, searched = _search(lambda a, _: search.descend_symmetric(a, 4, one), subs, subs, 8 * LANES)
@@ -133,15 +142,15 @@ def _q3_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperSc
         d = jnp.where(largest == 0, 0.0, quotient(1.0, inverse))
     else:
         weight = _error_weights(x, importance, 2, 16, one)
-        scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 4, one), subs, weight)
-        d, scales = search.search_symmetric(scale, sum_rows(list(weight), one), 32, one)
+        scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 4, one, coarse), subs, weight)
+        d, scales = search.search_symmetric(scale, sum_rows(list(weight), one), 32, one, coarse)
     return _symmetric_codes(subs, rounded_to_f16(d), scales, searched, 4)
 
 
-def _q6_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
+def _q6_k(x: jax.Array, importance: jax.Array | None, one: jax.Array, coarse: bool) -> SuperScaledCodes:
     subs = _subs(x, 16)
     weight = subs * subs if importance is None else _subs(importance, 16)
-    scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 32, one), subs, weight)
+    scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 32, one, coarse), subs, weight)
     largest = search.first_largest(scale)
     zero = jnp.abs(largest) < 1e-15
     inverse = one * quotient(-128.0, largest)
@@ -150,10 +159,10 @@ def _q6_k(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperSc
     return _symmetric_codes(subs, rounded_to_f16(d), scales, jnp.where(zero, -32.0, searched), 32)
 
 
-def _iq4_xs(x: jax.Array, importance: jax.Array | None, one: jax.Array) -> SuperScaledCodes:
+def _iq4_xs(x: jax.Array, importance: jax.Array | None, one: jax.Array, coarse: bool) -> SuperScaledCodes:
     subs = _subs(x, 32)
     weight = subs * subs if importance is None else _error_weights(x, importance, 2, 32, one)
-    (scale,) = _search(lambda a, b: (search.search_iq4(a, b, one),), subs, weight)
+    (scale,) = _search(lambda a, b: (search.search_iq4(a, b, one, coarse),), subs, weight)
     d = -search.first_largest(scale) / 32
     scales = jnp.where(d == 0, 0.0, clip(round_half_even(quotient(1.0, d)[None] * scale), -32, 31))
     sub_d = d[None] * scales

@@ -42,35 +42,35 @@ Weights = Float[Array, "*rows I"]
 Importance = Float[Array, " I"] | None
 
 
-def encode_q4_0(w: Weights, importance: Importance = None) -> ScaledCodes:
+def encode_q4_0(w: Weights, importance: Importance = None, coarse: bool = False) -> ScaledCodes:
     """Codes in −8..7."""
-    return _encode_signed(w, importance, half=8)
+    return _encode_signed(w, importance, coarse, half=8)
 
 
-def encode_q5_0(w: Weights, importance: Importance = None) -> ScaledCodes:
+def encode_q5_0(w: Weights, importance: Importance = None, coarse: bool = False) -> ScaledCodes:
     """Codes in −16..15."""
-    return _encode_signed(w, importance, half=16)
+    return _encode_signed(w, importance, coarse, half=16)
 
 
-def encode_q4_1(w: Weights, importance: Importance = None) -> AffineCodes:
+def encode_q4_1(w: Weights, importance: Importance = None, coarse: bool = False) -> AffineCodes:
     """Codes in 0..15."""
-    return _encode_affine(w, importance, top=15)
+    return _encode_affine(w, importance, coarse, top=15)
 
 
-def encode_q5_1(w: Weights, importance: Importance = None) -> AffineCodes:
+def encode_q5_1(w: Weights, importance: Importance = None, coarse: bool = False) -> AffineCodes:
     """Codes in 0..31."""
-    return _encode_affine(w, importance, top=31)
+    return _encode_affine(w, importance, coarse, top=31)
 
 
-def encode_q8_0(w: Weights, importance: Importance = None) -> ScaledCodes:
-    """Codes in −127..127; importance plays no part."""
-    del importance
+def encode_q8_0(w: Weights, importance: Importance = None, coarse: bool = False) -> ScaledCodes:
+    """Codes in −127..127; it needs no search."""
+    del importance, coarse
     blocks = blocks_of(w, BLOCK)
     d = divide(jnp.max(jnp.abs(blocks), axis=-1), 127)
     return ScaledCodes(to_f16(d), round_half_away(blocks * reciprocal(d)[..., None]).astype(jnp.int8))
 
 
-def encode_iq4_nl(w: Weights, importance: Importance = None) -> ScaledCodes:
+def encode_iq4_nl(w: Weights, importance: Importance = None, coarse: bool = False) -> ScaledCodes:
     """Codes among the 16 IQ4 values."""
     one = opaque_one(w)
     blocks = blocks_of(w, BLOCK)
@@ -80,12 +80,12 @@ def encode_iq4_nl(w: Weights, importance: Importance = None) -> ScaledCodes:
     else:
         mean_square = sum_rows(list(x * x), one) / 16
         weight = _lane_importance(importance, blocks) * square_root(mean_square[None] + one * (x * x))
-    scale = map_lanes(lambda a, b: search.search_iq4(a, b, one), LANES, x, weight)
+    scale = map_lanes(lambda a, b: search.search_iq4(a, b, one, coarse), LANES, x, weight)
     q = search.nearest_iq4(reciprocal(scale)[None] * x)
     return ScaledCodes(to_f16(_rows(scale, blocks)), _rows(q, blocks).astype(jnp.int8))
 
 
-def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes:
+def _encode_signed(w: Weights, importance: Importance, coarse: bool, half: int) -> ScaledCodes:
     blocks = blocks_of(w, BLOCK)
     if importance is None:
         largest = search.first_largest(jnp.moveaxis(blocks, -1, 0))
@@ -95,11 +95,11 @@ def _encode_signed(w: Weights, importance: Importance, half: int) -> ScaledCodes
         return ScaledCodes(to_f16(d), q.astype(jnp.int8))
     one = opaque_one(w)
     weight = _row_weights(w, importance, one)
-    scale, q = map_lanes(lambda a, b: search.search_symmetric(a, b, half, one), LANES, _lanes(blocks), weight)
+    scale, q = map_lanes(lambda a, b: search.search_symmetric(a, b, half, one, coarse), LANES, _lanes(blocks), weight)
     return ScaledCodes(to_f16(_rows(scale, blocks)), _rows(q, blocks).astype(jnp.int8))
 
 
-def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
+def _encode_affine(w: Weights, importance: Importance, coarse: bool, top: int) -> AffineCodes:
     blocks = blocks_of(w, BLOCK)
     if importance is None:
         low, high = search.first_smallest(jnp.moveaxis(blocks, -1, 0)), jnp.max(blocks, axis=-1)
@@ -108,6 +108,7 @@ def _encode_affine(w: Weights, importance: Importance, top: int) -> AffineCodes:
         return AffineCodes(to_f16(d), to_f16(low), q.astype(jnp.uint8))
     one = opaque_one(w)
     grid = AffineGrid(top, -0.9, 0.05, 37)
+    grid = grid.thinned() if coarse else grid
     weight = _row_weights(w, importance, one)
     scale, low, q = map_lanes(lambda a, b: search.search_affine(a, b, grid, one), LANES, _lanes(blocks), weight)
     d, m = (to_f16(_rows(a, blocks)) for a in (scale, -low))

@@ -2,7 +2,7 @@
 
 Arrays are `[elements, N]`: one lane per block, so that every sum runs over a block's elements in ggml's order while
 the lanes fill the vector unit. `w` are the elements' weights in the squared error. `one` is `rounding.opaque_one`.
-Codes are floats with integer values until a format packs them.
+Codes are floats with integer values until a format packs them. A `coarse` search tries a few of the same candidates.
 """
 
 import functools
@@ -39,6 +39,12 @@ class AffineGrid(NamedTuple):
         """f32, summed in ggml's order."""
         i = np.arange(self.count, dtype=np.float32)
         return (np.float32(self.first) + np.float32(self.step) * i) + np.float32(self.top)
+
+    def thinned(self) -> "AffineGrid":
+        """Every sixth candidate, the middle one among them."""
+        skipped = self.count // 2 % 6
+        first = self.first + self.step * skipped
+        return self._replace(first=first, step=6 * self.step, count=-(-(self.count - skipped) // 6))
 
 
 def first_largest(x: Float[Array, "E *n"]) -> Float[Array, "*n"]:
@@ -105,11 +111,11 @@ def search_affine(
 
 
 def search_symmetric(
-    x: Float[Array, "E N"], w: Float[Array, "E N"], half: int, one: Float[Array, ""]
+    x: Float[Array, "E N"], w: Float[Array, "E N"], half: int, one: Float[Array, ""], coarse: bool = False
 ) -> tuple[Float[Array, " N"], Float[Array, "E N"]]:
     """Scale and codes in −half..half − 1 of w ≈ scale · code; an all-zero block has scale 0 and codes −half."""
     peak = first_largest(x)
-    steps = np.asarray([i for i in range(-9, 10) if i], np.float32)
+    steps = np.asarray([i for i in range(-9, 10, 3 if coarse else 1) if i], np.float32)
     numerators = jnp.asarray(-(np.float32(half) + np.float32(0.1) * steps))
 
     def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,10 +138,12 @@ def search_symmetric(
     return jnp.where(zero, 0.0, scale), jnp.where(zero[None], -float(half), q)
 
 
-def search_iq4(x: Float[Array, "E N"], w: Float[Array, "E N"], one: Float[Array, ""]) -> Float[Array, " N"]:
+def search_iq4(
+    x: Float[Array, "E N"], w: Float[Array, "E N"], one: Float[Array, ""], coarse: bool = False
+) -> Float[Array, " N"]:
     """Scale of w ≈ scale · value for the 16 IQ4 values."""
     peak = first_largest(x)
-    numerators = jnp.asarray(np.arange(-7, 8, dtype=np.float32) + np.float32(IQ4_VALUES[0]))
+    numerators = jnp.asarray(np.arange(-7, 8, 3 if coarse else 1, dtype=np.float32) + np.float32(IQ4_VALUES[0]))
 
     def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
         q = nearest_iq4(inverse[None] * x)
@@ -176,7 +184,7 @@ def descend_symmetric(
 
 
 def search_positive(
-    x: Float[Array, "E N"], w: Float[Array, "E N"], top: int, one: Float[Array, ""]
+    x: Float[Array, "E N"], w: Float[Array, "E N"], top: int, one: Float[Array, ""], coarse: bool = False
 ) -> tuple[Float[Array, " N"], Float[Array, "E N"]]:
     """Scale and codes in 0..top of x ≈ scale · code for x ≥ 0: the sub-scales or minima of a superblock."""
     peak = functools.reduce(jnp.maximum, list(x))
@@ -192,7 +200,11 @@ def search_positive(
 
     _, inverse = lax.fori_loop(0, len(steps), candidate, (jnp.full_like(peak, jnp.inf), quotient(top, peak)))
     q = jnp.minimum(round_half_even(inverse[None] * x), top)
-    scale, q = _descend(x, w, q, (None, top), one)
+    if coarse:
+        xq, qq = _products(x, w, q, one)
+        scale = jnp.where(qq > 0, quotient(xq, qq), 0.0)
+    else:
+        scale, q = _descend(x, w, q, (None, top), one)
     zero = peak < _TINY
     return jnp.where(zero, 0.0, scale), jnp.where(zero[None], 0.0, q)
 

@@ -97,7 +97,7 @@ def mix_allocator() -> Allocator:
 
     Its choice raises `RuntimeError` where llama.cpp is not installed, `ValueError` where no mix fits.
     """
-    return Allocator(MIX, EXPORTABLE, FOLD_LEVEL, _largest_mix, estimates=False)
+    return Allocator(MIX, EXPORTABLE, FOLD_LEVEL, _largest_mix, sees="sizes")
 
 
 def _largest_mix(problem: Problem, budget: int) -> Actions:

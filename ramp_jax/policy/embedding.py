@@ -69,13 +69,12 @@ _VOCABULARY_ROWS = 1 << 12  # read at one time
 def estimated(model: Model, stats: Stats, levels: tuple[float, ...], journal: Journal = NOWHERE) -> Estimate:
     """What allocatable tensors lose at each level by the Fisher estimate, alone and in pairs.
 
-    Weights are rounded by ggml's search, weighted by importance: the wider one takes three times as long, and its
-    estimate chooses no better. Blocks that `journal` has are not gone through again. Raises `ValueError` where `stats`
-    lack a sample of the text.
+    Weights are rounded by a coarse search, weighted by importance: finer ones take longer and choose no better. Blocks
+    that `journal` has are not gone through again. Raises `ValueError` where `stats` lack a sample of the text.
     """
     if stats.sample is None:
         raise ValueError("the statistics hold no sample of the text, which the estimate needs; calibrate the model.")
-    encoder = Encoder("reference", importance_of(model.spec, stats))
+    encoder = Encoder("coarse", importance_of(model.spec, stats))
     return estimate(model, stats.sample, levels, encoder, stats.states, journal)
 
 

@@ -15,6 +15,7 @@ from ramp_jax.allocation import Allocation, Costs, check_budget, costs, from_lev
 from ramp_jax.allocators import Actions, Allocator, Problem
 from ramp_jax.allocators.allocator import (
     RULES,
+    Sees,
     by_evolution,
     by_rule,
     by_table,
@@ -111,12 +112,13 @@ def problem(
     levels: tuple[float, ...],
     table: Costs | None = None,
     *,
-    estimates: bool = True,
+    sees: Sees = "embeddings",
     journal: Journal = NOWHERE,
 ) -> Problem:
     """The decision process of `model`, whose tensors are embedded as they are (fold first).
 
-    Without `estimates` embeddings and expected losses are 0, and no backward pass is made.
+    What nobody `sees` is 0: without estimates no backward pass is made, without embeddings no sweep over the folded
+    weights.
     """
     table = costs(model, levels) if table is None else table
     members = allocatable(model.spec)
@@ -128,13 +130,15 @@ def problem(
         jnp.zeros((len(members), len(levels))),
         unit=float(table.unit),
     )
-    if not estimates:
+    if sees == "sizes":
         return found
     measured = tuple(sorted({*levels, embedding.LOSS_LEVEL}))
     estimate = embedding.estimated(model, stats, measured, journal)
     loss, mine = estimate.loss, [measured.index(level) for level in levels]
+    if sees == "embeddings":
+        embedded = embedding.embed(model, stats, loss[:, measured.index(embedding.LOSS_LEVEL)])
+        found = found._replace(embedding=jnp.asarray(embedded))
     return found._replace(
-        embedding=jnp.asarray(embedding.embed(model, stats, loss[:, measured.index(embedding.LOSS_LEVEL)])),
         expected=jnp.asarray(loss[:, mine], jnp.float32),
         pairs=jnp.asarray(estimate.pairs[:, mine][..., mine]),
     )
@@ -191,7 +195,7 @@ def allocate(
     allocator = refine(allocator, evaluations) if evaluations else allocator
     table = costs(model, allocator.levels)
     check_budget(table, budget_bytes)
-    known = problem(model, stats, allocator.levels, table, estimates=allocator.estimates, journal=journal)
+    known = problem(model, stats, allocator.levels, table, sees=allocator.sees, journal=journal)
     known = known._replace(evaluate=evaluate, model=model, importance=importance_of(model.spec, stats))
     return from_levels(model, [allocator.levels[a] for a in allocator.choose(known, table.units(budget_bytes))])
 

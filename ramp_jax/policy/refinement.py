@@ -36,7 +36,8 @@ def refine(allocator: Allocator, evaluations: int) -> Allocator:
         return search(*tables(problem), budget, evaluate=evaluate, evaluations=evaluations, start=start)
 
     name, spent = f"{allocator.name}, refined", allocator.evaluations + evaluations
-    return dataclasses.replace(allocator, name=name, choose=choose, estimates=True, evaluations=spent)
+    sees = "estimates" if allocator.sees == "sizes" else allocator.sees
+    return dataclasses.replace(allocator, name=name, choose=choose, sees=sees, evaluations=spent)
 
 
 def search(

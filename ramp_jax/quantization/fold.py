@@ -245,5 +245,5 @@ def _chunk_error(
     """Squared error of the outputs of rows whose columns were widened by s before rounding."""
     known = get_format(fmt)
     importance = jnp.maximum(square, 1e-4 * jnp.mean(square)) / jnp.square(s)
-    off = known.decode(known.encode(w * s[None], importance)) / s[None] - w
+    off = known.decode(known.encode(w * s[None], importance, "coarse")) / s[None] - w
     return jnp.sum(jnp.square(off) * square[None]) if sketch is None else jnp.sum(jnp.square(off @ sketch.T))
