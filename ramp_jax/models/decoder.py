@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from ramp_jax.models.layers import matmul, rms_norm, soft_cap
 from ramp_jax.models.layout import Block, Params, by_run, lookup, nest, scan_blocks, stack, tensors
 from ramp_jax.models.spec import DecoderSpec
-from ramp_jax.models.store import StoredParams
+from ramp_jax.models.store import StoredParams, rows_named
 
 _HEAD_ROWS = 1 << 13  # of a head, that are held in another dtype than the head at a time
 
@@ -61,8 +61,7 @@ def embed(spec: DecoderSpec, params: Params, ids: Int[Array, "*b T"]) -> Float[A
     """What enters the first block, f32. Of an embedding on disk only the rows of these tokens are read."""
     if not isinstance(params, StoredParams):
         return look_up(spec, params["token_embd"]["weight"], ids)
-    tokens, places = np.unique(np.asarray(ids), return_inverse=True)
-    return look_up(spec, params.rows(tensors(spec)[0], tokens), places.reshape(np.shape(ids)))
+    return look_up(spec, *rows_named(params, tensors(spec)[0], np.asarray(ids)))
 
 
 @functools.partial(jax.jit, static_argnames="spec")

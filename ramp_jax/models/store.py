@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ramp_jax.checkpoint import digest
 from ramp_jax.models.layout import Params, Tensor, lookup, nest, tensors
@@ -130,6 +130,12 @@ def rows_of(params: Params, tensor: Tensor, rows: Rows = ALL) -> Float[Array, "R
     if isinstance(params, StoredParams) and tensor.layer is None:
         return params.rows(tensor, rows)
     return lookup(params, tensor)[rows]
+
+
+def rows_named(params: Params, tensor: Tensor, ids: Int[np.ndarray, "*n"]) -> tuple[Any, Int[np.ndarray, "*n"]]:
+    """The rows `[R, I]` of a matrix that ids name, each of them once, and at which of these the row of each id lies."""
+    named, places = np.unique(ids, return_inverse=True)
+    return rows_of(params, tensor, named), places.reshape(np.shape(ids))
 
 
 def pieces_of(params: Params, tensor: Tensor, rows: int) -> Iterator[Float[Array, "R I"]]:

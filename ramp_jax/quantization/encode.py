@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ramp_jax import sweep
 from ramp_jax.allocation import Allocation
@@ -13,7 +13,7 @@ from ramp_jax.formats import decode
 from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, Tensor, tensors
 from ramp_jax.models.layout import of_block
-from ramp_jax.models.store import pieces_of, rows_of
+from ramp_jax.models.store import pieces_of, rows_named
 from ramp_jax.quantization.calibrate import Seen, no_signs, observe
 from ramp_jax.quantization.compensate import Uncompensated, compensated_block
 from ramp_jax.quantization.encoder import Encoder
@@ -84,12 +84,10 @@ def _rows(encoder: Encoder, tensor: Tensor, w: Float[Array, "O I"], fmt: str, fo
 
 def _rounded_start(model: Model, allocation: Allocation, encoder: Encoder) -> Float[Array, "W T D"]:
     """What enters the first block where the embedding is rounded: rows of the windows' tokens, rounded again."""
-    windows: Int[np.ndarray, "W T"] = encoder.windows
     embedding = tensors(model.spec)[0]
-    tokens, places = np.unique(windows, return_inverse=True)
-    rows, fmt = rows_of(model.params, embedding, tokens), allocation.format_of(embedding)
+    fmt, (rows, places) = allocation.format_of(embedding), rows_named(model.params, embedding, encoder.windows)
     decoded = decode(encoder.encode_rows(embedding, rows, fmt, {}), fmt).astype(rows.dtype)
-    return sweep.begin(model.spec, {"token_embd": {"weight": decoded}}, places.reshape(windows.shape))
+    return sweep.begin(model.spec, {"token_embd": {"weight": decoded}}, places)
 
 
 def _importance(at: sweep.Place, seen: Seen, model: Model) -> Importance:

@@ -37,7 +37,7 @@ from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, tensors
 from ramp_jax.models.decoder import Params, embed, final_norm
 from ramp_jax.models.layers import matmul, soft_cap
 from ramp_jax.models.layout import Block, SubBlock, of_block, replace_in_block
-from ramp_jax.models.store import pieces_of, rows_of
+from ramp_jax.models.store import pieces_of, rows_named
 from ramp_jax.quantization import REFERENCE, Encoder
 from ramp_jax.scoring.perplexity import Protocol, first_scored
 from ramp_jax.sensitivity.exact import Cell, cells
@@ -165,8 +165,8 @@ def fisher_moves(
             passed.append(moved)
         moves: dict[str, Float[np.ndarray, "A P W*T"]] = {name: m for moved in passed for name, m in moved.items()}
         if embedding.name in members:
-            tokens, places = np.unique(windows, return_inverse=True)
-            w = rows_of(params, embedding, tokens)[places.ravel()]
+            rows, places = rows_named(params, embedding, windows)
+            w = rows[places.ravel()]
             looked_up = _row_changes(w, changes(embedding, w)) * np.float32(spec.embedding_scale)
             moved = np.asarray(_moves(jnp.reshape(g, (probes, *w.shape)), looked_up))
             moves[embedding.name] = moves.get(embedding.name, 0) + moved  # as a head, where it is one
