@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from benchmarks import formats
 from benchmarks.accelerator import accelerator
 from benchmarks.devices import devices
@@ -49,7 +49,8 @@ from benchmarks.sizes import sizes
 from benchmarks.tokenizers import tokenizers
 from benchmarks.transfer import transfer
 
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax import cli
+from ramp_jax.files import write_bytes
 
 _SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
 _JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")
@@ -81,14 +82,12 @@ SUITES: dict[str, Callable[[int], Any]] = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Run the suites asked for."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}.")
     if unknown := set(_SUITE.value) - set(SUITES):
-        raise app.UsageError(f"--suite names {min(unknown)!r}; choose from {', '.join(SUITES)}.")
+        raise ValueError(f"--suite names {min(unknown)!r}; choose from {', '.join(SUITES)}.")
     if _NAME.value and len(_SUITE.value) > 1:
-        raise app.UsageError("--record_as names one table; run one suite with it.")
+        raise ValueError("--record_as names one table; run one suite with it.")
     if _JSON.value:
         Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -109,4 +108,4 @@ def _plots_folder() -> Path | None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

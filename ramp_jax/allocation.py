@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.files import write_bytes
 from ramp_jax.formats import format_for, get_format
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, matrices, tensors
 from ramp_jax.models.layout import SMALLEST_BLOCK, foldable

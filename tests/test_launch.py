@@ -373,10 +373,27 @@ def test_calibration_text_is_known_by_what_it_says(fails, call, whole, tmp_path)
     assert code == 0, errors
 
 
-@pytest.mark.parametrize("name", ["train", "calibrate", "allocate", "export_gguf", "evaluate", "compare", "report"])
-def test_help_shows_the_command(call, name):
-    _, printed, _ = call(name, "--help")
-    assert f"python launch/{name}.py --" in printed
+ALL_FLAGS = {
+    "train": "config workdir tokenizer_from config.FIELD",
+    "calibrate": "model output data context count",
+    "allocate": "model levels encoder mesh hosts patience budget_bytes budget_gb budget_bits fit_memory fit_context",
+    "export_gguf": "model allocation output encoder imatrix mesh hosts",
+    "evaluate": "model reference encoder mesh tasks json",
+    "compare": "workdir allocation gguf encoder",
+    "report": "workdir allocation",
+    "pretrain": "config output report json",
+    "benchmark": "suite record repeats synthetic_layers kills_count",
+}
+"""By script, flags that its help must show, also those that other modules define."""
+
+
+@pytest.mark.parametrize("name", ALL_FLAGS)
+def test_help_shows_the_command_and_all_flags(call, name):
+    code, printed, _ = call(name, "--help")
+    assert code == 0
+    assert f"    python launch/{name}.py --" in printed
+    assert [flag for flag in ALL_FLAGS[name].split() if f"--{flag}" not in printed.replace("[no]", "")] == []
+    assert "chex" not in printed
 
 
 def broken_models(tmp_path, whole):
@@ -562,7 +579,9 @@ def test_flags_that_are_wrong(fails, allocate, whole, tmp_path):
     assert "unexpected argument 'alloc.json'" in fails("allocate", *allocate(), "alloc.json")
     workdir = f"--workdir={tmp_path / 'run'}"
     assert "nowhere.py" in fails("train", f"--config={tmp_path / 'nowhere.py'}", workdir)
-    assert "sed" in fails("train", f"--config={whole.config}", workdir, "--config.sed=1")
+    for wrong, nearest in {"sed": "seed", "train.iteration": "train.iterations", "seed.x": "seed"}.items():
+        error = fails("train", f"--config={whole.config}", workdir, f"--config.{wrong}=1")
+        assert f"has no {wrong}; the nearest that it has is --config.{nearest}." in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from ramp_jax import files
 from ramp_jax.allocation import Allocation, padded
 from ramp_jax.allocators import Actions, Allocator, Problem
 from ramp_jax.allocators.allocator import FOLD_LEVEL
@@ -59,12 +60,8 @@ def quantize(
     `types` names the formats of tensors that the mix is not to decide. Raises `ValueError` for an unknown mix,
     `RuntimeError` where llama.cpp refuses.
     """
-    partial = output.with_name(output.name + ".partial")
-    try:
-        _call(source, partial, mix, importance, types or {}, dry_run=False)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(output) as temporary:
+        _call(source, temporary, mix, importance, types or {}, dry_run=False)
     return output.stat().st_size
 
 

@@ -24,7 +24,7 @@ from ramp_jax.allocators.allocator import (
     tables,
 )
 from ramp_jax.allocators.tables import exchange, fill
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.files import write_bytes
 from ramp_jax.formats import LEVELS, get_format
 from ramp_jax.halo import llama_quantize
 from ramp_jax.journal import NOWHERE, Journal

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ramp_jax import data
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.files import write_bytes
 
 TASK = "passages"
 
