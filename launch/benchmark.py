@@ -18,6 +18,7 @@
 `loading`: memory and seconds of loading a sharded model of 1.5 billion weights, and a GGUF.
 `tokenizers`: ids of Hugging Face, llama.cpp and our reading of its file, for every kind of tokenizer.
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
+`kills`: scripts that are killed at random moments and run again: what they make, and what they leave.
 `sizes`: what files of known models weigh at every level, and Llama-2-7B as the paper has it.
 
 Each lives in launch/benchmarks/, where its file says what it does. --record writes a suite's table, the command and the
@@ -37,6 +38,7 @@ from benchmarks.encoder import encoder
 from benchmarks.end_to_end import end_to_end
 from benchmarks.families import families
 from benchmarks.forward import forward
+from benchmarks.kills import kills
 from benchmarks.loading import loading
 from benchmarks.measuring import RESULTS, plots_go_to, record
 from benchmarks.memory import memory
@@ -79,6 +81,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "accelerator": accelerator,
     "tokenizers": tokenizers,
     "sizes": sizes,
+    "kills": kills,
 }
 
 

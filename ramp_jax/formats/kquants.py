@@ -18,13 +18,14 @@ without importance differs where weights are near 1e-6, whose sums are denormals
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ramp_jax.formats import search
-from ramp_jax.formats.codes import Codes, SuperAffineCodes, SuperScaledCodes
+from ramp_jax.formats.codes import SuperAffineCodes, SuperScaledCodes
 from ramp_jax.formats.rounding import (
     blocks_of,
     clip,
@@ -82,7 +83,7 @@ def encode_iq4_xs(w: Weights, importance: Importance = None) -> SuperScaledCodes
     return _encode(_iq4_xs, w, importance)
 
 
-def _encode(one_chunk: Callable[..., Codes], w: Weights, importance: Importance) -> Codes:
+def _encode(one_chunk: Callable[..., Any], w: Weights, importance: Importance) -> Any:
     """Apply `one_chunk(x [256, N], importance [256, N] or None, one)` → codes with lanes last to all superblocks."""
     one = opaque_one(w)
     blocks = blocks_of(w, BLOCK)

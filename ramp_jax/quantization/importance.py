@@ -35,7 +35,7 @@ def folded(importance: Importance, tensor: Tensor, folding: Mapping[str, jax.Arr
 
     Channels that calibration hardly saw get a ten-thousandth of the mean, so that their weights are not given up.
     """
-    values, scales = importance.get(tensor.name), folding.get(tensor.reads)
+    values, scales = importance.get(tensor.name), folding.get(tensor.reads or "")
     if values is None:
         return None
     values = np.maximum(values, _DEAD * values.mean(dtype=np.float64)).astype(np.float32)
