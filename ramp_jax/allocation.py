@@ -216,7 +216,7 @@ def _completed(model: Model, formats: Mapping[str, str], fallback: str) -> Alloc
     return Allocation(model.spec, model.metadata, every, {name: np.asarray(s) for name, s in model.folding.items()})
 
 
-def costs(model: Model, levels: tuple[float, ...]) -> Costs:
+def costs(model: Model, levels: tuple[float | str, ...]) -> Costs:
     """Byte costs of every allocatable tensor at every level."""
     members = allocatable(model.spec)
     table = np.zeros((len(members), len(levels)), np.int64)

@@ -110,8 +110,8 @@ def _hosts() -> contextlib.AbstractContextManager[Any]:
     if values.output is None:
         raise ValueError("--output is missing; its folder is where the processes of --hosts exchange what they find.")
     where, count, index = (None, None, None) if values.hosts == "auto" else values.hosts.split(",")
-    numbers = [None if number is None else int(number) for number in (count, index)]
-    return hosts.joined(Path(values.output).expanduser().parent, where, *numbers, values.patience)
+    folder = Path(values.output).expanduser().parent
+    return hosts.joined(folder, where, count and int(count), index and int(index), values.patience)
 
 
 def _use_mesh() -> None:
@@ -311,7 +311,7 @@ def budget(model: Model, table: Costs) -> int | None:
     if values.fit_memory is not None:
         context = values.fit_context or model.spec.context_length
         print(f"KV cache of {context:,} tokens and compute buffer: {runtime_bytes(model.spec, context):,} bytes")
-        return bytes_that_fit(model.spec, table, parse_bytes(values.fit_memory), context)
+        return bytes_that_fit(model.spec, table, parse_bytes(values.fit_memory) or 0, context)
     if values.budget_bits is not None:
         size = bytes_for_bits(model.spec, table, values.budget_bits)
     else:

@@ -57,8 +57,9 @@ def field_names(cls: type, prefix: str = "") -> list[str]:
     """All fields of a config by the names under which a command line replaces them."""
     names = []
     for field in dataclasses.fields(cls):
-        inside = isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
-        names += field_names(field.type, f"{prefix}{field.name}.") if inside else [prefix + field.name]
+        kind: Any = field.type
+        inside = dataclasses.is_dataclass(kind)
+        names += field_names(kind, f"{prefix}{field.name}.") if inside else [prefix + field.name]
     return names
 
 

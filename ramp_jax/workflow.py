@@ -350,7 +350,7 @@ def job_inputs(model: Model) -> dict[str, str]:
 
 
 def _true_loss(
-    model: Model, folded: Model, stats: Stats, calibration: WindowsConfig, levels: tuple[float, ...]
+    model: Model, folded: Model, stats: Stats, calibration: WindowsConfig, levels: tuple[float | str, ...]
 ) -> Callable[[Actions], float]:
     """Mean KL divergence of level indices on the first calibration windows, rounded with importance."""
     few = dataclasses.replace(calibration, count=min(calibration.count, _REFINE_WINDOWS))

@@ -150,7 +150,7 @@ def trial(
         pairs = ((path, undisturbed / path.relative_to(folder)) for path in _final(folder))
         found["half-written"] += sum(not _whole(*pair) for pair in pairs)
     job.finish(folder, settings)
-    there, expected = _contents(folder), _contents(undisturbed)
+    there, expected = contents(folder), contents(undisturbed)
     found["resumed"] += 1
     found["equal"] += there == expected
     found["left over"] += len(there.keys() - expected.keys())
@@ -179,7 +179,7 @@ def _whole(path: Path, undisturbed: Path) -> bool:
         return False
 
 
-def _contents(folder: Path) -> dict[str, Any]:
+def contents(folder: Path) -> dict[str, Any]:
     """Everything that lies in a folder, by path."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): _content(path) for path in paths}

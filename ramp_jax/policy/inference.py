@@ -108,7 +108,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def problem(
     model: Model,
     stats: Stats,
-    levels: tuple[float, ...],
+    levels: tuple[float | str, ...],
     table: Costs | None = None,
     *,
     estimates: bool = True,
@@ -233,5 +233,5 @@ def check_levels(found: Policy | Allocator, levels: tuple[float, ...]) -> None:
         )
 
 
-def _list(levels: tuple[float, ...]) -> str:
+def _list(levels: tuple[float | str, ...]) -> str:
     return ",".join(f"{level:g}" for level in levels)
