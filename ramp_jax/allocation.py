@@ -199,7 +199,7 @@ class Costs(NamedTuple):
         return -(-self.per_level // unit)
 
 
-def from_levels(model: Model, levels: Iterable[float]) -> Allocation:
+def from_levels(model: Model, levels: Iterable[float | str]) -> Allocation:
     """Allocation from one level per allocatable tensor; raises `ValueError` for a masked level."""
     formats = {}
     for tensor, level in zip(allocatable(model.spec), levels, strict=True):

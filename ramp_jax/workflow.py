@@ -101,7 +101,7 @@ def evaluate(
         if allocation or isinstance(model, Model) or not is_gguf(model := resolve(str(model))):
             raise ValueError("llama.cpp scores a .gguf; make one with launch/export_gguf.py and evaluate that.")
         metadata, tokenizer = read_description(model, tokenizer_from)
-        model = parts_beside(model)[0]
+        model = parts_beside(model)[0]  # pyrefly: ignore [bad-argument-type]
         _check_unseen(metadata, None, data, split)
     else:
         model = _loaded(model, dtype, tokenizer_from)
@@ -117,9 +117,9 @@ def evaluate(
     windows = texts.windows(data, tokenizer, context=context, count=count, split=split, bos=bos)
     reference = None if reference is None else _loaded(reference, dtype)
     if backend == "llama.cpp":
-        scored = evaluate_gguf(model, windows, reference=reference, protocol=protocol)
+        scored = evaluate_gguf(model, windows, reference=reference, protocol=protocol)  # pyrefly: ignore [bad-argument-type]
     else:
-        scored = perplexity.evaluate(model, windows, reference=reference, protocol=protocol)
+        scored = perplexity.evaluate(model, windows, reference=reference, protocol=protocol)  # pyrefly: ignore [bad-argument-type]
     how = {"protocol": protocol, "context": context, "windows": len(windows), "data": data, "split": split}
     return numbers(scored) | how | {"backend": backend, "dtype": dtype if backend == "jax" else None}
 

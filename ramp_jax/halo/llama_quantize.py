@@ -99,11 +99,12 @@ def mix_allocator() -> Allocator:
 
 def _largest_mix(problem: Problem, budget: int) -> Actions:
     cost, rows = np.asarray(problem.cost, np.int64), np.arange(len(problem.cost))
-    members = allocatable(problem.model.spec)
+    model: Any = problem.model
+    members = allocatable(model.spec)
     choices = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "F16.gguf"
-        write_skeleton(problem.model, Allocation.uniform(problem.model, "F16"), source)
+        write_skeleton(model, Allocation.uniform(model, "F16"), source)
         for mix in MIXES:
             types = mix_types(source, mix, problem.importance)
             choices.append(np.asarray([EXPORTABLE.index(types[tensor.name]) for tensor in members]))

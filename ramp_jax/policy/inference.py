@@ -82,7 +82,8 @@ def load_policy(source: str | Path) -> Policy:
     try:
         content = serialization.msgpack_restore(path.read_bytes())
         tuples = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-        policy = Policy(**{**content, **tuples, "actor": jax.tree.map(jnp.asarray, content["actor"])})
+        values: dict[str, Any] = {**content, **tuples, "actor": jax.tree.map(jnp.asarray, content["actor"])}
+        policy = Policy(**values)
     except Exception as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); train the policy again.") from error
     if policy.embedding_version != embedding.VERSION:
@@ -108,7 +109,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def problem(
     model: Model,
     stats: Stats,
-    levels: tuple[float | str, ...],
+    levels: tuple[Any, ...],
     table: Costs | None = None,
     *,
     estimates: bool = True,

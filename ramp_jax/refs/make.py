@@ -156,7 +156,7 @@ def level_table(
                     "nll": float(found.nll.mean()),
                     "delta_nll": float(delta.mean()),
                     "standard_error": float(delta.std() / np.sqrt(delta.size)),
-                    "kld": float(found.mean_kld),
+                    "kld": found.mean_kld,
                 }
             )
     return rows
