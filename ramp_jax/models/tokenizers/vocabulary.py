@@ -81,7 +81,7 @@ def looks_special(token: str) -> bool:
 
 def special_ids(fields: dict[str, Any], model: str, size: int) -> dict[str, int]:
     """Id of each special token that a file's metadata names; ids beyond the vocabulary mean that there is none."""
-    given: dict[str, Any] = {role: fields.get(key) for role, key in ROLES.items()}
+    given = {role: fields.get(key) for role, key in ROLES.items()}
     defaults = _DEFAULTS.get(model, {})
     ids = {role: given[role] if _within(given[role], size) else defaults.get(key) for role, key in ROLES.items()}
     return {role: int(i) for role, i in ids.items() if _within(i, size)}
