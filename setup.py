@@ -55,6 +55,7 @@ setup(
             "hypothesis>=6.170",
             "lm_eval>=0.4.13",
             "orbax-checkpoint>=0.11",
+            "pyrefly>=1.5",
             "pytest>=9.2",
             "pytest-instafail>=0.5",
             "pytest-xdist>=3.8",

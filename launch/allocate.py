@@ -4,7 +4,8 @@
 
 REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on other
 models; `pretrained` is the one of this package. Needs one calibration pass over the model and one backward pass over a
-few tokens, nothing else. Other names do without a policy, over --levels: `fisher` is the optimum of what that backward
+few tokens, nothing else. One of --budget_bytes, --budget_gb, --budget_bits and --fit_memory says how large the file may
+be. Other names do without a policy, over --levels: `fisher` is the optimum of what that backward
 pass says of every format, alone and in pairs; `greedy`, `uniform` and `random` are rules; `evolution` searches by
 --refine_evals true evaluations alone; `llama.cpp` takes the largest of its own mixes that fits; an .npz that
 launch/train.py measured on this model gives its table's knapsack. `--refine_evals=N` spends N evaluations of quantized

@@ -18,6 +18,7 @@
 `loading`: memory and seconds of loading a sharded model of 1.5 billion weights, and a GGUF.
 `tokenizers`: ids of Hugging Face, llama.cpp and our reading of its file, for every kind of tokenizer.
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
+`kills`: scripts that are killed at random moments and run again: what they make, and what they leave.
 `sizes`: what files of known models weigh at every level, and Llama-2-7B as the paper has it.
 
 Each lives in launch/benchmarks/, where its file says what it does. --record writes a suite's table, the command and the
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from benchmarks import formats
 from benchmarks.accelerator import accelerator
 from benchmarks.devices import devices
@@ -37,6 +38,7 @@ from benchmarks.encoder import encoder
 from benchmarks.end_to_end import end_to_end
 from benchmarks.families import families
 from benchmarks.forward import forward
+from benchmarks.kills import kills
 from benchmarks.loading import loading
 from benchmarks.measuring import RESULTS, plots_go_to, record
 from benchmarks.memory import memory
@@ -49,7 +51,8 @@ from benchmarks.sizes import sizes
 from benchmarks.tokenizers import tokenizers
 from benchmarks.transfer import transfer
 
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax import cli
+from ramp_jax.files import write_bytes
 
 _SUITE = flags.DEFINE_list("suite", ["quantize"], "Suites to run, separated by commas.")
 _JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")
@@ -78,17 +81,16 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "accelerator": accelerator,
     "tokenizers": tokenizers,
     "sizes": sizes,
+    "kills": kills,
 }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Run the suites asked for."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}.")
     if unknown := set(_SUITE.value) - set(SUITES):
-        raise app.UsageError(f"--suite names {min(unknown)!r}; choose from {', '.join(SUITES)}.")
+        raise ValueError(f"--suite names {min(unknown)!r}; choose from {', '.join(SUITES)}.")
     if _NAME.value and len(_SUITE.value) > 1:
-        raise app.UsageError("--record_as names one table; run one suite with it.")
+        raise ValueError("--record_as names one table; run one suite with it.")
     if _JSON.value:
         Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -109,4 +111,4 @@ def _plots_folder() -> Path | None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

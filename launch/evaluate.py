@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from ramp_jax import cli, workflow
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.files import write_bytes
 from ramp_jax.scoring import scores
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
@@ -56,6 +56,7 @@ def main() -> None:
     if _JSON.value:
         files = (_ALLOCATION.value, _DATA.value, _TOKENIZER.value)
         cli.check_output_path(_JSON.value, models=[_MODEL.value, _REFERENCE.value], files=files)
+    cli.announce(_DTYPE.value)
     found, table = _tasks() if _TASKS.value else _perplexity()
     print(table)
     if _JSON.value:

@@ -15,15 +15,14 @@ import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from ramp_jax import cli
 from ramp_jax import data as texts
-from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import from_dict
+from ramp_jax.files import write_bytes
 from ramp_jax.refs import make
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Pretraining config, configs/ref_*.py.")
+_CONFIG = cli.define_config(make.PretrainConfig)
 _OUTPUT = flags.DEFINE_string("output", None, "New folder that receives the checkpoint.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds the run's state; default: OUTPUT.run.")
 _DATA = flags.DEFINE_string("data", None, "Text instead of the config's: stdlib, builtin, a text file, or hf:...")
@@ -44,9 +43,10 @@ def main() -> None:
 
 def _train() -> None:
     values = _CONFIG.value.to_dict() | ({"data": _DATA.value} if _DATA.value else {})
-    output = Path(_OUTPUT.value)
+    config, output = from_dict(values, make.PretrainConfig), Path(_OUTPUT.value)
+    cli.announce("float32", config.seed)
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else output.with_name(output.name + ".run")
-    found = make.make_checkpoint(from_dict(values, make.PretrainConfig), workdir, output)
+    found = make.make_checkpoint(config, workdir, output)
     print(
         f"Held-out text: {found['heldout_nll']:.4f} nats per token, {found['bits_per_byte']:.3f} bits per byte "
         f"({found['heldout_tokens']:,} tokens)"

@@ -1,6 +1,8 @@
 """One self-contained page of a run, with its plots: report.html, allocation.png, training.png.
 
-python launch/report.py --workdir=runs/smollm2-135m [--allocation=alloc.json]
+    python launch/report.py --workdir=runs/smollm2-135m [--allocation=alloc.json]
+
+The run is one that launch/train.py made and launch/compare.py compared.
 """
 
 import json
@@ -10,6 +12,7 @@ from absl import flags
 
 from ramp_jax import cli, workflow
 from ramp_jax.allocation import read_saved
+from ramp_jax.files import read_rows
 from ramp_jax.halo import report
 from ramp_jax.halo.compare import COMPARISON
 
@@ -28,7 +31,7 @@ def main() -> None:
     allocation = read_saved(_ALLOCATION.value or workdir / "allocation.json")
     comparison = json.loads((workdir / COMPARISON).read_text(encoding="utf-8"))
     print(report.text_table(comparison["rows"]))
-    page = report.write_report(workdir, allocation, report.read_metrics(workdir / workflow.METRICS), comparison)
+    page = report.write_report(workdir, allocation, read_rows(workdir / workflow.METRICS), comparison)
     print(f"Report: {page}")
 
 

@@ -12,15 +12,15 @@ import dataclasses
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from ramp_jax import cli, workflow
-from ramp_jax.config import from_dict
+from ramp_jax.config import RunConfig, from_dict
+from ramp_jax.files import read_rows
 from ramp_jax.halo import report
 from ramp_jax.models.references import model_files
 from ramp_jax.resources import check_output
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, a file of configs/.")
+_CONFIG = cli.define_config(RunConfig)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives everything the run makes.")
 _TOKENIZER = cli.define_tokenizer_from()
 flags.mark_flags_as_required(["config", "workdir"])
@@ -31,9 +31,10 @@ def main() -> None:
     config = from_dict(_CONFIG.value.to_dict())
     if _TOKENIZER.value:
         config = dataclasses.replace(config, tokenizer_from=_TOKENIZER.value)
+    cli.announce(config.dtype, config.seed)
     check_output(workdir / workflow.CONFIG, [file for ref in config.models for file in model_files(ref)])
     workflow.train_policy(config, workdir)
-    rows = report.read_metrics(workdir / workflow.METRICS)
+    rows = read_rows(workdir / workflow.METRICS)
     picture = report.save_png(workdir / report.TRAINING_PNG, report.plot_training(rows))
     score = rows[-1]["best_loss_over_uniform"]
     print(f"Loss of its allocations over uniform ones, mean over budgets: {score:.3f}; see {picture}")

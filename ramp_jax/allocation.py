@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.files import write_bytes
 from ramp_jax.formats import format_for, get_format
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, matrices, tensors
 from ramp_jax.models.layout import SMALLEST_BLOCK, foldable
@@ -199,7 +199,7 @@ class Costs(NamedTuple):
         return -(-self.per_level // unit)
 
 
-def from_levels(model: Model, levels: Iterable[float]) -> Allocation:
+def from_levels(model: Model, levels: Iterable[float | str]) -> Allocation:
     """Allocation from one level per allocatable tensor; raises `ValueError` for a masked level."""
     formats = {}
     for tensor, level in zip(allocatable(model.spec), levels, strict=True):
@@ -216,7 +216,7 @@ def _completed(model: Model, formats: Mapping[str, str], fallback: str) -> Alloc
     return Allocation(model.spec, model.metadata, every, {name: np.asarray(s) for name, s in model.folding.items()})
 
 
-def costs(model: Model, levels: tuple[float, ...]) -> Costs:
+def costs(model: Model, levels: tuple[float | str, ...]) -> Costs:
     """Byte costs of every allocatable tensor at every level."""
     members = allocatable(model.spec)
     table = np.zeros((len(members), len(levels)), np.int64)

@@ -1,13 +1,14 @@
-"""Whole states in one file, written atomically; PRNG keys included."""
+"""Whole states in one file, PRNG keys included; digests of arrays."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import serialization
+
+from ramp_jax.files import write_bytes
 
 T = TypeVar("T")
 
@@ -31,17 +32,6 @@ def load(path: str | Path, like: T) -> T:
         raise
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of this run ({error}); delete it to start afresh.") from error
-
-
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a whole file or none: to a temporary name beside it, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def digest(tree: Any) -> str:

@@ -1,22 +1,29 @@
 """What every script in `launch/` shares: failures in one sentence, and budgets in the units that people think in."""
 
 import contextlib
+import difflib
 import os
 import platform
 import re
+import runpy
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import jax
 from absl import app, flags, logging
+from ml_collections import config_flags
 
-from ramp_jax import devices, hosts
+from ramp_jax import __version__, devices, hosts
 from ramp_jax.allocation import Costs, bytes_for_bits, check_budget
+from ramp_jax.config import field_names
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.footprint import bytes_that_fit, runtime_bytes
 from ramp_jax.models import Model, load_model
+from ramp_jax.models.load import fast_dtype
 from ramp_jax.models.references import model_files
 from ramp_jax.quantization import DEFAULT_ENCODER, EncoderName
 from ramp_jax.resources import check_output
@@ -25,31 +32,61 @@ from ramp_jax.workflow import tokenizer_of
 _MOST_COMPILED = 1 << 28  # bytes on disk; what was not used for longest goes first
 _WORTH_KEEPING = 0.05  # seconds of compiling; JAX keeps what took one, and most of a short job are many small programs
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+_HELP = {"-h", "-help", "--help", "-?"}
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+
 _BUDGETS = ("budget_bytes", "budget_gb", "budget_bits", "fit_memory")
 _MEMORY = "must be a size, as in 8GiB (2^30 bytes) or 8GB (10^9)."
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script; a foreseen failure prints its one sentence and ends with exit code 1."""
+    """Run a script: exit code 0 where it succeeds.
+
+    A foreseen failure prints its one sentence and ends with 1; SIGINT and SIGTERM let it clean up and end with 130 and
+    143, so that whoever stopped a machine can tell that the job goes on when it is run again.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
         logging.set_verbosity(logging.WARNING)
         try:
-            _keep_compiled()
-            with _hosts():
-                _use_mesh()
-                main()
+            with _stoppable():
+                _keep_compiled()
+                with _hosts():
+                    _use_mesh()
+                    main()
         except (ValueError, OSError, RuntimeError) as error:
             _fail(error)
-        except KeyboardInterrupt:
-            print("stopped; run the same command again to go on.", file=sys.stderr)
-            hosts.leave(130)
+        except KeyboardInterrupt as stop:
+            stopped = stop.args[0] if stop.args else signal.SIGINT
+            print(f"stopped by {stopped.name}; run the same command again to go on.", file=sys.stderr)
+            hosts.leave(128 + stopped)
         if jax.distributed.is_initialized():
             hosts.leave(0)
 
     app.run(guarded, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Signals that ask for an end raise `KeyboardInterrupt` with the signal; a second one ends the process at once."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        for asked in _STOPS:
+            signal.signal(asked, signal.SIG_DFL)
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    before = {asked: signal.getsignal(asked) for asked in _STOPS}
+    for asked, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup and the shell's & have it
+            signal.signal(asked, stop)
+    try:
+        yield
+    finally:
+        for asked, handler in before.items():
+            signal.signal(asked, handler)
 
 
 def _keep_compiled() -> None:
@@ -73,8 +110,8 @@ def _hosts() -> contextlib.AbstractContextManager[Any]:
     if values.output is None:
         raise ValueError("--output is missing; its folder is where the processes of --hosts exchange what they find.")
     where, count, index = (None, None, None) if values.hosts == "auto" else values.hosts.split(",")
-    numbers = [None if number is None else int(number) for number in (count, index)]
-    return hosts.joined(Path(values.output).expanduser().parent, where, *numbers, values.patience)
+    folder = Path(values.output).expanduser().parent
+    return hosts.joined(folder, where, count and int(count), index and int(index), values.patience)
 
 
 def _use_mesh() -> None:
@@ -84,10 +121,60 @@ def _use_mesh() -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+    if _HELP & set(argv):
+        print(_help())
+        sys.exit(0)
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, ValueError, TypeError, OSError, AttributeError) as error:  # all but the first from --config
-        _fail(f"{error} (--help lists the flags)")
+    except Exception as error:  # of any class where a config is wrong
+        _fail(_wrong_field(argv) or f"{error} (--help lists the flags)")
+
+
+def _help() -> str:
+    """What the script's docstring teaches, and all flags of the script and of this project's modules."""
+    members = flags.FLAGS.flags_by_module_dict()
+    ours = [module for module in members if module.split(".")[0] in ("ramp_jax", "benchmarks")]
+    shown = [_described(flag) for module in (sys.argv[0], *ours) for flag in members.get(module, [])]
+    return "\n".join([(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:", "", *shown])
+
+
+def _described(flag: flags.Flag) -> str:
+    """A flag with what it takes, what it is for and what it is if left out."""
+    choices = "|".join(getattr(flag.parser, "enum_values", ()))
+    takes = {"int": "=N", "float": "=X", "bool": ""}.get(flag.flag_type(), f"={choices or '...'}")
+    text = flag.help.removeprefix(f"<{choices}>: ")
+    if any("must have a value" in validator.message for validator in flag.validators):
+        text += " Required."
+    elif flag.default is not None and flag.default is not False and flag.default != []:
+        text += f" Default: {flag.default_as_str.strip(chr(39))}."
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+    return f"  {name}{takes}\n{textwrap.indent(textwrap.fill(text, 110), ' ' * 6)}"
+
+
+def _wrong_field(argv: Sequence[str]) -> str | None:
+    """A sentence on the first --config.FIELD that the config does not have, None where that is not what is wrong."""
+    overrides = [found[1] for arg in argv if (found := _OVERRIDE.match(arg))]
+    file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), None)
+    if not overrides or file is None:
+        return None
+    try:
+        fields = dict(_fields(runpy.run_path(file)["get_config"]().to_dict()))
+    except Exception:  # then it is the file that is wrong
+        return None
+    wrong = next((name for name in overrides if name not in fields), None)
+    if wrong is None:
+        return None
+    leaves = [name for name, value in fields.items() if not isinstance(value, dict)]
+    (nearest,) = difflib.get_close_matches(wrong, leaves, n=1, cutoff=0)
+    return f"{file} has no {wrong}; the nearest that it has is --config.{nearest}."
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All values in a config and the dictionaries around them, by name."""
+    for name, value in values.items():
+        yield prefix + name, value
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
 
 
 def _fail(cause: object) -> NoReturn:
@@ -96,8 +183,17 @@ def _fail(cause: object) -> NoReturn:
     hosts.leave(1)
 
 
+def announce(dtype: str, seed: int = 0) -> None:
+    """Print in one line what a log is of no use without: versions, devices, the dtype of matrices, the seed."""
+    found = jax.local_devices()
+    where = f"{len(found)} x {found[0].device_kind}"
+    dtype = fast_dtype() if dtype == "auto" else dtype
+    print(f"ramp_jax {__version__}, jax {jax.__version__}, {where}, {dtype}, seed {seed}", flush=True)
+
+
 def load(ref: str, dtype: str = "float32", tokenizer_from: str | None = None) -> Model:
     """`load_model`, saying so: large models take a while. Raises `ValueError` where it has no vocabulary."""
+    announce(dtype)
     print(f"Loading {ref}", flush=True)
     model = load_model(ref, dtype, tokenizer_from)
     tokenizer_of(model)
@@ -114,6 +210,13 @@ def check_output_path(path: str | Path, *, models: Iterable[str | None] = (), fi
     inputs = [Path(file).expanduser() for file in files if file]
     check_output(path, inputs + [file for ref in models if ref for file in model_files(ref)])
     return path
+
+
+def define_config(cls: type) -> flags.FlagHolder[Any]:
+    """`--config`: a file whose `get_config()` gives the values of a `cls`, and --config.FIELD=VALUE for each field."""
+    names = ", ".join(field_names(cls))
+    text = f"A file of configs/. After it, --config.FIELD=VALUE replaces any of its fields: {names}."
+    return config_flags.DEFINE_config_file("config", None, text)
 
 
 def define_tokenizer_from() -> flags.FlagHolder[str | None]:
@@ -158,13 +261,13 @@ def define_mesh() -> None:
 
 def define_encoder(*, recorded: bool = True) -> flags.FlagHolder[str | None]:
     """`--encoder`: how weights become codes; by default what the allocation records, or `DEFAULT_ENCODER`."""
-    default = "what the allocation records" if recorded else DEFAULT_ENCODER
+    default = " Default: what the allocation records." if recorded else ""
     return flags.DEFINE_enum(
         "encoder",
         None if recorded else DEFAULT_ENCODER,
         get_args(EncoderName),
         "How weights are rounded: as ggml does without importance, by a wider search weighted by what calibration saw, "
-        f"or with every column's error made up for in later ones. Default: {default}.",
+        f"or with every column's error made up for in later ones.{default}",
     )
 
 
@@ -208,7 +311,7 @@ def budget(model: Model, table: Costs) -> int | None:
     if values.fit_memory is not None:
         context = values.fit_context or model.spec.context_length
         print(f"KV cache of {context:,} tokens and compute buffer: {runtime_bytes(model.spec, context):,} bytes")
-        return bytes_that_fit(model.spec, table, parse_bytes(values.fit_memory), context)
+        return bytes_that_fit(model.spec, table, parse_bytes(values.fit_memory) or 0, context)
     if values.budget_bits is not None:
         size = bytes_for_bits(model.spec, table, values.budget_bits)
     else:

@@ -53,6 +53,16 @@ class RunConfig:
             raise ValueError(f"encoder is {self.encoder!r}; the table is measured with {' or '.join(known)}.")
 
 
+def field_names(cls: type, prefix: str = "") -> list[str]:
+    """All fields of a config by the names under which a command line replaces them."""
+    names = []
+    for field in dataclasses.fields(cls):
+        kind: Any = field.type
+        inside = dataclasses.is_dataclass(kind)
+        names += field_names(kind, f"{prefix}{field.name}.") if inside else [prefix + field.name]
+    return names
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """Nested plain values, as in a config file or JSON."""
     return dataclasses.asdict(config)

@@ -85,6 +85,7 @@ def joined(
     each other, `OSError` where the folder cannot be written.
     """
     jax.config.update("jax_enable_recoverability", True)  # else the death of one process ends the others at once
+    jax.config.update("jax_enable_preemption_service", False)  # which takes SIGTERM for itself and goes on
     try:
         jax.distributed.initialize(coordinator, count, index)
     except ValueError as error:

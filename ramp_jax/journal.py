@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -15,9 +15,10 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax import files
+from ramp_jax.resources import check_disk
 
-_INPUTS, _LOCK, _STEP = "inputs.json", "lock", ".step"
+_INPUTS, _STEP, _BEGUN = "inputs.json", ".step", ".begun"
 _ARRAY = "__array__"
 _ALIGNMENT = 64  # bytes at which JAX takes over an array without a copy
 _TREE, _CHECKSUM = struct.Struct("<QQ"), struct.Struct("<I")  # where the tree begins and its length; of all before it
@@ -37,16 +38,12 @@ class Journal:
         self.folder = folder
         try:
             folder.mkdir(exist_ok=True)
-            self._lock = _locked(folder / _LOCK)
-        except BlockingIOError as error:
-            raise OSError(f"another run works on {folder}; wait for its end, or choose another output.") from error
         except OSError as error:
             raise OSError(f"cannot keep steps in {folder} ({error.strerror}); choose another output.") from error
-        try:
+        with contextlib.ExitStack() as until_closed:
+            until_closed.enter_context(files.alone_in(folder))
             self._claim(dict(inputs))
-        except BaseException:
-            self._lock.close()
-            raise
+            self._alone = until_closed.pop_all()
 
     def save(self, step: str, tree: Any) -> None:
         """Keep a tree under the name of a step, in place of what that held; a kill leaves the one or the other whole.
@@ -74,19 +71,35 @@ class Journal:
         results = [self.load(f"{series} {index}") for index in range(last["count"])] if last else []
         return ([], None) if not last or any(result is None for result in results) else (results, last["state"])
 
+    def begun(self, output: Path) -> Path:
+        """Where `replacing` writes an output."""
+        return self.folder / (output.name + _BEGUN)
+
+    @contextlib.contextmanager
+    def replacing(self, output: Path, needed: int) -> Iterator[Path]:
+        """As `files.replacing`; where the body raises, what it wrote stays for the next run as the steps do."""
+        begun = self.begun(output)
+        check_disk(output, needed - files.size(begun))
+        with files.finishing(begun, output, needed):
+            yield begun
+
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None or not any(self._steps()):
-            self._remove()
-        self._lock.close()
+        over = kind is None or not any(self._steps())
+        for path in (*self._steps(), *self.folder.glob(f"*{_BEGUN}"), self.folder / _INPUTS) if over else ():
+            path.unlink(missing_ok=True)
+        self._alone.close()
+        if over:
+            with contextlib.suppress(OSError):  # of someone who keeps files of his own there
+                self.folder.rmdir()
 
     def _path(self, step: str) -> Path:
         return self.folder / (step + _STEP)
 
     def _steps(self) -> list[Path]:
-        return [*self.folder.glob(f"*{_STEP}"), *self.folder.glob(f"*{_STEP}.partial")]
+        return [*self.folder.glob(f"*{_STEP}")]
 
     def _claim(self, inputs: dict[str, str]) -> None:
         """Raise `ValueError` where there are steps of other inputs."""
@@ -101,14 +114,7 @@ class Journal:
                 f"{self.folder} keeps what a run with other inputs has done (changed: {', '.join(changed)}); restore "
                 f"these to go on, or delete that folder to start afresh."
             )
-        write_bytes(self.folder / _INPUTS, json.dumps(inputs, indent=1).encode())
-
-    def _remove(self) -> None:
-        """Delete what a journal writes, and the folder where it then is empty."""
-        for path in (*self._steps(), self.folder / _INPUTS, self.folder / _LOCK):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        files.write_bytes(self.folder / _INPUTS, json.dumps(inputs, indent=1).encode())
 
 
 class _Nowhere(Journal):
@@ -122,6 +128,11 @@ class _Nowhere(Journal):
 
     def load(self, step: str) -> None:
         return None
+
+    @contextlib.contextmanager
+    def replacing(self, output: Path, needed: int) -> Iterator[Path]:
+        with files.replacing(output, needed) as temporary:
+            yield temporary
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         pass
@@ -145,16 +156,13 @@ NOWHERE: Journal = _Nowhere()
 
 
 def keep(path: Path, tree: Any) -> None:
-    """Write a tree as `Journal.save` describes it; the file is whole or not there."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("wb") as file:
-            _write(file, tree)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}); free some space there, then run again.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a tree as `Journal.save` describes it; the file is whole or not there.
+
+    Where the machine loses its power, it may come to be damaged, which its checksum shows.
+    """
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+    with files.replacing(path, needed, durable=False) as temporary, temporary.open("wb") as file:
+        _write(file, tree)
 
 
 def kept(path: Path) -> Any | None:
@@ -177,21 +185,6 @@ def code_version() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     return f"{digest.hexdigest()}, jax {jax.__version__}, {jax.default_backend()}"
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """An open file that no other process holds; raises `BlockingIOError` where one does."""
-    file = path.open("ab")
-    try:
-        import fcntl  # absent on Windows, and some network disks cannot lock
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise
-    except (ImportError, OSError):
-        pass
-    return file
 
 
 def _write(file: IO[bytes], tree: Any) -> None:

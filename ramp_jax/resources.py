@@ -24,9 +24,13 @@ def check_memory(needed: int, what: str) -> None:
 
 def check_disk(path: Path, needed: int, way_out: str = "free some or choose another output") -> None:
     """Raise `OSError` where the disk of `path`, which need not exist, has less than `needed` bytes left."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if needed > (free := shutil.disk_usage(folder).free):
+    if needed > (free := free_bytes(path)):
         raise OSError(f"{path} needs {needed:,} bytes on disk, and {free:,} are free; {way_out}.")
+
+
+def free_bytes(path: Path) -> int:
+    """What the disk of `path`, which need not exist, has left for this user."""
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
 
 
 def check_output(path: Path, inputs: Iterable[Path]) -> None:

@@ -17,8 +17,9 @@ from ramp_jax import data as texts
 from ramp_jax import hosts
 from ramp_jax.allocation import Allocation, calibration_text, read_saved
 from ramp_jax.allocators import Actions, Allocator
-from ramp_jax.checkpoint import digest, write_bytes
+from ramp_jax.checkpoint import digest
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
+from ramp_jax.files import alone_in, rows_to, write_bytes
 from ramp_jax.halo.export import check_writable, export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.journal import NOWHERE, Followed, Journal, beside, code_version
@@ -43,7 +44,6 @@ from ramp_jax.quantization import (
     recorded_encoder,
     refold,
 )
-from ramp_jax.resources import check_disk
 from ramp_jax.scoring import perplexity, variants
 from ramp_jax.scoring.perplexity import Protocol
 from ramp_jax.scoring.scores import numbers
@@ -101,7 +101,7 @@ def evaluate(
         if allocation or isinstance(model, Model) or not is_gguf(model := resolve(str(model))):
             raise ValueError("llama.cpp scores a .gguf; make one with launch/export_gguf.py and evaluate that.")
         metadata, tokenizer = read_description(model, tokenizer_from)
-        model = parts_beside(model)[0]
+        model = parts_beside(model)[0]  # pyrefly: ignore [bad-argument-type]
         _check_unseen(metadata, None, data, split)
     else:
         model = _loaded(model, dtype, tokenizer_from)
@@ -117,9 +117,9 @@ def evaluate(
     windows = texts.windows(data, tokenizer, context=context, count=count, split=split, bos=bos)
     reference = None if reference is None else _loaded(reference, dtype)
     if backend == "llama.cpp":
-        scored = evaluate_gguf(model, windows, reference=reference, protocol=protocol)
+        scored = evaluate_gguf(model, windows, reference=reference, protocol=protocol)  # pyrefly: ignore [bad-argument-type]
     else:
-        scored = perplexity.evaluate(model, windows, reference=reference, protocol=protocol)
+        scored = perplexity.evaluate(model, windows, reference=reference, protocol=protocol)  # pyrefly: ignore [bad-argument-type]
     how = {"protocol": protocol, "context": context, "windows": len(windows), "data": data, "split": split}
     return numbers(scored) | how | {"backend": backend, "dtype": dtype if backend == "jax" else None}
 
@@ -192,9 +192,14 @@ def prepare(
 def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     """Load, calibrate, fold, measure and train; everything lands in `workdir`, and a stopped run goes on there.
 
-    Raises `ValueError` where `workdir` holds a run of another config.
+    Raises `ValueError` where `workdir` holds a run of another config, `OSError` where another process works there.
     """
     claim(workdir, config)
+    with alone_in(workdir):
+        return _train_policy(config, workdir, say)
+
+
+def _train_policy(config: RunConfig, workdir: Path, say: Say) -> Policy:
     if (workdir / inference.POLICY_FILE).is_file():
         say(f"{workdir} already holds the policy of this config.")
         return load_policy(workdir)
@@ -207,14 +212,8 @@ def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
         for ref, model in zip(config.models, models, strict=True)
     )
     say(f"Training on {' and '.join(config.models)} with levels {', '.join(f'{level:g}' for level in config.levels)}")
-    with (workdir / METRICS).open("a", encoding="utf-8") as metrics:
-
-        def log(row: dict[str, Any]) -> None:
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-
-        key = jax.random.key(config.seed)
-        best = train.run(key, tasks, config.train, log=log, checkpoint_path=workdir / CHECKPOINT)
+    log, key = rows_to(workdir / METRICS, "iteration"), jax.random.key(config.seed)
+    best = train.run(key, tasks, config.train, log=log, checkpoint_path=workdir / CHECKPOINT)
     policy = Policy(best.actor, config.train.sac.hidden, config.levels, config.fold_level, config.models)
     policy.save(workdir)
     return policy
@@ -330,7 +329,6 @@ def export(
     A job that was killed goes on where it was; raises `ValueError` where that had other inputs.
     """
     loaded = Allocation.load(allocation, model)
-    check_disk(output, loaded.file_bytes)
     rounding = recorded_encoder(allocation, model, encoder, imatrix)
     inputs = job_inputs(model) | {
         "allocation": digest(np.frombuffer(Path(allocation).read_bytes(), np.uint8)),
@@ -352,7 +350,7 @@ def job_inputs(model: Model) -> dict[str, str]:
 
 
 def _true_loss(
-    model: Model, folded: Model, stats: Stats, calibration: WindowsConfig, levels: tuple[float, ...]
+    model: Model, folded: Model, stats: Stats, calibration: WindowsConfig, levels: tuple[float | str, ...]
 ) -> Callable[[Actions], float]:
     """Mean KL divergence of level indices on the first calibration windows, rounded with importance."""
     few = dataclasses.replace(calibration, count=min(calibration.count, _REFINE_WINDOWS))

@@ -29,6 +29,11 @@ settings.register_profile("busy", settings(), deadline=None, suppress_health_che
 settings.load_profile("busy")
 
 
+def pytest_configure(config):
+    """A warning of our modules, or of what they call in the wrong way, is an error."""
+    config.addinivalue_line("filterwarnings", r"error:::ramp_jax(\..*)?")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled():
     """Unload a module's programs after it: each holds memory maps, of which Linux lets a process have 65,530."""

@@ -1,4 +1,4 @@
-"""Checkpoints and whole files, and run configs as dictionaries."""
+"""Checkpoints, and run configs as dictionaries."""
 
 import dataclasses
 import json
@@ -75,20 +75,6 @@ def test_damaged_checkpoint_is_refused(tmp_path, rng):
 def test_missing_checkpoint(tmp_path, rng):
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "state", state(rng))
-
-
-def test_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    checkpoint.write_bytes(path, b"old")
-    with pytest.raises(TypeError):
-        checkpoint.write_bytes(path, "text is not bytes")
-    assert path.read_bytes() == b"old"
-    checkpoint.write_bytes(path, b"new")
-    assert path.read_bytes() == b"new"
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        checkpoint.write_bytes(tmp_path / "folder", b"content")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
 CONFIG = RunConfig(

@@ -127,7 +127,7 @@ def test_nothing_is_left_of_an_export_that_fails(untied, tmp_path, monkeypatch):
 def test_a_file_that_was_begun_goes_on_where_it_is_whole(untied, tmp_path, monkeypatch):
     """Tensors of blocks that were kept are not made again, unless some byte of them is not as it was written."""
     path, allocation = tmp_path / "out.gguf", Allocation.uniform(untied, "Q4_0")
-    partial, made, raw = tmp_path / "out.gguf.partial", [], export._raw
+    begun, made, raw = beside(path) / "out.gguf.begun", [], export._raw
     export_gguf(untied, allocation, tmp_path / "whole.gguf")
 
     def run(stop_at):
@@ -143,9 +143,9 @@ def test_a_file_that_was_begun_goes_on_where_it_is_whole(untied, tmp_path, monke
             export_gguf(untied, allocation, path, journal=journal)
 
     def damage(change):
-        content = bytearray(partial.read_bytes())
+        content = bytearray(begun.read_bytes())
         begin = content.index(b"token_embd.weight")
-        partial.write_bytes(change(content, (begin + len(content)) // 2))
+        begun.write_bytes(change(content, (begin + len(content)) // 2))
 
     for change, first in (
         (lambda content, _: content, "blk.2.attn_norm.weight"),
@@ -374,12 +374,6 @@ def test_text_table():
 def test_column_without_values_is_left_out():
     rows = [row | {"ppl_llama_cpp": None} for row in ROWS]
     assert "llama.cpp" not in report.text_table(rows)
-
-
-def test_metrics_of_a_resumed_run(tmp_path):
-    lines = ['{"iteration": 1, "x": 1}', '{"iteration": 2, "x": 2}', '{"iteration": 2, "x": 3}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert report.read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 1, "x": 1}, {"iteration": 2, "x": 3}]
 
 
 class Page(HTMLParser):

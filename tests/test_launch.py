@@ -18,11 +18,15 @@ import pytest
 
 from ramp_jax import cli, data, journal, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
+from ramp_jax.files import alone_in
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.models import load_model
 from ramp_jax.policy import embedding
 from ramp_jax.policy.inference import load_policy
 from ramp_jax.quantization import DEFAULT_ENCODER
+
+sys.path.append(str(Path(__file__).parent.parent / "launch"))
+from benchmarks import kills
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -106,6 +110,7 @@ class Run:
     exported: Path
     budget: int
     printed: dict
+    seconds_of_training: float = 0.0
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +138,12 @@ def whole(untied_directory, untied, tmp_path_factory):
         "compare": (at, allocation, f"--gguf={run.exported}", *WINDOWS),
         "report": (at, allocation),
     }
+    started = time.monotonic()
+    run.printed["train"] = script(run.cache, "train", *steps.pop("train"))
+    took = time.monotonic() - started
     for name, arguments in steps.items():
         run.printed[name] = script(run.cache, name, *arguments)
-    return run
+    return dataclasses.replace(run, seconds_of_training=took)
 
 
 @pytest.fixture
@@ -207,6 +215,25 @@ def test_same_seed_gives_the_same_allocation(whole, allocate, untied, tmp_path):
     first, second = (Allocation.load(path, untied) for path in (whole.allocation, output))
     assert first.formats == second.formats
     jax.tree.map(np.testing.assert_array_equal, first.folding, second.folding)
+
+
+def test_a_training_killed_at_random_moments_ends_with_the_same_files(whole, tmp_path):
+    """Everything it makes has the bytes of the run that was not killed, but for the seconds that the table records."""
+    job = kills.Job("train", "train", (f"--config={whole.config}",), "--workdir={}/run")
+    settings = kills.SETTINGS | {"JAX_COMPILATION_CACHE_DIR": str(whole.cache)}
+    moments = np.random.default_rng(0).uniform(0.3, 0.7, size=2) * whole.seconds_of_training
+    assert any([job.killed(tmp_path, settings, moment) for moment in moments])
+    job.finish(tmp_path, settings)
+    found, expected = kills.contents(tmp_path / "run"), kills.contents(whole.workdir)
+    assert found.keys() > {"config.json", "policy.msgpack", "checkpoint.msgpack", "metrics.jsonl", "training.png"}
+    assert found == {name: expected[name] for name in found}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_second_run_in_a_workdir_is_told_who_works_there(fails, whole):
+    with alone_in(whole.workdir):
+        error = fails("train", f"--config={whole.config}", f"--workdir={whole.workdir}")
+    assert re.search(rf"another run works on .* \(process {os.getpid()} on .* since .*\); wait for its end", error)
 
 
 def test_a_killed_allocation_goes_on(whole, allocate, fails, tmp_path):
@@ -373,10 +400,27 @@ def test_calibration_text_is_known_by_what_it_says(fails, call, whole, tmp_path)
     assert code == 0, errors
 
 
-@pytest.mark.parametrize("name", ["train", "calibrate", "allocate", "export_gguf", "evaluate", "compare", "report"])
-def test_help_shows_the_command(call, name):
-    _, printed, _ = call(name, "--help")
-    assert f"python launch/{name}.py --" in printed
+ALL_FLAGS = {
+    "train": "config workdir tokenizer_from config.FIELD",
+    "calibrate": "model output data context count",
+    "allocate": "model levels encoder mesh hosts patience budget_bytes budget_gb budget_bits fit_memory fit_context",
+    "export_gguf": "model allocation output encoder imatrix mesh hosts",
+    "evaluate": "model reference encoder mesh tasks json",
+    "compare": "workdir allocation gguf encoder",
+    "report": "workdir allocation",
+    "pretrain": "config output report json",
+    "benchmark": "suite record repeats synthetic_layers kills_count",
+}
+"""By script, flags that its help must show, also those that other modules define."""
+
+
+@pytest.mark.parametrize("name", ALL_FLAGS)
+def test_help_shows_the_command_and_all_flags(call, name):
+    code, printed, _ = call(name, "--help")
+    assert code == 0
+    assert f"    python launch/{name}.py --" in printed
+    assert [flag for flag in ALL_FLAGS[name].split() if f"--{flag}" not in printed.replace("[no]", "")] == []
+    assert "chex" not in printed
 
 
 def broken_models(tmp_path, whole):
@@ -562,7 +606,9 @@ def test_flags_that_are_wrong(fails, allocate, whole, tmp_path):
     assert "unexpected argument 'alloc.json'" in fails("allocate", *allocate(), "alloc.json")
     workdir = f"--workdir={tmp_path / 'run'}"
     assert "nowhere.py" in fails("train", f"--config={tmp_path / 'nowhere.py'}", workdir)
-    assert "sed" in fails("train", f"--config={whole.config}", workdir, "--config.sed=1")
+    for wrong, nearest in {"sed": "seed", "train.iteration": "train.iterations", "seed.x": "seed"}.items():
+        error = fails("train", f"--config={whole.config}", workdir, f"--config.{wrong}=1")
+        assert f"has no {wrong}; the nearest that it has is --config.{nearest}." in error
     assert list(tmp_path.iterdir()) == []
 
 

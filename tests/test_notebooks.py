@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 import ramp_jax
 from ramp_jax import workflow
 from ramp_jax.allocation import costs
-from ramp_jax.halo import report
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.models import tensors
 from ramp_jax.models.spec import make_spec
@@ -71,7 +70,7 @@ def test_a_policy_is_trained_and_compared(run, untied_directory, tmp_path):
     assert max(row["bytes"] for row in found.values()) <= variables["budget"]
     assert found["policy"]["kld"] < found["uniform"]["kld"]
     assert ramp_jax.load_policy(tmp_path / "ramp-policy").levels == (4, 5, 8)
-    assert report.read_metrics(tmp_path / "ramp-policy" / workflow.METRICS)[-1]["iteration"] == 2
+    assert read_rows(tmp_path / "ramp-policy" / workflow.METRICS)[-1]["iteration"] == 2
 
 
 def test_the_memory_that_the_notebook_asks_for_leaves_five_bits():

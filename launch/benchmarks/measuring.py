@@ -12,8 +12,8 @@ import jax
 from matplotlib.figure import Figure
 
 from ramp_jax import __version__
-from ramp_jax.checkpoint import write_bytes
 from ramp_jax.cores import cores
+from ramp_jax.files import write_bytes
 from ramp_jax.halo.report import save_png
 
 Numbers = dict[str, Any]

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ from benchmarks.sizes import MODELS
 from benchmarks.zoo import builtin_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from ramp_jax.files import replacing
 from ramp_jax.models import Tensor, tensors
 from ramp_jax.models.safetensors_source import INDEX
 from ramp_jax.models.spec import DecoderSpec, hf_config, spec_from_hf
-from ramp_jax.resources import check_disk
 
 _FOLDER = flags.DEFINE_string(
     "synthetic_folder", None, "Where checkpoints with random weights stay for the next run; by default nowhere."
@@ -69,21 +68,17 @@ def write_checkpoint(path: Path, spec: DecoderSpec, tokenizer: PreTrainedTokeniz
     memory at a time. Raises `OSError` where the disk is too full.
     """
     members = tensors(spec)
-    check_disk(path, 2 * sum(tensor.size for tensor in members))
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(hf_config(spec) | {"torch_dtype": "bfloat16"}))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    rng, files = np.random.default_rng(0), {}
-    for i in range(_SHARDS):
-        name = f"model-{i + 1:05d}-of-{_SHARDS:05d}.safetensors"
-        mine = members[i * len(members) // _SHARDS : (i + 1) * len(members) // _SHARDS]
-        _write_shard(partial / name, spec, mine, rng)
-        files |= {spec.family.hf_name(tensor): name for tensor in mine}
-    (partial / INDEX).write_text(json.dumps({"weight_map": files}))
-    partial.rename(path)
+    rng, shards = np.random.default_rng(0), {}
+    with replacing(path, 2 * sum(tensor.size for tensor in members), folder=True) as folder:
+        (folder / "config.json").write_text(json.dumps(hf_config(spec) | {"torch_dtype": "bfloat16"}))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for i in range(_SHARDS):
+            name = f"model-{i + 1:05d}-of-{_SHARDS:05d}.safetensors"
+            mine = members[i * len(members) // _SHARDS : (i + 1) * len(members) // _SHARDS]
+            _write_shard(folder / name, spec, mine, rng)
+            shards |= {spec.family.hf_name(tensor): name for tensor in mine}
+        (folder / INDEX).write_text(json.dumps({"weight_map": shards}))
 
 
 def _write_shard(path: Path, spec: DecoderSpec, members: Sequence[Tensor], rng: np.random.Generator) -> None:

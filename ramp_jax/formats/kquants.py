@@ -18,13 +18,14 @@ without importance differs where weights are near 1e-6, whose sums are denormals
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ramp_jax.formats import search
-from ramp_jax.formats.codes import Codes, SuperAffineCodes, SuperScaledCodes
+from ramp_jax.formats.codes import SuperAffineCodes, SuperScaledCodes
 from ramp_jax.formats.rounding import (
     blocks_of,
     clip,
@@ -82,7 +83,7 @@ def encode_iq4_xs(w: Weights, importance: Importance = None, coarse: bool = Fals
     return _encode(_iq4_xs, w, importance, coarse)
 
 
-def _encode(one_chunk: Callable[..., Codes], w: Weights, importance: Importance, coarse: bool) -> Codes:
+def _encode(one_chunk: Callable[..., Any], w: Weights, importance: Importance, coarse: bool) -> Any:
     """Apply `one_chunk(x [256, N], importance [256, N] or None, one, coarse)` → codes, lanes last, to all blocks."""
     one = opaque_one(w)
     blocks = blocks_of(w, BLOCK)

@@ -193,7 +193,7 @@ _FORMATS = {
 
 _ACTIONS = [fmt for fmt in _FORMATS.values() if fmt.action]
 
-LEVELS = tuple(sorted({fmt.level for fmt in _ACTIONS}))
+LEVELS = tuple(sorted({fmt.level for fmt in _ACTIONS if fmt.level is not None}))
 """The largest action set."""
 
 

@@ -229,9 +229,9 @@ def _descend(
 
     def rounds(x: jax.Array, w: jax.Array, *state: jax.Array) -> tuple[jax.Array, ...]:
         def one_round(state: tuple[Any, ...]) -> tuple[Any, ...]:
-            left, _, *before = state
-            after = _visit_all(x, w, *before, bounds, one)
-            return left - 1, jnp.any(after[2] != before[2]), *after
+            left, _, xq, qq, q = state
+            after = _visit_all(x, w, xq, qq, q, bounds, one)
+            return left - 1, jnp.any(after[2] != q), *after
 
         return lax.while_loop(lambda state: (state[0] > 0) & state[1], one_round, (5, True, *state))[2:]
 
@@ -252,10 +252,10 @@ def _visit_all(
     """One round of `_descend`: Σ w·x·q, Σ w·q² and the codes after every element had its turn."""
 
     def visit(
-        sums: tuple[jax.Array, jax.Array], element: tuple[jax.Array, ...]
+        sums: tuple[jax.Array, jax.Array], element: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        kept, *new = _preferred(*element, *sums, bounds, one)
-        return tuple(new), kept
+        kept, xq, qq = _preferred(*element, *sums, bounds, one)
+        return (xq, qq), kept
 
     (xq, qq), q = lax.scan(visit, (xq, qq), (x, w, q), unroll=2)
     return xq, qq, q

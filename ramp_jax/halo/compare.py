@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from ramp_jax.allocation import Allocation, costs, from_levels, read_saved
 from ramp_jax.allocators.knapsack import knapsack
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.files import write_bytes
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf

@@ -17,7 +17,6 @@ from ramp_jax.models.metadata import PairsWriter, Written
 from ramp_jax.models.rope import permute_rope
 from ramp_jax.quantization import REFERENCE, Encoder
 from ramp_jax.quantization.encode import TAKEN, Codes, encoded
-from ramp_jax.resources import check_disk
 
 _ARCHITECTURE = "general.architecture"
 _WRITTEN = "written"
@@ -43,9 +42,8 @@ def export_gguf(
         raise ValueError("the model has no vocabulary to write; load it with `tokenizer_from` a GGUF that has its own.")
     path = Path(path)
     check_writable(path)
-    check_disk(path, allocation.file_bytes)
-    partial = path.with_name(path.name + ".partial")
-    if hosts.index() == 0 and journal.load(TAKEN) is not None and not _holds(partial, journal.load(_WRITTEN)):
+    kept = hosts.index() == 0 and journal.load(TAKEN) is not None
+    if kept and not _holds(journal.begun(path), journal.load(_WRITTEN)):
         journal.save(TAKEN, None)
         journal.save(_WRITTEN, {})
     hosts.barrier()  # all begin where process 0 does
@@ -53,17 +51,13 @@ def export_gguf(
         for _, pieces in encoded(model, allocation, encoder, "encoding", journal):
             collections.deque(pieces, maxlen=0)
         return allocation.file_bytes
-    try:
-        _write(model, allocation, partial, encoder, journal)
-        size = partial.stat().st_size
+    with journal.replacing(path, allocation.file_bytes) as file:
+        _write(model, allocation, file, encoder, journal, f"writing {path.name}")
+        size = file.stat().st_size
         if size != allocation.file_bytes:
             raise ValueError(
                 f"the file has {size:,} bytes, {allocation.file_bytes:,} were predicted; please report it."
             )
-        os.replace(partial, path)
-    finally:
-        if journal.load(TAKEN) is None:
-            partial.unlink(missing_ok=True)
     return size
 
 
@@ -92,10 +86,10 @@ def write_skeleton(model: Model, allocation: Allocation, path: Path) -> None:
     os.truncate(path, allocation.file_bytes)
 
 
-def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder, journal: Journal) -> None:
+def _write(model: Model, allocation: Allocation, path: Path, encoder: Encoder, journal: Journal, doing: str) -> None:
     written: dict[str, Written] = journal.load(_WRITTEN) or {}
     with _begun(model, allocation, path, go_on=journal.load(TAKEN) is not None) as writer:
-        for tensor, pieces in encoded(model, allocation, encoder, f"writing {path.stem}", journal):
+        for tensor, pieces in encoded(model, allocation, encoder, doing, journal):
             raw = _raw(model, tensor, allocation.format_of(tensor), pieces)
             written[tensor.name] = writer.write_tensor_pieces(tensor.name, raw)
             journal.save(_WRITTEN, written)

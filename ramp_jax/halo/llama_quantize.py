@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from ramp_jax import files
 from ramp_jax.allocation import Allocation, padded
 from ramp_jax.allocators import Actions, Allocator, Problem
 from ramp_jax.allocators.allocator import FOLD_LEVEL
@@ -59,12 +60,8 @@ def quantize(
     `types` names the formats of tensors that the mix is not to decide. Raises `ValueError` for an unknown mix,
     `RuntimeError` where llama.cpp refuses.
     """
-    partial = output.with_name(output.name + ".partial")
-    try:
-        _call(source, partial, mix, importance, types or {}, dry_run=False)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(output) as temporary:
+        _call(source, temporary, mix, importance, types or {}, dry_run=False)
     return output.stat().st_size
 
 
@@ -102,11 +99,12 @@ def mix_allocator() -> Allocator:
 
 def _largest_mix(problem: Problem, budget: int) -> Actions:
     cost, rows = np.asarray(problem.cost, np.int64), np.arange(len(problem.cost))
-    members = allocatable(problem.model.spec)
+    model: Any = problem.model
+    members = allocatable(model.spec)
     choices = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "F16.gguf"
-        write_skeleton(problem.model, Allocation.uniform(problem.model, "F16"), source)
+        write_skeleton(model, Allocation.uniform(model, "F16"), source)
         for mix in MIXES:
             types = mix_types(source, mix, problem.importance)
             choices.append(np.asarray([EXPORTABLE.index(types[tensor.name]) for tensor in members]))

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.files import write_bytes
 from ramp_jax.formats import get_format
 
 ALLOCATION_PNG, TRAINING_PNG, REPORT = "allocation.png", "training.png", "report.html"
@@ -114,13 +113,6 @@ def save_png(path: Path, figure: Figure) -> Path:
     """Write the figure, whole or not at all; returns the path."""
     write_bytes(path, png(figure))
     return path
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`; where a run was resumed, the last row of an iteration counts."""
-    whole_lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in whole_lines if line.endswith("\n")]  # a killed run may end within a line
-    return [*{row["iteration"]: row for row in rows}.values()]
 
 
 def write_report(

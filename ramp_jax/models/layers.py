@@ -1,5 +1,6 @@
 """What sub-blocks have in common: linears, norms, and the tensors that these need."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> 
     return normed * jnp.broadcast_to(gain, x.shape)
 
 
-def norm(x: Float[Array, "... D"], w: dict[str, Any], name: str | None, eps: float) -> Float[Array, "... D"]:
+def norm(x: Float[Array, "... D"], w: Mapping[str, Any], name: str | None, eps: float) -> Float[Array, "... D"]:
     """`rms_norm` by the gain of the module of that name; x itself where there is no name."""
     return x if name is None else rms_norm(x, w[name]["weight"], eps)
 

@@ -355,7 +355,7 @@ def _repeats(blocks: tuple[Block, ...], first: int, period: int) -> int:
     return (end - first) // period
 
 
-def stack(trees: Sequence[Params]) -> Params:
+def stack(trees: Sequence[Any]) -> Any:
     """Equal trees with a new first axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 

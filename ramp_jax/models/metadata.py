@@ -65,8 +65,9 @@ class PairsWriter(gguf.GGUFWriter):
             file.seek(self.ggml_pad(infos.pop(before).nbytes, self.data_alignment), os.SEEK_CUR)
         announced, written, begin, checksum = infos.pop(name).nbytes, 0, file.tell(), 0
         for piece in pieces:
-            piece.tofile(file)
-            written, checksum = written + piece.nbytes, zlib.crc32(np.ascontiguousarray(piece), checksum)
+            raw = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            file.write(raw)
+            written, checksum = written + raw.nbytes, zlib.crc32(raw, checksum)
         if written != announced:
             raise ValueError(f"{name} has {written:,} bytes, {announced:,} were announced; please report it.")
         self.write_padding(file, written)

@@ -1,17 +1,16 @@
 """Models as Hugging Face directories, which transformers and `load_model` read."""
 
 import json
-import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from safetensors.flax import save_file
 
+from ramp_jax import files
 from ramp_jax.models.layout import Tensor, lookup, tensors
 from ramp_jax.models.load import Model
 from ramp_jax.models.spec import hf_config
-from ramp_jax.resources import check_disk
 
 _SPECIAL = ("bos", "eos", "pad")  # tokens whose ids transformers else takes from its class, beyond small vocabularies
 
@@ -26,11 +25,8 @@ def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already; delete it or choose another output.")
-    check_disk(path, sum(tensor.size for tensor in tensors(model.spec)) * jnp.dtype(dtype).itemsize)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    needed = sum(tensor.size for tensor in tensors(model.spec)) * jnp.dtype(dtype).itemsize
+    with files.replacing(path, needed, folder=True) as partial:
         ids = {f"{kind}_token_id": getattr(model.tokenizer, f"{kind}_token_id", None) for kind in _SPECIAL}
         config = hf_config(model.spec) | ids | {"dtype": dtype, "torch_dtype": dtype}
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -38,9 +34,6 @@ def save_model(model: Model, path: str | Path, dtype: str = "bfloat16") -> Path:
             model.tokenizer.save_pretrained(partial)
         values = {model.spec.family.hf_name(t): _stored(model, t, dtype) for t in tensors(model.spec)}
         save_file(values, partial / "model.safetensors", metadata={"format": "pt"})
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 

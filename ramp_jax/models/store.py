@@ -57,7 +57,7 @@ class StoredParams(Mapping[str, Any]):
                 return {"weight": self.rows(tensor)}
         raise KeyError(name)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[int | str]:
         return iter(dict.fromkeys(tensor.path[0] for tensor in tensors(self.spec)))
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ def fingerprint(params: Params) -> str:
     return json.dumps(dict(params.stamp)) if isinstance(params, StoredParams) else digest(params)
 
 
-def in_memory(params: Params) -> dict[str, Any]:
+def in_memory(params: Params) -> Params:
     """The tree as a dictionary of arrays."""
     if not isinstance(params, StoredParams):
         return params

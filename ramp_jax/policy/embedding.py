@@ -152,7 +152,7 @@ def _structure(model: Model, tensor: Tensor, total: float) -> list[float]:
     return [depth, float(np.log10(tensor.size / total)), float(np.log10(n_out / n_in)), tensor.weight.place]
 
 
-def _moments(stats: Stats, activation: str) -> Moments:
+def _moments(stats: Stats, activation: str | None) -> Moments:
     return Moments(*map(np.asarray, stats.moments[activation]))
 
 

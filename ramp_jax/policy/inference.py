@@ -25,7 +25,7 @@ from ramp_jax.allocators.allocator import (
     tables,
 )
 from ramp_jax.allocators.tables import exchange, fill
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.files import write_bytes
 from ramp_jax.formats import LEVELS, get_format
 from ramp_jax.halo import llama_quantize
 from ramp_jax.journal import NOWHERE, Journal
@@ -83,7 +83,8 @@ def load_policy(source: str | Path) -> Policy:
     try:
         content = serialization.msgpack_restore(path.read_bytes())
         tuples = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-        policy = Policy(**{**content, **tuples, "actor": jax.tree.map(jnp.asarray, content["actor"])})
+        values: dict[str, Any] = {**content, **tuples, "actor": jax.tree.map(jnp.asarray, content["actor"])}
+        policy = Policy(**values)
     except Exception as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); train the policy again.") from error
     if policy.embedding_version != embedding.VERSION:
@@ -109,7 +110,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def problem(
     model: Model,
     stats: Stats,
-    levels: tuple[float, ...],
+    levels: tuple[Any, ...],
     table: Costs | None = None,
     *,
     sees: Sees = "embeddings",
@@ -237,5 +238,5 @@ def check_levels(found: Policy | Allocator, levels: tuple[float, ...]) -> None:
         )
 
 
-def _list(levels: tuple[float, ...]) -> str:
+def _list(levels: tuple[float | str, ...]) -> str:
     return ",".join(f"{level:g}" for level in levels)

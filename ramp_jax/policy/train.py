@@ -71,13 +71,13 @@ _LOW_BUDGETS = 2.0  # power of the uniform draw: small files are what people ask
 
 
 class Task(NamedTuple):
-    """What is learned on: a model's process (or a problem, which has its fields), and what each level of each tensor
+    """What is learned on: a model's `Process` (or a problem, which has its fields), and what each level of each tensor
     loses (nats per token).
 
     `true_loss` maps a whole allocation to what it loses; a pytree, as `jax.tree_util.Partial` is.
     """
 
-    problem: Process
+    problem: Any
     loss: Float[Array, "T A"]
     true_loss: Callable[[Int[Array, " T"]], Float[Array, ""]] | None = None
 

@@ -4,7 +4,6 @@ llama.cpp's importance matrix is a GGUF with Σx² and counts per tensor, or an 
 is written as the GGUF, which `llama-quantize --imatrix` takes.
 """
 
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from ramp_jax import files
 from ramp_jax.models import DecoderSpec, Tensor, matrices
 from ramp_jax.quantization.calibrate import Stats
 
@@ -35,7 +35,7 @@ def folded(importance: Importance, tensor: Tensor, folding: Mapping[str, jax.Arr
 
     Channels that calibration hardly saw get a ten-thousandth of the mean, so that their weights are not given up.
     """
-    values, scales = importance.get(tensor.name), folding.get(tensor.reads)
+    values, scales = importance.get(tensor.name), folding.get(tensor.reads or "")
     if values is None:
         return None
     values = np.maximum(values, _DEAD * values.mean(dtype=np.float64)).astype(np.float32)
@@ -44,9 +44,13 @@ def folded(importance: Importance, tensor: Tensor, folding: Mapping[str, jax.Arr
 
 def write_imatrix(path: str | Path, importance: Importance, dataset: str, chunks: int, chunk_size: int) -> None:
     """Write an importance matrix that llama-quantize reads: `chunks` windows of `chunk_size` tokens of `dataset`."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(partial, "imatrix")
+    needed = sum(values.nbytes for values in importance.values())
+    with files.replacing(Path(path), needed) as temporary:
+        _write_gguf(temporary, importance, dataset, chunks, chunk_size)
+
+
+def _write_gguf(path: Path, importance: Importance, dataset: str, chunks: int, chunk_size: int) -> None:
+    writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [dataset])
     writer.add_uint32("imatrix.chunk_count", chunks)
@@ -59,10 +63,8 @@ def write_imatrix(path: str | Path, importance: Importance, dataset: str, chunks
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        writer.close()
 
 
 def read_imatrix(path: str | Path, spec: DecoderSpec) -> dict[str, Float[np.ndarray, " I"]]:

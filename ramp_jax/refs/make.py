@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ramp_jax import data as texts
 from ramp_jax import pretrain
 from ramp_jax.allocation import from_levels
-from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import as_dict
+from ramp_jax.files import alone_in, replacing, rows_to, write_bytes
 from ramp_jax.formats import format_for
 from ramp_jax.halo.export import check_writable
 from ramp_jax.models import Model, allocatable, load_model, save_model, tensors
@@ -78,19 +78,20 @@ def make_checkpoint(
         raise FileExistsError(f"{output} exists already; delete it or choose another --output.")
     text = texts.read_text(config.data)
     _claim(workdir, as_dict(config) | {"text_sha256": hashlib.sha256(text.encode()).hexdigest()})
+    with alone_in(workdir):
+        return _make_checkpoint(config, text, workdir, output, say)
+
+
+def _make_checkpoint(
+    config: PretrainConfig, text: str, workdir: Path, output: Path, say: Callable[[str], None]
+) -> dict[str, float]:
     tokenizer = _tokenizer(text, config.vocab_size, workdir / TOKENIZER, say)
     spec = make_spec(**as_dict(config.decoder), vocab_size=config.vocab_size)
     windows = _windows(config, tokenizer, "calibration")
     parameters = sum(t.size for t in tensors(spec))
     say(f"Pretraining {parameters:,} parameters, {config.optimizer.steps} steps, {len(windows)} windows of text")
-    with (workdir / METRICS).open("a", encoding="utf-8") as metrics:
-
-        def log(row: dict[str, float]) -> None:
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-
-        key, path = jax.random.key(config.seed), workdir / CHECKPOINT
-        params = pretrain.run(key, spec, config.optimizer, windows, log=log, checkpoint_path=path)
+    log, key = rows_to(workdir / METRICS, "step"), jax.random.key(config.seed)
+    params = pretrain.run(key, spec, config.optimizer, windows, log=log, checkpoint_path=workdir / CHECKPOINT)
     trained = Model(spec, params, describe(spec, output.name, parameters), tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_model(trained, output)
@@ -155,7 +156,7 @@ def level_table(
                     "nll": float(found.nll.mean()),
                     "delta_nll": float(delta.mean()),
                     "standard_error": float(delta.std() / np.sqrt(delta.size)),
-                    "kld": float(found.mean_kld),
+                    "kld": found.mean_kld,
                 }
             )
     return rows
@@ -181,7 +182,9 @@ def _windows(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, split: 
 def _tokenizer(text: str, vocab_size: int, folder: Path, say: Callable[[str], None]) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file():
         say(f"Training a tokenizer of {vocab_size} tokens")
-        train_tokenizer(text[: int(len(text) * _TOKENIZER_SHARE)], vocab_size).save_pretrained(folder)
+        trained = train_tokenizer(text[: int(len(text) * _TOKENIZER_SHARE)], vocab_size)
+        with replacing(folder, folder=True) as temporary:
+            trained.save_pretrained(temporary)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

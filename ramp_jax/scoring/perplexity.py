@@ -34,10 +34,13 @@ def first_scored(protocol: Protocol, context: int) -> int:
 
 
 class Reference(NamedTuple):
-    """What a model predicts at the scored tokens: normed hidden states per window, and the head that makes logits."""
+    """What a model predicts at the scored tokens: normed hidden states per window, and the head that makes logits.
 
-    hidden: Iterable[Float[Array, "S D"]]
-    head: Head
+    Where there is no model, both are None.
+    """
+
+    hidden: Iterable[Float[Array, "S D"] | None]
+    head: Head | None
 
 
 def reference_of(model: Model, windows: Int[np.ndarray, "W T"], protocol: Protocol = "llama.cpp") -> Reference:
@@ -47,7 +50,7 @@ def reference_of(model: Model, windows: Int[np.ndarray, "W T"], protocol: Protoc
     """
     running = _running(model, windows, first_scored(protocol, windows.shape[1]))
     bar = track(range(len(windows)), "running the reference", "window")
-    return running._replace(hidden=[np.asarray(next(running.hidden)) for _ in bar])
+    return running._replace(hidden=[np.asarray(hidden) for _, hidden in zip(bar, running.hidden, strict=True)])
 
 
 def predictions(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ramp_jax import data
-from ramp_jax.checkpoint import write_bytes
+from ramp_jax.files import write_bytes
 
 TASK = "passages"
 
@@ -27,7 +27,7 @@ def passages() -> list[Mapping[str, object]]:
     parts = [words[i : i + size] for i in range(0, len(words) - size + 1, size)]
     contexts = [" ".join(part[:_CONTEXT_WORDS]) for part in parts]
     endings = [" ".join(part[_CONTEXT_WORDS:]) for part in parts]
-    questions = []
+    questions: list[Mapping[str, object]] = []
     for i, context in enumerate(contexts):
         answer = i % _CHOICES
         choices = [endings[(i + _STRIDE * k) % len(endings)] for k in range(1, _CHOICES)]

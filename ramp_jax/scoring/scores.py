@@ -45,9 +45,9 @@ class Evaluation:
         return self.ppl * _stderr(self.nll)
 
     @property
-    def mean_kld(self) -> float | None:
-        """Nats per token."""
-        return None if self.kld is None else _mean(self.kld)
+    def mean_kld(self) -> float:
+        """Nats per token, NaN without a reference."""
+        return math.nan if self.kld is None else _mean(self.kld)
 
 
 def numbers(scored: Evaluation) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def prepare(
     model: Model,
     reference: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[float, ...],
+    levels: tuple[float | str, ...],
     protocol: Protocol = "llama.cpp",
     encoder: Encoder = REFERENCE,
 ) -> Variants:

@@ -240,7 +240,9 @@ def _from_head(
     normalizer = jnp.full(len(x), -jnp.inf)
     for w in vocabulary():
         normalizer = _normalized(normalizer, w, x, spec.final_cap)
-    total, g, moved = 0.0, 0.0, 0.0
+    total: Any = 0.0
+    g: Any = 0.0
+    moved: Any = 0.0
     for index, w in enumerate(vocabulary()):
         signs = jax.random.fold_in(key, index)
         at_logits, added, pulled = _probed(w, x, normalizer, signs, spec.final_cap, probes)

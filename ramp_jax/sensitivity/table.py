@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from ramp_jax.checkpoint import digest, write_bytes
+from ramp_jax.checkpoint import digest
+from ramp_jax.files import write_bytes
 from ramp_jax.formats import format_for
 from ramp_jax.models import Model, Tensor, store
 from ramp_jax.models.decoder import weights_dtype

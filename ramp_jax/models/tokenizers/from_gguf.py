@@ -40,6 +40,7 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
     kinds = _per_token(fields, Keys.Tokenizer.TOKEN_TYPE, [Kind.NORMAL] * len(tokens), path)
     kinds = [kind_in_llama_cpp(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
     vocabulary = without_padding(tokens, kinds)
+    scores: dict[str, float] = {}
     if model == "llama":
         scores = makeable(tokens, kinds, _per_token(fields, Keys.Tokenizer.SCORES, [0.0] * len(tokens), path))
         backend = spm.backend(vocabulary, scores, prefix=bool(fields.get(Keys.Tokenizer.ADD_PREFIX, True)))

@@ -182,7 +182,7 @@ def _scores(model: Saved, tokens: list[str], pieces: Pieces | None) -> list[floa
     made = [merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
     if pieces is not None:
         own = dict(zip(pieces.tokens, pieces.scores, strict=True))
-        by_rank = [own.get(token) for token in made]
+        by_rank: list[Any] = [own.get(token) for token in made]
         if None not in by_rank and by_rank == sorted(by_rank, reverse=True):
             return [own.get(token, -1000.0) for token in tokens]
     ranks: dict[str, int] = {}

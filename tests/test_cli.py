@@ -1,0 +1,114 @@
+"""What all scripts share: how they are stopped, and what their logs say."""
+
+import re
+import signal
+import sys
+
+import pytest
+
+from ramp_jax import cli, files, progress
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a function as a script without flags; returns its exit code and what it said."""
+
+    def script(main):
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main)
+        return ended.value.code, capsys.readouterr().err
+
+    return script
+
+
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_script_that_is_stopped_leaves_nothing_and_says_how_to_go_on(run, tmp_path, asked, code):
+    def main():
+        with files.replacing(tmp_path / "out") as temporary:
+            temporary.write_text("half")
+            signal.raise_signal(asked)
+
+    before = signal.getsignal(asked)
+    said = f"stopped by {asked.name}; run the same command again to go on."
+    assert run(main) == (code, f"{said}\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(asked) is before
+
+
+def test_a_second_signal_is_not_waited_for(run):
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            assert {signal.getsignal(asked) for asked in (signal.SIGTERM, signal.SIGINT)} == {signal.SIG_DFL}
+            raise
+
+    assert run(main)[0] == 143
+
+
+def test_a_signal_that_the_shell_ignores_stays_ignored(run, monkeypatch):
+    def main():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("went on")
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run(main) == (1, "error: went on\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_one_line_says_what_a_log_is_about(capsys):
+    cli.announce("auto", seed=3)
+    line = r"ramp_jax [\d.]+, jax [\d.]+, \d+ x \w+, (bfloat16|float32), seed 3\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+
+
+class Terminal:
+    """Standard error that is a terminal or not."""
+
+    def __init__(self, terminal):
+        self.text, self.isatty = "", lambda: terminal
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What progress over work that takes so many seconds each looks like: (seconds, terminal) → text."""
+
+    def track(seconds, terminal=False):
+        stream, clock = Terminal(terminal), [0.0]
+        monkeypatch.setattr(sys, "stderr", stream)
+        with monkeypatch.context() as patched:
+            patched.setattr(progress.time, "monotonic", lambda: clock[0])
+            patched.setattr(progress, "_WORTH_SAYING", 0.0 if terminal else progress._WORTH_SAYING)
+            for took in progress.track(seconds, "working", "block"):
+                clock[0] += took
+        return stream.text
+
+    return track
+
+
+def test_a_log_has_a_line_at_the_end_and_one_per_minute(said):
+    assert said([0.3, 0.3]) == ""
+    assert said([20.0, 20.0]) == "working: all 2 in 40 s\n"
+    lines = ["working: 3 of 7 after 75 s", "working: 6 of 7 after 150 s", "working: all 7 in 175 s"]
+    assert said([25.0] * 7).splitlines() == lines
+    assert said([30.0] * 2) == "working: all 2 in 60 s\n"
+    assert said(x for x in (61.0, 1.0)).splitlines() == ["working: 1 after 61 s", "working: all 2 in 62 s"]
+
+
+def test_a_bar_is_for_terminals_that_want_it(said, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\r" in said([0.0] * 3, terminal=True)
+    for name, value in {"NO_COLOR": "1", "TERM": "dumb"}.items():
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            assert "\r" not in said([20.0] * 3, terminal=True)
