@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ramp_jax import cli
+from ramp_jax import cli, workflow
 from ramp_jax import data as texts
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.config import from_dict
@@ -35,10 +35,12 @@ _JSON = flags.DEFINE_string("json", None, "Also write the numbers of --report to
 
 def main() -> None:
     if _REPORT.value:
+        cli.refuse_flags(["config", "output", "workdir"], "is not for --report; leave it out")
         _report()
     elif _CONFIG.value is None or _OUTPUT.value is None:
         raise ValueError("pass --config and --output to train, or --report=MODEL.")
     else:
+        cli.refuse_flags(["count", "context", "json"], "belongs to --report; leave it out")
         _train()
 
 
@@ -58,6 +60,7 @@ def _report() -> None:
     if _JSON.value:
         cli.check_output_path(_JSON.value, models=[_REPORT.value], files=[_DATA.value])
     model = cli.load(_REPORT.value)
+    workflow.check_context(_CONTEXT.value, model.spec.context_length)
     data = _DATA.value or "stdlib"
     windows = texts.windows(
         data, model.tokenizer, context=_CONTEXT.value, count=_COUNT.value, split="heldout", bos="text"

@@ -3,7 +3,6 @@
 python launch/report.py --workdir=runs/smollm2-135m [--allocation=alloc.json]
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -11,7 +10,7 @@ from absl import flags
 from ramp_jax import cli, workflow
 from ramp_jax.allocation import read_saved
 from ramp_jax.halo import report
-from ramp_jax.halo.compare import COMPARISON
+from ramp_jax.halo.compare import COMPARISON, read_comparison
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the training run.")
 _ALLOCATION = flags.DEFINE_string(
@@ -26,7 +25,8 @@ def main() -> None:
         if not (workdir / name).is_file():
             raise FileNotFoundError(f"{workdir} holds no {name}; run {maker} first.")
     allocation = read_saved(_ALLOCATION.value or workdir / "allocation.json")
-    comparison = json.loads((workdir / COMPARISON).read_text(encoding="utf-8"))
+    known = read_comparison(workdir / COMPARISON)
+    comparison = {**known, "rows": [vars(row) for row in known["rows"]]}
     print(report.text_table(comparison["rows"]))
     page = report.write_report(workdir, allocation, report.read_metrics(workdir / workflow.METRICS), comparison)
     print(f"Report: {page}")
