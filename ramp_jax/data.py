@@ -149,7 +149,7 @@ def _read_hub(source: str) -> str:
 
     try:
         _, name, config, split = source.split(":", 3)
-        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
+        return "\n\n".join(load_dataset(name, config or None, split=split, trust_remote_code=False)["text"])
     except Exception as error:
         cause = str(error).splitlines()[0][:200] if str(error) else ""
         raise FileNotFoundError(

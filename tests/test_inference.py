@@ -102,6 +102,8 @@ NO_NETWORK = "it is no network of the 20 numbers that this program shows it"
         (lambda known: known | {"trained_on": "tiny"}, "trained_on is 'tiny', expected a list"),
         (lambda known: known | {"embedding_version": None}, "embedding_version is None, expected a whole number"),
         (lambda known: known | {"actor": {}}, NO_NETWORK),
+        (lambda known: known | {"actor": known["actor"] | {"more": None}}, "it has empty parts"),
+        (lambda known: known | {"actor": known["actor"] | {"more": {}}}, "it has empty parts"),
         (lambda known: known | {"actor": with_leaf(known["actor"], ["trust"], lambda _: 1.0)}, f"trust {NO_NETWORK}"),
         (lambda known: known | {"actor": with_leaf(known["actor"], ["trust"], lambda w: w[None])}, NO_NETWORK),
         (

@@ -119,6 +119,8 @@ def _check_actor(actor: Any, hidden: tuple[int, ...], n_levels: int) -> None:
             raise ValueError(f"by its {_name(path)} it is no network of the {shown} numbers that this program shows it")
         if not np.isfinite(have).all():
             raise ValueError(f"its {_name(path)} is not finite")
+    if jax.tree.structure(actor) != jax.tree.structure(expected):
+        raise ValueError("it has empty parts beside those of a network")
 
 
 def _name(path: Any) -> str:

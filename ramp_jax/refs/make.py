@@ -182,7 +182,7 @@ def _tokenizer(text: str, vocab_size: int, folder: Path, say: Callable[[str], No
     if not (folder / "tokenizer.json").is_file():
         say(f"Training a tokenizer of {vocab_size} tokens")
         train_tokenizer(text[: int(len(text) * _TOKENIZER_SHARE)], vocab_size).save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def _claim(workdir: Path, wanted: dict[str, Any]) -> None:

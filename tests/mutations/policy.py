@@ -13,7 +13,7 @@ from mutations import Kind, Mutation, objects, raw
 from ramp_jax.policy import networks
 from ramp_jax.policy.inference import Policy, load_policy
 
-_ARRAY = 1  # code of arrays in what flax writes
+_ARRAY, _SCALAR = 1, 3  # codes of arrays in what flax writes
 _HIDDEN, _LEVELS, _SHOWN = (8, 8), (4, 4.5, 8), 11 + 6 + 3
 _KNOWN_LEVELS = {2, 3, 4, 4.5, 5, 6, 8}
 
@@ -79,7 +79,7 @@ def _expected(widths: list[int], n_levels: int) -> dict[str, tuple[int, ...]]:
 
 def _unpacked(content: bytes) -> Any:
     def array(code: int, data: bytes) -> np.ndarray:
-        if code != _ARRAY:
+        if code not in (_ARRAY, _SCALAR):
             raise ValueError(f"no array: {code}")
         shape, dtype, values = msgpack.unpackb(data, raw=True)
         return np.frombuffer(values, dtype.decode()).reshape(shape)
