@@ -225,7 +225,10 @@ def _sha256(content: Mapping[str, Any]) -> str:
 
 
 def _scales(name: str, text: str, width: int) -> Float[np.ndarray, " C"]:
-    scales = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+    try:
+        scales = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+    except ValueError as error:
+        raise ValueError(f"the folding of {name} is no base64 of float32, {error}") from error
     if scales.shape != (width,):
         raise ValueError(f"the folding of {name} has {len(scales)} scales, expected {width}")
     if not ((scales >= 1 / _LARGEST_SCALE) & (scales <= _LARGEST_SCALE)).all():

@@ -155,9 +155,51 @@ def test_imatrix_that_is_damaged(untied, importance, tmp_path):
     bad = {**importance, "blk.1.attn_q.weight": np.full(64, np.nan)}
     with pytest.raises(ValueError, match=r"negative or non-finite value for blk\.1\.attn_q\.weight"):
         read_imatrix(write_dat(path, bad), untied.spec)
+    for change, cause in (
+        (lambda raw: raw + b"more", "bytes are left at its end"),
+        (lambda raw: struct.pack("<i", 2**31 - 1) + raw[4:], "ends too early"),
+        (lambda raw: raw[:4] + struct.pack("<i", 2**31 - 1) + raw[8:], "ends too early"),
+        (lambda raw: raw[:4] + struct.pack("<i", -5) + raw[8:], "ends too early, or has a part of no size"),
+        (lambda raw: raw[:8] + b"\xff" + raw[9:], "can't decode byte"),
+    ):
+        path.write_bytes(change(write_dat(path, importance).read_bytes()))
+        with pytest.raises(ValueError, match=rf"imatrix.dat is not an importance matrix of llama.cpp \(.*{cause}"):
+            read_imatrix(path, untied.spec)
     write_imatrix(tmp_path / "empty.gguf", {}, "builtin", 1, 1)
     with pytest.raises(ValueError, match=r"it has no values for blk\.0\.attn_q\.weight, this model needs 64"):
         read_imatrix(tmp_path / "empty.gguf", untied.spec)
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"),
+    [
+        ({".counts": np.full((1, 1), np.nan, np.float32)}, "it has nan tokens for blk.0.attn_q.weight"),
+        ({".counts": np.full((1, 1), -1, np.float32)}, "it has -1.0 tokens for blk.0.attn_q.weight"),
+        ({".counts": np.ones((2, 1), np.float32)}, "sums and counts of several matrices"),
+        ({".counts": None}, "it has no blk.0.attn_q.weight.counts of F32"),
+        ({".in_sum2": None}, "it has no blk.0.attn_q.weight.in_sum2 of F32"),
+        ({".in_sum2": np.ones((1, 64), np.float16)}, "it has no blk.0.attn_q.weight.in_sum2 of F32"),
+        ({".in_sum2": np.ones((2, 32), np.float32)}, "sums and counts of several matrices"),
+        ({".in_sum2": np.full((1, 64), -1, np.float32)}, "a negative or non-finite value for blk.0.attn_q.weight"),
+    ],
+)
+def test_imatrix_whose_tensors_do_not_serve(untied, importance, tmp_path, changed, cause):
+    path, name = tmp_path / "imatrix.gguf", "blk.0.attn_q.weight"
+    write_imatrix(path, importance, "builtin", 3, 24)
+    stored = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+    stored |= {name + part: value for part, value in changed.items()}
+    writer = gguf.GGUFWriter(path, "imatrix")
+    for key, value in stored.items():
+        if value is not None:
+            writer.add_tensor(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        ValueError, match=rf"imatrix.gguf is not an importance matrix of llama.cpp \(.*{cause}.*\); make"
+    ):
+        read_imatrix(path, untied.spec)
 
 
 def test_encoder_of_an_allocation_file(untied, windows, importance, allocation, tmp_path):
