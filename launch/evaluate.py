@@ -69,7 +69,7 @@ def main() -> None:
 def _perplexity() -> tuple[dict[str, Any], str]:
     cli.refuse_flags(["task_path", "limit"], "belongs to --tasks; give that, or leave it out")
     if _BACKEND.value == "llama.cpp" and not _REFERENCE.value:
-        cli.refuse_flags(["dtype"], "is of JAX, and without --reference llama.cpp computes alone; leave it out")
+        cli.refuse_flags(["dtype", "mesh"], "is of JAX, and without --reference llama.cpp computes alone; leave it out")
     found = workflow.evaluate(
         _MODEL.value,
         reference=_REFERENCE.value,

@@ -48,6 +48,8 @@ def _train() -> None:
     values = _CONFIG.value.to_dict() | ({"data": _DATA.value} if _DATA.value else {})
     output = Path(_OUTPUT.value)
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else output.with_name(output.name + ".run")
+    if workdir.resolve() == output.resolve():
+        raise ValueError("--workdir and --output are one folder; choose another for the state of the run.")
     found = make.make_checkpoint(from_dict(values, make.PretrainConfig), workdir, output)
     print(
         f"Held-out text: {found['heldout_nll']:.4f} nats per token, {found['bits_per_byte']:.3f} bits per byte "

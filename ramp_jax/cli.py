@@ -91,7 +91,7 @@ def _use_mesh() -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, ValueError, TypeError, OSError, AttributeError) as error:  # all but the first from --config
+    except (flags.Error, ValueError, TypeError, OSError, AttributeError, LookupError) as error:  # most from --config
         _fail(f"{error} (--help lists the flags)")
 
 

@@ -14,13 +14,14 @@ from jaxtyping import Int
 
 from ramp_jax import schema
 from ramp_jax.allocation import Allocation, costs, from_levels, read_saved
+from ramp_jax.allocators.allocator import check_measured_on
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.checkpoint import write_bytes
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
-from ramp_jax.models import Model, load_model, tensors
+from ramp_jax.models import Model, allocatable, load_model, tensors
 from ramp_jax.quantization import EncoderName, calibrate, importance_of, make_encoder, refold
 from ramp_jax.quantization.encoder_factory import calibration_windows
 from ramp_jax.quantization.importance import Importance
@@ -202,6 +203,7 @@ def _check_export(allocation: Allocation, path: Path) -> None:
 def _knapsack(model: Model, table: Sensitivity, budget_bytes: int) -> tuple[Allocation, float]:
     """The best allocation by the sensitivity table, and the seconds that table and search took."""
     started = time.monotonic()
+    check_measured_on(table, tuple(tensor.name for tensor in allocatable(model.spec)))
     sizes = costs(model, table.levels)
     actions = knapsack(sizes.in_units, table.kld, sizes.units(budget_bytes))
     allocation = from_levels(model, [table.levels[a] for a in actions])

@@ -124,9 +124,13 @@ class Sensitivity:
 
         Raises `ValueError` that names the inputs which are not those of the table at `path`.
         """
+        names = tuple(tensor.name for tensor in members)
         if path is not None and Path(path).exists():
             found = cls._read(path)
-            if changed := [name for name in inputs if found.inputs.get(name) != inputs[name]]:
+            changed = [name for name in inputs if found.inputs.get(name) != inputs[name]]
+            if not changed and (found.tensors, found.levels) != (names, levels):
+                changed = ["tensors or levels"]
+            if changed:
                 raise ValueError(
                     f"{path} was measured with other inputs (changed: {', '.join(changed)}); "
                     f"delete it to measure again, or choose another folder."
@@ -134,7 +138,7 @@ class Sensitivity:
             return found
         valid = [[format_for(level, tensor.shape[-1]) is not None for level in levels] for tensor in members]
         kld = np.where(valid, np.nan, 0.0)
-        return cls(tuple(tensor.name for tensor in members), levels, kld, np.full(len(members), np.nan), 0.0, inputs)
+        return cls(names, levels, kld, np.full(len(members), np.nan), 0.0, inputs)
 
 
 def fingerprint(
