@@ -21,7 +21,8 @@ from absl import flags
 from ramp_jax import cli, workflow
 from ramp_jax.allocation import costs
 from ramp_jax.config import WindowsConfig
-from ramp_jax.policy.inference import find_allocator
+from ramp_jax.formats import LEVELS
+from ramp_jax.policy.inference import POLICY_FILE, find_allocator
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
 _TOKENIZER = cli.define_tokenizer_from()
@@ -30,14 +31,14 @@ _OUTPUT = flags.DEFINE_string("output", None, "Where the allocation goes (.json)
 _LEVELS = flags.DEFINE_list("levels", None, "Levels to choose among; a policy's and a table's must be these.")
 flags.register_validator(
     "levels",
-    lambda levels: not levels or all(level.replace(".", "", 1).isdigit() for level in levels),
-    "must be numbers, as in 4,4.5,8.",
+    lambda levels: levels is None or (bool(levels) and all(level in map(str, LEVELS) for level in levels)),
+    f"must be some of {','.join(f'{level:g}' for level in LEVELS)}.",
 )
 _DATA = flags.DEFINE_string("data", "builtin", "Calibration text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
 _CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
 _COUNT = flags.DEFINE_integer("count", 8, "Calibration windows.", lower_bound=1)
-_DTYPE = flags.DEFINE_string(
-    "dtype", "auto", "Data type of the matrices while calibrating: auto is the fastest here, stored the checkpoint's."
+_DTYPE = cli.define_dtype(
+    "auto", "Data type of the matrices while calibrating: auto is the fastest here, stored the checkpoint's."
 )
 _ENCODER = cli.define_encoder(recorded=False)
 _REFINE_EVALS = flags.DEFINE_integer("refine_evals", 0, "True evaluations that refine the allocation.", lower_bound=0)
@@ -55,9 +56,11 @@ def main() -> None:
     if not _DRY_RUN.value and not _OUTPUT.value:
         raise ValueError("--output is missing; name the file that receives the allocation.")
     if _OUTPUT.value:
-        files = (_DATA.value, _POLICY.value, _TOKENIZER.value)
+        policy = Path(_POLICY.value)
+        files = (_DATA.value, str(policy / POLICY_FILE if policy.is_dir() else policy), _TOKENIZER.value)
         cli.check_output_path(_OUTPUT.value, models=[_MODEL.value], files=files)
     model = cli.load(_MODEL.value, _DTYPE.value, _TOKENIZER.value)
+    workflow.check_context(_CONTEXT.value, model.spec.context_length)
     table = costs(model, allocator.levels)
     print(f"Reachable files of {_MODEL.value}: {table.smallest:,} to {table.largest:,} bytes")
     size = cli.budget(model, table)

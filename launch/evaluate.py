@@ -1,7 +1,7 @@
 """Perplexity of a model or its accuracy on tasks, and with --reference how far it is from another one.
 
-    python launch/evaluate.py --model=REF [--allocation=alloc.json [--encoder=NAME]] [--reference=REF]
-        [--backend=jax|llama.cpp]
+    python launch/evaluate.py --model=REF [--allocation=alloc.json [--encoder=NAME] [--trust_calibration]]
+        [--reference=REF] [--backend=jax|llama.cpp]
         [--data=builtin|FILE|hf:NAME:CONFIG:SPLIT] [--split=heldout|all] [--protocol=llama.cpp|sliding] [--context=N]
         [--count=N] [--json=FILE]
     python launch/evaluate.py --model=REF [--allocation=alloc.json] [--reference=REF] --tasks=piqa,hellaswag,winogrande
@@ -41,20 +41,24 @@ _CONTEXT = flags.DEFINE_integer(
 )
 _COUNT = flags.DEFINE_integer("count", None, "Windows, spread evenly over the text; default: all.", lower_bound=1)
 _BACKEND = flags.DEFINE_enum("backend", "jax", ["jax", "llama.cpp"], "What runs the model.")
-_DTYPE = flags.DEFINE_string(
-    "dtype", "float32", "Data type of the matrices in JAX: auto is the fastest here, stored the checkpoint's."
+_DTYPE = cli.define_dtype(
+    "float32", "Data type of the matrices in JAX: auto is the fastest here, stored the checkpoint's."
 )
 _TASKS = flags.DEFINE_list("tasks", [], "Measure accuracy on these instead of perplexity.")
 _TASK_PATH = flags.DEFINE_string("task_path", None, "A folder with more tasks: lm-eval's YAML files.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first examples of each task.", lower_bound=2)
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
+_TRUST = cli.define_trust_calibration()
 cli.define_mesh()
 flags.mark_flags_as_required(["model"])
 
 
 def main() -> None:
+    if not _ALLOCATION.value:
+        cli.refuse_flags(["encoder", "trust_calibration"], "belongs to --allocation; give that, or leave it out")
     if _JSON.value:
-        files = (_ALLOCATION.value, _DATA.value, _TOKENIZER.value)
+        text = workflow.calibrated_on(_ALLOCATION.value) if _ALLOCATION.value else None
+        files = (_ALLOCATION.value, text, _DATA.value, _TOKENIZER.value)
         cli.check_output_path(_JSON.value, models=[_MODEL.value, _REFERENCE.value], files=files)
     cli.announce(_DTYPE.value)
     found, table = _tasks() if _TASKS.value else _perplexity()
@@ -64,6 +68,9 @@ def main() -> None:
 
 
 def _perplexity() -> tuple[dict[str, Any], str]:
+    cli.refuse_flags(["task_path", "limit"], "belongs to --tasks; give that, or leave it out")
+    if _BACKEND.value == "llama.cpp" and not _REFERENCE.value:
+        cli.refuse_flags(["dtype", "mesh"], "is of JAX, and without --reference llama.cpp computes alone; leave it out")
     found = workflow.evaluate(
         _MODEL.value,
         reference=_REFERENCE.value,
@@ -77,6 +84,7 @@ def _perplexity() -> tuple[dict[str, Any], str]:
         backend=_BACKEND.value,
         dtype=_DTYPE.value,
         tokenizer_from=_TOKENIZER.value,
+        trust_calibration=_TRUST.value,
     )
     return found, scores.text_table(found)
 
@@ -84,6 +92,7 @@ def _perplexity() -> tuple[dict[str, Any], str]:
 def _tasks() -> tuple[dict[str, Any], str]:
     if _BACKEND.value == "llama.cpp":
         raise ValueError("--tasks runs in JAX only; leave --backend out.")
+    cli.refuse_flags(["data", "split", "protocol", "context", "count"], "is not for --tasks; leave it out")
     found = workflow.evaluate_tasks(
         _MODEL.value,
         _TASKS.value,
@@ -94,6 +103,7 @@ def _tasks() -> tuple[dict[str, Any], str]:
         limit=_LIMIT.value,
         dtype=_DTYPE.value,
         tokenizer_from=_TOKENIZER.value,
+        trust_calibration=_TRUST.value,
     )
     from ramp_jax.scoring.tasks import text_table
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ramp_jax import cli
+from ramp_jax import cli, workflow
 from ramp_jax import data as texts
 from ramp_jax.config import from_dict
 from ramp_jax.files import write_bytes
@@ -34,10 +34,12 @@ _JSON = flags.DEFINE_string("json", None, "Also write the numbers of --report to
 
 def main() -> None:
     if _REPORT.value:
+        cli.refuse_flags(["config", "output", "workdir"], "is not for --report; leave it out")
         _report()
     elif _CONFIG.value is None or _OUTPUT.value is None:
         raise ValueError("pass --config and --output to train, or --report=MODEL.")
     else:
+        cli.refuse_flags(["count", "context", "json"], "belongs to --report; leave it out")
         _train()
 
 
@@ -46,6 +48,8 @@ def _train() -> None:
     config, output = from_dict(values, make.PretrainConfig), Path(_OUTPUT.value)
     cli.announce("float32", config.seed)
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else output.with_name(output.name + ".run")
+    if workdir.resolve() == output.resolve():
+        raise ValueError("--workdir and --output are one folder; choose another for the state of the run.")
     found = make.make_checkpoint(config, workdir, output)
     print(
         f"Held-out text: {found['heldout_nll']:.4f} nats per token, {found['bits_per_byte']:.3f} bits per byte "
@@ -58,6 +62,7 @@ def _report() -> None:
     if _JSON.value:
         cli.check_output_path(_JSON.value, models=[_REPORT.value], files=[_DATA.value])
     model = cli.load(_REPORT.value)
+    workflow.check_context(_CONTEXT.value, model.spec.context_length)
     data = _DATA.value or "stdlib"
     windows = texts.windows(
         data, model.tokenizer, context=_CONTEXT.value, count=_COUNT.value, split="heldout", bos="text"

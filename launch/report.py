@@ -5,7 +5,6 @@
 The run is one that launch/train.py made and launch/compare.py compared.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -14,7 +13,7 @@ from ramp_jax import cli, workflow
 from ramp_jax.allocation import read_saved
 from ramp_jax.files import read_rows
 from ramp_jax.halo import report
-from ramp_jax.halo.compare import COMPARISON
+from ramp_jax.halo.compare import COMPARISON, read_comparison
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the training run.")
 _ALLOCATION = flags.DEFINE_string(
@@ -29,7 +28,8 @@ def main() -> None:
         if not (workdir / name).is_file():
             raise FileNotFoundError(f"{workdir} holds no {name}; run {maker} first.")
     allocation = read_saved(_ALLOCATION.value or workdir / "allocation.json")
-    comparison = json.loads((workdir / COMPARISON).read_text(encoding="utf-8"))
+    known = read_comparison(workdir / COMPARISON)
+    comparison = {**known, "rows": [vars(row) for row in known["rows"]]}
     print(report.text_table(comparison["rows"]))
     page = report.write_report(workdir, allocation, read_rows(workdir / workflow.METRICS), comparison)
     print(f"Report: {page}")

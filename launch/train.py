@@ -18,6 +18,7 @@ from ramp_jax.config import RunConfig, from_dict
 from ramp_jax.files import read_rows
 from ramp_jax.halo import report
 from ramp_jax.models.references import model_files
+from ramp_jax.policy.inference import POLICY_FILE
 from ramp_jax.resources import check_output
 
 _CONFIG = cli.define_config(RunConfig)
@@ -31,6 +32,10 @@ def main() -> None:
     config = from_dict(_CONFIG.value.to_dict())
     if _TOKENIZER.value:
         config = dataclasses.replace(config, tokenizer_from=_TOKENIZER.value)
+    named = (config.calibration.data, config.sensitivity.data, config.tokenizer_from)
+    inputs = [file for ref in config.models for file in model_files(ref)] + [Path(name) for name in named if name]
+    for name in (workflow.CONFIG, workflow.METRICS, workflow.CHECKPOINT, POLICY_FILE, report.TRAINING_PNG):
+        check_output(workdir / name, inputs)
     cli.announce(config.dtype, config.seed)
     check_output(workdir / workflow.CONFIG, [file for ref in config.models for file in model_files(ref)])
     workflow.train_policy(config, workdir)

@@ -10,17 +10,21 @@ import base64
 import collections
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import gguf
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ramp_jax import schema
 from ramp_jax.files import write_bytes
-from ramp_jax.formats import format_for, get_format
+from ramp_jax.formats import LEVELS, format_for, get_format
+from ramp_jax.formats.registry import EXPORTABLE
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, matrices, tensors
 from ramp_jax.models.layout import SMALLEST_BLOCK, foldable
 from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
@@ -31,6 +35,61 @@ _UNKNOWN_TEXT = 64 * "0"  # as long as a fingerprint, so that sizes do not depen
 STORED, FALLBACK = "F32", "F16"
 """Formats of what is never allocated: gains, biases and tables; matrices whose rows blocks cannot hold."""
 _NAMED = 3  # such matrices in a summary's sentence
+_LARGEST_SCALE = 2.0**16  # of folding, and the smallest's inverse: beyond, float16 holds nothing of a weight
+_MAKE_IT = "make one with launch/allocate.py"
+
+EncoderName = Literal["reference", "best", "compensated"]
+"""How weights become codes, which an allocation records."""
+
+Levels = Annotated[
+    tuple[float, ...],
+    schema.Check(
+        lambda levels: (
+            bool(levels) and set(levels) <= set(LEVELS) and all(a < b for a, b in itertools.pairwise(levels))
+        ),
+        f"increasing levels among {', '.join(f'{level:g}' for level in LEVELS)}",
+    ),
+]
+"""What is chosen among."""
+
+FoldLevel = Annotated[float, schema.within(LEVELS[0], LEVELS[-1])]
+"""For which Scale Folding moves outliers."""
+
+
+class Calibration(TypedDict):
+    """On which windows an allocation was calibrated: `count` of `context` tokens of the text that `data` names.
+
+    `text` is the text's fingerprint, `tokens` the digest of the windows.
+    """
+
+    data: schema.Name
+    context: Annotated[int, schema.within(2, 2**31 - 1)]
+    count: schema.Count
+    text: schema.Sha256
+    tokens: schema.Sha256
+
+
+class Saved(TypedDict):
+    """What the file of an allocation holds: formats, folding as base64 of f32, how both were found, a summary.
+
+    `sha256` is that of all other fields.
+    """
+
+    model: NotRequired[schema.Name]
+    budget_bytes: NotRequired[schema.Bytes]
+    encoder: NotRequired[EncoderName]
+    allocator: NotRequired[schema.Name]
+    refine_evals: NotRequired[Annotated[int, schema.within(0, 2**31 - 1)]]
+    seconds: NotRequired[schema.NotNegative]
+    file_bytes: schema.Bytes
+    linear_bpw: schema.Positive
+    file_bpw: schema.Positive
+    code_bits: schema.Positive
+    fallback: NotRequired[str]
+    formats: Mapping[str, Annotated[str, schema.Check(EXPORTABLE.__contains__, f"one of {', '.join(EXPORTABLE)}")]]
+    calibration: NotRequired[Calibration]
+    folding: Mapping[str, str]
+    sha256: NotRequired[schema.Sha256]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,33 +182,60 @@ class Allocation:
         }
 
     def save(self, path: str | Path, **notes: Any) -> None:
-        """Write JSON: `notes`, the summary, and the folding as base64 of little-endian f32."""
+        """Write JSON, the fields of `Saved`, of which `notes` are some."""
         folding = {name: np.asarray(scales, "<f4") for name, scales in self.folding.items()}
         encoded = {name: base64.b64encode(scales.tobytes()).decode() for name, scales in folding.items()}
-        content = {**notes, **self.summary(), "calibration": dict(self.calibration), "folding": encoded}
-        write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+        calibration = {"calibration": dict(self.calibration)} if self.calibration else {}
+        content = {**notes, **self.summary(), **calibration, "folding": encoded}
+        write_bytes(path, (json.dumps(content | {"sha256": _sha256(content)}, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> "Allocation":
         """Read what `save` wrote; raises `ValueError` where it is not an allocation of `model`."""
-        content = read_saved(path)
-        try:
-            members = foldable(model.spec)
-            folding = {name: np.frombuffer(base64.b64decode(text), "<f4") for name, text in content["folding"].items()}
-            if wrong := [name for name, scales in folding.items() if scales.shape != (members[name].width,)]:
-                raise ValueError(f"{wrong[0]} has another width")
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"the folding in {path} is not one of this model; make the allocation again.") from error
-        return cls(model.spec, model.metadata, content["formats"], folding, content.get("calibration") or {})
+        saved = read_saved(path)
+        with schema.gate(path, "an allocation of this model", _MAKE_IT):
+            known, calibration = foldable(model.spec), saved.get("calibration", {})
+            if unknown := saved["folding"].keys() - known.keys():
+                raise ValueError(f"the folding names {min(unknown)}, which the model has not")
+            if calibration and calibration["context"] > model.spec.context_length:
+                raise ValueError(
+                    f"it was calibrated on windows of {calibration['context']} tokens, and the model was made for "
+                    f"{model.spec.context_length}"
+                )
+            folding = {name: _scales(name, text, known[name].width) for name, text in saved["folding"].items()}
+            return cls(model.spec, model.metadata, saved["formats"], folding, calibration)
 
 
-def read_saved(path: str | Path) -> dict[str, Any]:
-    """The JSON that `Allocation.save` wrote; raises `ValueError` for any other file."""
+def read_saved(path: str | Path) -> Saved:
+    """The JSON that `Allocation.save` wrote; raises `ValueError` for any other file, and one that was changed since."""
+    with schema.gate(path, "an allocation", _MAKE_IT):
+        saved: Saved = schema.read(Saved, schema.read_json(path))
+    if saved.get("sha256", found := _sha256(saved)) != found:
+        raise ValueError(
+            f"{path} is not as it was written, its sha256 is another; restore it or make it again with "
+            f"launch/allocate.py, or delete the line of its sha256 where you changed it yourself."
+        )
+    return saved
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    """Of an allocation's fields but this one, in whatever order they stand."""
+    fields = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _scales(name: str, text: str, width: int) -> Float[np.ndarray, " C"]:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {**content, "formats": dict(content["formats"]), "folding": dict(content["folding"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not an allocation; make one with launch/allocate.py.") from error
+        scales = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+    except ValueError as error:
+        raise ValueError(f"the folding of {name} is no base64 of float32, {error}") from error
+    if scales.shape != (width,):
+        raise ValueError(f"the folding of {name} has {len(scales)} scales, expected {width}")
+    if not ((scales >= 1 / _LARGEST_SCALE) & (scales <= _LARGEST_SCALE)).all():
+        raise ValueError(
+            f"the folding of {name} has scales that are not numbers from {1 / _LARGEST_SCALE:g} to {_LARGEST_SCALE:g}"
+        )
+    return scales
 
 
 class Costs(NamedTuple):

@@ -23,7 +23,7 @@ from ramp_jax.config import field_names
 from ramp_jax.halo.export import check_writable
 from ramp_jax.halo.footprint import bytes_that_fit, runtime_bytes
 from ramp_jax.models import Model, load_model
-from ramp_jax.models.load import fast_dtype
+from ramp_jax.models.load import Dtype, fast_dtype
 from ramp_jax.models.references import model_files
 from ramp_jax.quantization import DEFAULT_ENCODER, EncoderName
 from ramp_jax.resources import check_output
@@ -37,6 +37,7 @@ _HELP = {"-h", "-help", "--help", "-?"}
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 _BUDGETS = ("budget_bytes", "budget_gb", "budget_bits", "fit_memory")
+_MOST_BYTES = 10**15
 _MEMORY = "must be a size, as in 8GiB (2^30 bytes) or 8GB (10^9)."
 
 
@@ -105,7 +106,10 @@ def _keep_compiled() -> None:
 def _hosts() -> contextlib.AbstractContextManager[Any]:
     """All processes of the job, where a script has the flags of `define_hosts` and they are given."""
     values = flags.FLAGS
-    if "hosts" not in values or values.hosts is None:
+    if "hosts" not in values:
+        return contextlib.nullcontext()
+    if values.hosts is None:
+        refuse_flags(["patience"], "belongs to --hosts; give that, or leave it out")
         return contextlib.nullcontext()
     if values.output is None:
         raise ValueError("--output is missing; its folder is where the processes of --hosts exchange what they find.")
@@ -217,6 +221,32 @@ def define_config(cls: type) -> flags.FlagHolder[Any]:
     names = ", ".join(field_names(cls))
     text = f"A file of configs/. After it, --config.FIELD=VALUE replaces any of its fields: {names}."
     return config_flags.DEFINE_config_file("config", None, text)
+def refuse_flags(names: Iterable[str], why: str) -> None:
+    """Raise `ValueError` where one of these flags was given, which would be ignored; `why` ends the sentence."""
+    if given := [f"--{name}" for name in names if flags.FLAGS[name].present]:
+        raise ValueError(f"{' and '.join(given)} {why}.")
+
+
+def define_dtype(default: Dtype, help_text: str) -> flags.FlagHolder[str]:
+    """`--dtype`: what matrices are in while they are computed with."""
+    return flags.DEFINE_enum("dtype", default, get_args(Dtype), help_text)
+
+
+def define_trust_calibration() -> flags.FlagHolder[bool]:
+    """`--trust_calibration`: whether an allocation may name any text."""
+    return flags.DEFINE_bool(
+        "trust_calibration",
+        False,
+        "Read the calibration text that the allocation names, whatever file or data set that is; without it only "
+        "built-in texts and files in the folder of this command are read.",
+    )
+
+
+def _must_be(name: str, most: float) -> None:
+    """Let a flag hold nothing but a number above 0, up to `most`: bounds of absl let pass what is no number."""
+    flags.register_validator(
+        name, lambda value: value is None or 0 < value <= most, f"must be a number above 0, up to {most:,.0f}."
+    )
 
 
 def define_tokenizer_from() -> flags.FlagHolder[str | None]:
@@ -242,8 +272,9 @@ def define_hosts() -> None:
         "must be auto, or as in 10.0.0.1:8476,4,0.",
     )
     flags.DEFINE_float(
-        "patience", hosts.PATIENCE, "Seconds without a sign of life, after which a process is given up.", lower_bound=1
+        "patience", hosts.PATIENCE, "Seconds without a sign of life, after which a process of --hosts is given up."
     )
+    _must_be("patience", 1e6)
 
 
 def define_mesh() -> None:
@@ -273,9 +304,11 @@ def define_encoder(*, recorded: bool = True) -> flags.FlagHolder[str | None]:
 
 def define_budget() -> None:
     """`--budget_bytes`, `--budget_gb`, `--budget_bits` and `--fit_memory`, of which `budget` wants exactly one."""
-    flags.DEFINE_integer("budget_bytes", None, "Largest size of the finished file in bytes.", lower_bound=1)
-    flags.DEFINE_float("budget_gb", None, "Largest size of the finished file in units of 10^9 bytes.", lower_bound=0)
-    flags.DEFINE_float("budget_bits", None, "Mean bits per allocated weight, scales included.", lower_bound=0)
+    flags.DEFINE_integer("budget_bytes", None, "Largest size of the finished file in bytes.")
+    flags.DEFINE_float("budget_gb", None, "Largest size of the finished file in units of 10^9 bytes.")
+    flags.DEFINE_float("budget_bits", None, "Mean bits per allocated weight, scales included.")
+    for name, most in (("budget_bytes", _MOST_BYTES), ("budget_gb", _MOST_BYTES / 1e9), ("budget_bits", 64)):
+        _must_be(name, most)
     flags.DEFINE_string(
         "fit_memory",
         None,
@@ -325,8 +358,9 @@ def _given() -> list[str]:
 
 
 def parse_bytes(text: str) -> int | None:
-    """Bytes of a size such as 8GiB, None where it is none."""
+    """Bytes of a size such as 8GiB, None where it is none, or one that no machine has."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", text.strip().lower())
     if not found or (found[3] and not found[2]):
         return None
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")
+    return int(size) if size <= _MOST_BYTES else None

@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+from ramp_jax import schema
+from ramp_jax.allocation import FoldLevel, Levels
 from ramp_jax.allocators.allocator import FOLD_LEVEL
 from ramp_jax.formats.registry import Effort
+from ramp_jax.models.load import Dtype
 from ramp_jax.policy.train import TrainConfig
 
 SensitivityMethod = Literal["exact", "fisher"]
@@ -16,9 +19,14 @@ SensitivityMethod = Literal["exact", "fisher"]
 class WindowsConfig:
     """`count` windows of `context` tokens from `data` (`builtin`, a text file, or `hf:NAME:CONFIG:SPLIT`)."""
 
-    data: str = "builtin"
-    context: int = 512
-    count: int = 8
+    data: schema.Name = "builtin"
+    context: Annotated[int, schema.within(2, 2**31 - 1)] = 512
+    count: schema.Count = 8
+
+
+def _different(models: tuple[str, ...]) -> bool:
+    """Whether each has a name of its own, under which files of a run are kept."""
+    return 0 < len({Path(model).name for model in models}) == len(models)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,26 +39,19 @@ class RunConfig:
     vocabulary takes the place of the models' own.
     """
 
-    models: tuple[str, ...] = ("smollm2-135m",)
-    dtype: str = "auto"
-    seed: int = 0
-    levels: tuple[float, ...] = (4, 5, 8)
-    fold_level: float = FOLD_LEVEL
+    models: Annotated[tuple[schema.Name, ...], schema.Check(_different, "at least one model, none of them twice")] = (
+        "smollm2-135m",
+    )
+    dtype: Dtype = "auto"
+    seed: Annotated[int, schema.within(0, 2**31 - 1)] = 0
+    levels: Levels = (4, 5, 8)
+    fold_level: FoldLevel = FOLD_LEVEL
     encoder: Effort = "best"
     calibration: WindowsConfig = dataclasses.field(default_factory=WindowsConfig)
     sensitivity: WindowsConfig = dataclasses.field(default_factory=lambda: WindowsConfig(context=64, count=2))
     sensitivity_method: SensitivityMethod = "exact"
     tokenizer_from: str | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-
-    def __post_init__(self) -> None:
-        names = [Path(model).name for model in self.models]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"models are {self.models!r}; name at least one, and none twice.")
-        if self.sensitivity_method not in (known := get_args(SensitivityMethod)):
-            raise ValueError(f"sensitivity_method is {self.sensitivity_method!r}; choose {' or '.join(known)}.")
-        if self.encoder not in (known := get_args(Effort)):
-            raise ValueError(f"encoder is {self.encoder!r}; the table is measured with {' or '.join(known)}.")
 
 
 def field_names(cls: type, prefix: str = "") -> list[str]:
@@ -71,15 +72,17 @@ def as_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: Mapping[str, Any], cls: type = RunConfig) -> Any:
     """Inverse of `as_dict`; fields that are left out keep their defaults.
 
-    Raises `ValueError` for a name that the config does not have.
+    Raises `ValueError` for a field that the config does not have, or whose value is not what it expects.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"the config has no {unknown[0]!r}; it has {', '.join(fields)}.")
-    return cls(**{name: _value(fields[name].type, value) for name, value in values.items()})
+    try:
+        return schema.read(cls, values)
+    except ValueError as error:
+        raise ValueError(
+            f"the config does not serve: {error}; change it there or with --config.FIELD=VALUE."
+        ) from error
 
 
-def _value(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_dict(value, kind)
-    return tuple(value) if isinstance(value, list | tuple) else value
+def read_config(path: Path) -> RunConfig:
+    """The config that a training run keeps in its workdir; raises `ValueError` where it is damaged."""
+    with schema.gate(path, "the config of a run", "choose another --workdir, or delete it and train again"):
+        return schema.read(RunConfig, schema.read_json(path))

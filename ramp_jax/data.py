@@ -53,6 +53,15 @@ def read_text(source: str) -> str:
         raise ValueError(f"data {source!r} is not UTF-8 text ({error}); convert it or pass a text file.") from error
 
 
+def is_inside(source: str) -> bool:
+    """Whether `source` is a text that every machine has, or a file in the working folder that is named from there."""
+    if source in ("builtin", "stdlib") or source.startswith("stdlib:"):
+        return True
+    path = Path(source)
+    named_from_here = not (source.startswith(("hf:", "~")) or path.is_absolute() or ".." in path.parts)
+    return named_from_here and path.resolve().is_relative_to(Path.cwd().resolve())
+
+
 def windows(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -140,7 +149,7 @@ def _read_hub(source: str) -> str:
 
     try:
         _, name, config, split = source.split(":", 3)
-        return "\n\n".join(load_dataset(name, config or None, split=split)["text"])
+        return "\n\n".join(load_dataset(name, config or None, split=split, trust_remote_code=False)["text"])
     except Exception as error:
         cause = str(error).splitlines()[0][:200] if str(error) else ""
         raise FileNotFoundError(

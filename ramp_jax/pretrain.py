@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ramp_jax.models import DecoderSpec
 from ramp_jax.models.decoder import Params, cast_weights, output_head, scanned_hidden_states
 from ramp_jax.models.layout import Tensor, Weight, nest, tensors
 from ramp_jax.progress import track
+from ramp_jax.schema import Count, NotNegative, Positive, within
 
 _LOGIT_ROWS = 1024  # tokens whose logits exist at one time
 _HEAD_STD = 0.02
@@ -35,15 +36,15 @@ class OptimizerConfig:
     with the standard deviation `embedding_std`.
     """
 
-    steps: int = 1000
-    batch_size: int = 4
-    learning_rate: float = 3e-3
-    warmup: int = 50
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    embedding_std: float = 0.02
-    steps_per_call: int = 5
-    calls_per_checkpoint: int = 10
+    steps: Count = 1000
+    batch_size: Count = 4
+    learning_rate: Positive = 3e-3
+    warmup: Annotated[int, within(0, 2**31 - 1)] = 50
+    weight_decay: NotNegative = 0.1
+    clip_norm: Positive = 1.0
+    embedding_std: Positive = 0.02
+    steps_per_call: Count = 5
+    calls_per_checkpoint: Count = 10
 
 
 class State(NamedTuple):

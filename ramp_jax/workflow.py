@@ -18,7 +18,7 @@ from ramp_jax import hosts
 from ramp_jax.allocation import Allocation, calibration_text, read_saved
 from ramp_jax.allocators import Actions, Allocator
 from ramp_jax.checkpoint import digest
-from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
+from ramp_jax.config import RunConfig, WindowsConfig, as_dict, read_config
 from ramp_jax.files import alone_in, rows_to, write_bytes
 from ramp_jax.halo.export import check_writable, export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
@@ -28,7 +28,7 @@ from ramp_jax.models.decoder import weights_dtype
 from ramp_jax.models.gguf_header import is_gguf
 from ramp_jax.models.gguf_source import parts_beside
 from ramp_jax.models.load import read_description
-from ramp_jax.models.metadata import Metadata
+from ramp_jax.models.metadata import Metadata, plain
 from ramp_jax.models.references import resolve
 from ramp_jax.policy import inference, train
 from ramp_jax.policy.inference import Policy, load_policy
@@ -59,9 +59,20 @@ Say = Callable[[str], None]
 
 
 def tokens(model: Model, config: WindowsConfig, split: texts.Split) -> Int[np.ndarray, "W T"]:
-    """The windows that a config asks for; raises `ValueError` where the model brings no tokenizer."""
+    """The windows that a config asks for; raises `ValueError` where they are longer than the model's context, or it
+    brings no tokenizer."""
     tokenizer = tokenizer_of(model)
+    check_context(config.context, model.spec.context_length)
     return texts.windows(config.data, tokenizer, context=config.context, count=config.count, split=split)
+
+
+def check_context(context: int, longest: int) -> None:
+    """Raise `ValueError` where windows of `context` tokens are longer than a model's context."""
+    if context > longest:
+        raise ValueError(
+            f"windows of {context} tokens are longer than the {longest} that the model was made for; choose a shorter "
+            f"--context."
+        )
 
 
 def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
@@ -88,31 +99,33 @@ def evaluate(
     backend: Literal["jax", "llama.cpp"] = "jax",
     dtype: str = "float32",
     tokenizer_from: str | None = None,
+    trust_calibration: bool = False,
 ) -> dict[str, Any]:
     """Perplexity of a model on a text and, with `reference`, how far it is from that: the dict of `scores.numbers`.
 
     The model is first quantized as the `allocation` file says, by the `encoder` that it records unless one is named.
     `context` is 512 for llama.cpp's protocol and 2,048 for sliding unless given; `count` windows, by default all. With
     `backend="llama.cpp"` a GGUF runs there, its reference in JAX. `tokenizer_from` is a GGUF whose tokenizer cuts the
-    text. Raises `ValueError` or an `OSError` where an input does not serve.
+    text. `trust_calibration` lets the allocation name any text to calibrate on, not only built-in ones, files in the
+    working folder and `data`. Raises `ValueError` or an `OSError` where an input does not serve.
     """
     context = context or (512 if protocol == "llama.cpp" else 2048)
     if backend == "llama.cpp":
         if allocation or isinstance(model, Model) or not is_gguf(model := resolve(str(model))):
             raise ValueError("llama.cpp scores a .gguf; make one with launch/export_gguf.py and evaluate that.")
         metadata, tokenizer = read_description(model, tokenizer_from)
+        described = plain(metadata)
+        longest = described.get(f"{described.get('general.architecture')}.context_length")
+        check_context(context, longest if isinstance(longest, int) else context)
         model = parts_beside(model)[0]  # pyrefly: ignore [bad-argument-type]
         _check_unseen(metadata, None, data, split)
     else:
         model = _loaded(model, dtype, tokenizer_from)
         _check_unseen(model.metadata, allocation, data, split)
-        model = _quantized(model, allocation, encoder)
+        trusted = trust_calibration or (allocation is not None and calibrated_on(allocation) == data)
+        model = _quantized(model, allocation, encoder, trusted)
         tokenizer = tokenizer_of(model)
-        if context > model.spec.context_length:
-            raise ValueError(
-                f"windows of {context} tokens are longer than the {model.spec.context_length} that the model was made "
-                f"for; choose a shorter --context."
-            )
+        check_context(context, model.spec.context_length)
     bos = "window" if protocol == "llama.cpp" else "text"
     windows = texts.windows(data, tokenizer, context=context, count=count, split=split, bos=bos)
     reference = None if reference is None else _loaded(reference, dtype)
@@ -135,6 +148,7 @@ def evaluate_tasks(
     limit: int | None = None,
     dtype: str = "float32",
     tokenizer_from: str | None = None,
+    trust_calibration: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Accuracy on lm-eval's tasks and, with `reference`, the share retained of its: the rows of `tasks.compared`.
 
@@ -147,7 +161,7 @@ def evaluate_tasks(
         raise RuntimeError(f"lm-eval is not installed ({error}); run `pip install 'ramp-jax[tasks]'`.") from error
     loaded = _loaded(model, dtype, tokenizer_from).in_memory()
     tokenizer_of(loaded)
-    quantized = _quantized(loaded, allocation, encoder)
+    quantized = _quantized(loaded, allocation, encoder, trust_calibration)
     found = tasks.accuracies(quantized, names, folder=folder, limit=limit)
     aim = None if reference is None else _loaded(reference, dtype, tokenizer_from).in_memory()
     return tasks.compared(found, None if aim is None else tasks.accuracies(aim, names, folder=folder, limit=limit))
@@ -157,12 +171,15 @@ def _loaded(model: str | Path | Model, dtype: str, tokenizer_from: str | None = 
     return model if isinstance(model, Model) else load_model(str(model), dtype, tokenizer_from)
 
 
-def _quantized(model: Model, allocation: str | Path | None, encoder: EncoderName | None) -> Model:
+def _quantized(
+    model: Model, allocation: str | Path | None, encoder: EncoderName | None, trust_calibration: bool
+) -> Model:
     """The model folded and fake-quantized as the file says, or with another encoder; as it is without a file."""
     if allocation is None:
         return model
     loaded = Allocation.load(allocation, model)
-    params = fake_quantize(model, loaded, recorded_encoder(allocation, model, encoder))
+    rounding = recorded_encoder(allocation, model, encoder, trust_calibration=trust_calibration)
+    params = fake_quantize(model, loaded, rounding)
     return dataclasses.replace(refold(model, loaded.folding), params=params)
 
 
@@ -172,7 +189,7 @@ def _check_unseen(metadata: Metadata, allocation: str | Path | None, data: str, 
         return
     seen = {"the file": calibration_text(metadata)}
     if allocation and (how := read_saved(allocation).get("calibration")):
-        seen[str(allocation)] = how.get("text") or texts.fingerprint(how["data"])
+        seen[str(allocation)] = how["text"]
     known = {name: text for name, text in seen.items() if text is not None}
     found = texts.fingerprint(data) if known else None  # a text that nobody was calibrated on is not read for this
     if named := [name for name, text in known.items() if text == found]:
@@ -206,6 +223,8 @@ def _train_policy(config: RunConfig, workdir: Path, say: Say) -> Policy:
     models = [load_model(ref, config.dtype, config.tokenizer_from, resident=False) for ref in config.models]
     for model in models:
         tokenizer_of(model)
+        for windows in (config.calibration, config.sensitivity):
+            check_context(windows.context, model.spec.context_length)
     write_bytes(workdir / CONFIG, (json.dumps(as_dict(config), indent=1) + "\n").encode())
     tasks = tuple(
         prepare_task(ref, model.in_memory(), config, workdir, say)
@@ -248,7 +267,7 @@ def claim(workdir: Path, config: RunConfig) -> None:
     check_writable(path)
     wanted = json.loads(json.dumps(as_dict(config)))
     if path.exists():
-        found = json.loads(json.dumps(as_dict(from_dict(json.loads(path.read_text(encoding="utf-8"))))))
+        found = json.loads(json.dumps(as_dict(read_config(path))))
         changed = [name for name in wanted if wanted[name] != found.get(name)]
         if changed:
             raise ValueError(
@@ -310,6 +329,11 @@ def allocate(
     return allocation
 
 
+def calibrated_on(allocation: str | Path) -> str | None:
+    """The name of the text that an allocation file was calibrated on, None where it does not say."""
+    return read_saved(allocation).get("calibration", {}).get("data")
+
+
 def _journal(output: Path, inputs: dict[str, str]) -> Journal:
     """What process 0 writes beside its output and the others read."""
     own = Journal(beside(output), inputs) if hosts.index() == 0 else Followed(beside(output))
@@ -323,13 +347,15 @@ def export(
     output: Path,
     encoder: EncoderName | None = None,
     imatrix: str | Path | None = None,
+    trust_calibration: bool = False,
 ) -> int:
     """Write the GGUF of an allocation file, rounded by `encoder` or as the file records; returns its size in bytes.
 
-    A job that was killed goes on where it was; raises `ValueError` where that had other inputs.
+    `trust_calibration` lets the file name any text to calibrate on. A job that was killed goes on where it was; raises
+    `ValueError` where that had other inputs.
     """
     loaded = Allocation.load(allocation, model)
-    rounding = recorded_encoder(allocation, model, encoder, imatrix)
+    rounding = recorded_encoder(allocation, model, encoder, imatrix, trust_calibration=trust_calibration)
     inputs = job_inputs(model) | {
         "allocation": digest(np.frombuffer(Path(allocation).read_bytes(), np.uint8)),
         "encoder": f"{rounding.effort} {rounding.compensated}",

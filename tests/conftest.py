@@ -112,3 +112,18 @@ def call(monkeypatch, capsys):
         return ended.value.code or 0, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def fails(call):
+    """Run a script that must end with exit code 1 and exactly one line, which it returns."""
+
+    def run(name, *arguments):
+        code, _, errors = call(name, *arguments)
+        assert code == 1
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, errors
+        assert "Traceback" not in errors
+        return lines[0]
+
+    return run

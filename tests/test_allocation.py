@@ -1,7 +1,9 @@
 """Sizes by hand and against written files, and what allocations refuse."""
 
+import base64
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from ramp_jax.allocation import (
 from ramp_jax.formats import LEVELS as AVAILABLE
 from ramp_jax.formats import get_format
 from ramp_jax.models import Tensor, allocatable, tensors
-from ramp_jax.models.layout import Weight
+from ramp_jax.models.layout import Weight, foldable
 from ramp_jax.models.metadata import plain, typed
 
 LEVELS = (4, 5, 8)
@@ -117,11 +119,100 @@ def test_saved_and_loaded(tmp_path, untied):
     assert [path.name for path in tmp_path.iterdir()] == ["allocation.json"]
 
 
-@pytest.mark.parametrize("content", ["not json", "{}", "[]", '{"formats": 3}', '{"formats": ["Q4_0"]}', "null", '""'])
+@pytest.mark.parametrize(
+    "content", ["not json", "{}", "[]", '{"formats": 3}', "null", '""', "", "[" * 10**5, '{"formats": NaN}', "\xff"]
+)
 def test_file_that_is_no_allocation(tmp_path, untied, content):
-    (tmp_path / "allocation.json").write_text(content)
-    with pytest.raises(ValueError, match="is not an allocation"):
+    (tmp_path / "allocation.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"json is not an allocation \(.*\); make one with launch/allocate\.py\.$"):
         Allocation.load(tmp_path / "allocation.json", untied)
+
+
+def test_allocation_that_is_not_there(tmp_path, untied):
+    for path in (tmp_path / "allocation.json", tmp_path, Path("/dev/null")):
+        with pytest.raises(FileNotFoundError, match=rf"{path} is no file, where an allocation was expected; make one"):
+            Allocation.load(path, untied)
+
+
+HOW = {"data": "builtin", "context": 24, "count": 2, "text": 64 * "a", "tokens": 64 * "b"}
+
+
+@pytest.fixture
+def written(tmp_path, untied):
+    """What a file of an allocation holds, and the file; with scales of folding and a calibration record."""
+    folding = {name: np.linspace(0.5, 2, a.width, dtype=np.float32) for name, a in foldable(untied.spec).items()}
+    made = dataclasses.replace(from_levels(untied, [4] * 23), folding=folding, calibration=HOW)
+    path = tmp_path / "allocation.json"
+    made.save(path, encoder="best", budget_bytes=123)
+    return json.loads(path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "cause"),
+    [
+        ("formats", ["Q4_0"], r"formats is \['Q4_0'\], expected an object"),
+        ("formats output.weight", ["Q4_0"], r"formats.output.weight is \['Q4_0'\], expected a text"),
+        ("formats output.weight", "INT4_G128", "formats.output.weight is 'INT4_G128', expected one of F32, F16, BF16"),
+        ("formats output.weight", "Q4_K", "Q4_K holds rows of a multiple of 256 weights, not 64"),
+        ("encoder", "worst", "encoder is 'worst', expected reference or best or compensated"),
+        ("budget_bytes", -1, "budget_bytes is -1, expected a number from 1 to"),
+        ("model", "a\x1b[2J", "expected a text that can be printed"),
+        ("more", 1, "it has no field 'more', there are model, budget_bytes, encoder, "),
+        ("calibration", {}, "calibration lacks the field 'data'"),
+        ("calibration", "builtin", "calibration is 'builtin', expected an object"),
+        ("calibration count", 0, "calibration.count is 0, expected a number from 1 to"),
+        ("calibration count", 2.0, "calibration.count is 2.0, expected a whole number"),
+        ("calibration context", 257, "it was calibrated on windows of 257 tokens, and the model was made for 256"),
+        ("calibration data", None, "calibration.data is None, expected a text"),
+        ("calibration text", 64 * "g", "calibration.text is .*, expected 64 hex digits"),
+        ("folding", [], r"folding is \[\], expected an object"),
+        ("folding head_in", "AAAA", "the folding names head_in, which the model has not"),
+        ("folding blk.0.attn_in", "*", "the folding of blk.0.attn_in is no base64 of float32"),
+        ("folding blk.0.attn_in", np.ones(63), "the folding of blk.0.attn_in has 63 scales, expected 64"),
+        *(
+            (
+                "folding blk.0.attn_in",
+                np.full(64, odd),
+                "the folding of blk.0.attn_in has scales that are not numbers from",
+            )
+            for odd in (0, -1, np.nan, np.inf, 1e-30, 1e30)
+        ),
+    ],
+)
+def test_field_of_an_allocation_that_does_not_serve(untied, written, part, value, cause):
+    """The file is blamed, not the model; also where it has no digest."""
+    content, path = written
+    del content["sha256"]
+    field, _, key = part.partition(" ")
+    if isinstance(value, np.ndarray):
+        value = base64.b64encode(value.astype("<f4").tobytes()).decode()
+    content[field] = content[field] | {key: value} if key else value
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=rf"^{path} is not an allocation.* \(.*{cause}.*\); make one with launch/allocate"
+    ):
+        Allocation.load(path, untied)
+
+
+def test_allocation_that_was_changed_says_how_to_go_on(untied, written):
+    """Scales that changed places fit everywhere; so do formats, which who edits them means."""
+    content, path = written
+    assert Allocation.load(path, untied).formats["output.weight"] == "IQ4_NL"
+    path.write_text(json.dumps(dict(reversed(content.items()))))
+    Allocation.load(path, untied)
+    folding, formats = content["folding"], content["formats"]
+    attn, ffn = "blk.0.attn_in", "blk.0.ffn_in"
+    folding[attn] = base64.b64encode(np.linspace(2, 0.5, 64, dtype="<f4").tobytes()).decode()
+    for change in (
+        {"folding": folding | {attn: folding[ffn], ffn: folding[attn]}},
+        {"formats": formats | {"output.weight": "Q8_0"}},
+    ):
+        path.write_text(json.dumps(content | change))
+        sentence = "json is not as it was written, .* delete the line of its sha256 where you changed it yourself"
+        with pytest.raises(ValueError, match=sentence):
+            Allocation.load(path, untied)
+    path.write_text(json.dumps({name: value for name, value in (content | change).items() if name != "sha256"}))
+    assert Allocation.load(path, untied).formats["output.weight"] == "Q8_0"
 
 
 def test_allocation_of_another_model(untied, tied, tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,9 +13,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from ramp_jax import checkpoint
-from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict
+from ramp_jax.config import RunConfig, WindowsConfig, as_dict, from_dict, read_config
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import TrainConfig
+from ramp_jax.refs.make import PretrainConfig
 
 
 class State(NamedTuple):
@@ -106,18 +109,62 @@ def test_missing_fields_keep_their_defaults():
 
 
 @pytest.mark.parametrize(
-    ("values", "name"), [({"sed": 1}, "sed"), ({"train": {"sac": {"lr": 1}}}, "lr"), ({"calibration": {"n": 1}}, "n")]
+    ("values", "sentence"),
+    [
+        ({"sed": 1}, "it has no field 'sed', the nearest is 'seed'"),
+        ({"train": {"sac": {"lr": 1}}}, "train.sac has no field 'lr', there are hidden, learning_rate, "),
+        ({"calibration": {"n": 1}}, "calibration has no field 'n', there are data, context, count"),
+        ({"train": {"evaluator": "oracle"}}, "train.evaluator is 'oracle', expected surrogate or perplexity or mixed"),
+        ({"sensitivity_method": "guess"}, "sensitivity_method is 'guess', expected exact or fisher"),
+        ({"dtype": "int8"}, "dtype is 'int8', expected auto or stored or float32 or bfloat16 or float16"),
+        ({"models": []}, "models is \\[\\], expected at least one model, none of them twice"),
+        ({"models": ["a/x", "b/x"]}, "expected at least one model, none of them twice"),
+        ({"models": "abc"}, "models is 'abc', expected a list"),
+        ({"levels": [5, 4]}, r"levels is \[5, 4\], expected increasing levels among 2, 3, 4, 4.5, 5, 6, 8"),
+        ({"levels": [4, 7]}, "expected increasing levels among"),
+        ({"levels": []}, "expected increasing levels among"),
+        ({"levels": [4, "5"]}, r"levels\[1\] is '5', expected a finite number"),
+        ({"fold_level": 10**400}, r"fold_level is 1000*\.\.\.0*, expected a finite number"),
+        ({"seed": True}, "seed is True, expected a whole number"),
+        ({"seed": -1}, "seed is -1, expected a number from 0 to 2,147,483,647"),
+        ({"calibration": 3}, "calibration is 3, expected an object"),
+        ({"calibration": {"count": 0}}, "calibration.count is 0, expected a number from 1 to"),
+        ({"calibration": {"data": "a\x1b[2J"}}, "calibration.data is .* expected a text that can be printed"),
+        ({"train": {"shift": float("nan")}}, "train.shift is nan, expected a finite number"),
+        ({"train": {"sac": {"learning_rate": 0}}}, "train.sac.learning_rate is 0, expected a finite number above 0"),
+        ({"train": {"sac": {"hidden": [0]}}}, r"train.sac.hidden\[0\] is 0, expected a number from 1 to 65,536"),
+        ({"train": {"narrowed": 1.5}}, "train.narrowed is 1.5, expected a number from 0 to 1"),
+        ({"train": {"soft": 1}}, "train.soft is 1, expected true or false"),
+        ({1: 1}, "it has no field 1"),
+    ],
 )
-def test_unknown_field_is_named(values, name):
-    with pytest.raises(ValueError, match=f"the config has no '{name}'; it has "):
+def test_field_that_does_not_serve_is_named(values, sentence):
+    with pytest.raises(ValueError, match=f"^the config does not serve: .*{sentence}.*; change it there or with --conf"):
         from_dict(values)
 
 
-def test_unknown_evaluator_is_named():
-    with pytest.raises(ValueError, match="evaluator is 'oracle'; choose surrogate, perplexity, mixed"):
-        from_dict({"train": {"evaluator": "oracle"}})
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"[" * 100_000, "RecursionError: maximum recursion depth exceeded"),
+        (b"\xff{}", "'utf-8' codec can't decode byte 0xff"),
+        (b'{"seed": NaN}', "NaN is no number of JSON"),
+        (b'{"seed": 1, "seed": 2}', "'seed' is there twice"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b'{"seed": 1e999}', "seed is inf, expected a whole number"),
+        (b"null", "it is None, expected an object"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_config_of_a_run_that_is_damaged(tmp_path, content, cause):
+    (tmp_path / "config.json").write_bytes(content)
+    sentence = rf"config.json is not the config of a run \({cause}.*\); choose another --workdir, or delete it and"
+    with pytest.raises(ValueError, match=sentence):
+        read_config(tmp_path / "config.json")
 
 
-def test_unknown_sensitivity_method_is_named():
-    with pytest.raises(ValueError, match="sensitivity_method is 'guess'; choose exact or fisher"):
-        from_dict({"sensitivity_method": "guess"})
+def test_every_config_of_the_project_comes_in():
+    for path in (Path(__file__).parent.parent / "configs").glob("*.py"):
+        values = runpy.run_path(str(path))["get_config"]().to_dict()
+        cls = PretrainConfig if "decoder" in values else RunConfig
+        assert as_dict(from_dict(values, cls)) == values

@@ -150,19 +150,62 @@ def test_imatrix_of_another_model(untied, importance, tmp_path):
 def test_imatrix_that_is_damaged(untied, importance, tmp_path):
     path = write_dat(tmp_path / "imatrix.dat", importance)
     path.write_bytes(path.read_bytes()[:-900])
-    with pytest.raises(ValueError, match=r"is no importance matrix of llama\.cpp"):
+    with pytest.raises(ValueError, match=r"is not an importance matrix of llama\.cpp"):
         read_imatrix(path, untied.spec)
     bad = {**importance, "blk.1.attn_q.weight": np.full(64, np.nan)}
     with pytest.raises(ValueError, match=r"negative or non-finite value for blk\.1\.attn_q\.weight"):
         read_imatrix(write_dat(path, bad), untied.spec)
+    for change, cause in (
+        (lambda raw: raw + b"more", "bytes are left at its end"),
+        (lambda raw: struct.pack("<i", 2**31 - 1) + raw[4:], "ends too early"),
+        (lambda raw: raw[:4] + struct.pack("<i", 2**31 - 1) + raw[8:], "ends too early"),
+        (lambda raw: raw[:4] + struct.pack("<i", -5) + raw[8:], "ends too early, or has a part of no size"),
+        (lambda raw: raw[:8] + b"\xff" + raw[9:], "can't decode byte"),
+    ):
+        path.write_bytes(change(write_dat(path, importance).read_bytes()))
+        with pytest.raises(ValueError, match=rf"imatrix.dat is not an importance matrix of llama.cpp \(.*{cause}"):
+            read_imatrix(path, untied.spec)
     write_imatrix(tmp_path / "empty.gguf", {}, "builtin", 1, 1)
-    with pytest.raises(ValueError, match=r"holds no tensor that ends in \.in_sum2"):
+    with pytest.raises(ValueError, match=r"it has no values for blk\.0\.attn_q\.weight, this model needs 64"):
         read_imatrix(tmp_path / "empty.gguf", untied.spec)
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"),
+    [
+        ({".counts": np.full((1, 1), np.nan, np.float32)}, "it has nan tokens for blk.0.attn_q.weight"),
+        ({".counts": np.full((1, 1), -1, np.float32)}, "it has -1.0 tokens for blk.0.attn_q.weight"),
+        ({".counts": np.ones((2, 1), np.float32)}, "sums and counts of several matrices"),
+        ({".counts": None}, "it has no blk.0.attn_q.weight.counts of F32"),
+        ({".in_sum2": None}, "it has no blk.0.attn_q.weight.in_sum2 of F32"),
+        ({".in_sum2": np.ones((1, 64), np.float16)}, "it has no blk.0.attn_q.weight.in_sum2 of F32"),
+        ({".in_sum2": np.ones((2, 32), np.float32)}, "sums and counts of several matrices"),
+        ({".in_sum2": np.full((1, 64), -1, np.float32)}, "a negative or non-finite value for blk.0.attn_q.weight"),
+    ],
+)
+def test_imatrix_whose_tensors_do_not_serve(untied, importance, tmp_path, changed, cause):
+    path, name = tmp_path / "imatrix.gguf", "blk.0.attn_q.weight"
+    write_imatrix(path, importance, "builtin", 3, 24)
+    stored = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+    stored |= {name + part: value for part, value in changed.items()}
+    writer = gguf.GGUFWriter(path, "imatrix")
+    for key, value in stored.items():
+        if value is not None:
+            writer.add_tensor(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        ValueError, match=rf"imatrix.gguf is not an importance matrix of llama.cpp \(.*{cause}.*\); make"
+    ):
+        read_imatrix(path, untied.spec)
 
 
 def test_encoder_of_an_allocation_file(untied, windows, importance, allocation, tmp_path):
     path = tmp_path / "alloc.json"
-    calibration = {"data": "builtin", "context": 24, "count": 3, "text": data.fingerprint("builtin")}
+    known = {"text": data.fingerprint("builtin"), "tokens": digest(windows)}
+    calibration = {"data": "builtin", "context": 24, "count": 3, **known}
     dataclasses.replace(allocation, calibration=calibration).save(path, encoder="best")
     found = recorded_encoder(path, untied)
     assert (found.effort, found.compensated) == ("best", False)
@@ -184,10 +227,8 @@ def test_encoder_of_an_allocation_file(untied, windows, importance, allocation, 
         recorded_encoder(path, untied, "reference", imatrix)
     with pytest.raises(ValueError, match="no tokenizer, so the calibration text cannot be read; pass --imatrix"):
         recorded_encoder(path, dataclasses.replace(untied, tokenizer=None))
-    same = {**calibration, "tokens": digest(windows)}
-    dataclasses.replace(allocation, calibration=same).save(path, encoder="best")
-    assert recorded_encoder(path, untied).effort == "best"
-    dataclasses.replace(allocation, calibration=same | {"tokens": digest(windows + 1)}).save(path, encoder="best")
+    other = calibration | {"tokens": digest(windows + 1)}
+    dataclasses.replace(allocation, calibration=other).save(path, encoder="best")
     with pytest.raises(ValueError, match=r"the tokens of 'builtin' are not those .* with --tokenizer_from"):
         recorded_encoder(path, untied)
     calibration = {**calibration, "text": data.fingerprint("stdlib:json")}

@@ -68,26 +68,88 @@ def test_shipped_policy_says_what_it_was_trained_to():
 
 def test_policy_of_another_embedding_is_refused(tmp_path):
     dataclasses.replace(policy_of(0), embedding_version=embedding.VERSION + 1).save(tmp_path)
-    with pytest.raises(ValueError, match=rf"version {embedding.VERSION + 1} of the embedding, .* train it again\.$"):
+    sentence = rf"version {embedding.VERSION + 1} of the embedding, .*\); delete it and train it again\.$"
+    with pytest.raises(ValueError, match=sentence):
         load_policy(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "other", "lacking"])
-def test_damaged_policy_is_refused(tmp_path, damage):
+def with_leaf(actor, path, change):
+    """The tree with `change(leaf)` in place of one leaf."""
+    first, *rest = path
+    return {**actor, first: with_leaf(actor[first], rest, change) if rest else change(actor[first])}
+
+
+NO_NETWORK = "it is no network of the 20 numbers that this program shows it"
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda known: {"a": 1}, "it has no field 'a'"),
+        (lambda known: [known], "expected an object"),
+        (lambda known: {k: v for k, v in known.items() if k != "fold_level"}, "it lacks the field 'fold_level'"),
+        (lambda known: known | {"levels": [4, 8, 5]}, r"levels is \[4, 8, 5\], expected increasing levels"),
+        (lambda known: known | {"levels": [4, 5, "8"]}, r"levels\[2\] is '8', expected a finite number"),
+        (lambda known: known | {"levels": [4, 5, float("nan")]}, r"levels\[2\] is nan, expected a finite number"),
+        (lambda known: known | {"levels": 4}, "levels is 4, expected a list"),
+        (lambda known: known | {"levels": [4, 5]}, "no network of the 19 numbers"),
+        (lambda known: known | {"fold_level": float("inf")}, "fold_level is inf, expected a finite number"),
+        (lambda known: known | {"fold_level": "4"}, "fold_level is '4', expected a finite number"),
+        (lambda known: known | {"hidden": [0]}, r"hidden\[0\] is 0, expected a number from 1 to 65,536"),
+        (lambda known: known | {"hidden": [1] * 10**5}, "at most 16 widths of layers"),
+        (lambda known: known | {"hidden": [65536] * 16}, NO_NETWORK),
+        (lambda known: known | {"hidden": []}, NO_NETWORK),
+        (lambda known: known | {"trained_on": "tiny"}, "trained_on is 'tiny', expected a list"),
+        (lambda known: known | {"embedding_version": None}, "embedding_version is None, expected a whole number"),
+        (lambda known: known | {"actor": {}}, NO_NETWORK),
+        (lambda known: known | {"actor": known["actor"] | {"more": None}}, "it has empty parts"),
+        (lambda known: known | {"actor": known["actor"] | {"more": {}}}, "it has empty parts"),
+        (lambda known: known | {"actor": with_leaf(known["actor"], ["trust"], lambda _: 1.0)}, f"trust {NO_NETWORK}"),
+        (lambda known: known | {"actor": with_leaf(known["actor"], ["trust"], lambda w: w[None])}, NO_NETWORK),
+        (
+            lambda known: known | {"actor": known["actor"] | {"more": np.ones(1, np.float32)}},
+            f"by its more {NO_NETWORK}",
+        ),
+        (
+            lambda known: (
+                known | {"actor": with_leaf(known["actor"], ["head", "bias"], lambda w: w.astype(np.float16))}
+            ),
+            f"by its head.bias {NO_NETWORK}",
+        ),
+        (
+            lambda known: known | {"actor": with_leaf(known["actor"], ["head", "bias"], lambda w: w * np.nan)},
+            "its head.bias is not finite",
+        ),
+    ],
+)
+def test_policy_that_does_not_serve_is_refused(tmp_path, change, cause):
+    """When it is loaded, not when it is applied; also where the file's own digest was left out."""
     policy_of(0).save(tmp_path)
     path = tmp_path / POLICY_FILE
-    content = path.read_bytes()
-    known = serialization.msgpack_restore(content)
-    path.write_bytes(
-        {
-            "empty": b"",
-            "cut": content[: len(content) // 2],
-            "text": b"policy",
-            "other": serialization.msgpack_serialize({"a": 1}),
-            "lacking": serialization.msgpack_serialize({k: v for k, v in known.items() if k != "fold_level"}),
-        }[damage]
-    )
-    with pytest.raises(ValueError, match=r"policy\.msgpack is damaged .* train the policy again"):
+    known = serialization.msgpack_restore(path.read_bytes())
+    del known["sha256"]
+    path.write_bytes(serialization.msgpack_serialize(change(known)))
+    sentence = rf"policy\.msgpack is not a policy of this program \(.*{cause}.*\); delete it and train it again"
+    with pytest.raises(ValueError, match=sentence):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (lambda content: b"", "Unpack failed: incomplete input"),
+        (lambda content: content[: len(content) // 2], "incomplete"),
+        (lambda content: b"policy", "unpack"),
+        (lambda content: content[:400] + bytes([content[400] ^ 1]) + content[401:], "its sha256 is another"),
+        (lambda content: b"\x91" * 10**5, ""),
+    ],
+)
+def test_damaged_policy_is_refused(tmp_path, damage, cause):
+    policy_of(0).save(tmp_path)
+    path = tmp_path / POLICY_FILE
+    path.write_bytes(damage(path.read_bytes()))
+    sentence = rf"policy\.msgpack is not a policy of this program \(.*{cause}.*\); delete it and train it again"
+    with pytest.raises(ValueError, match=sentence):
         load_policy(tmp_path)
 
 
@@ -208,8 +270,9 @@ def test_what_is_left_is_spent_where_it_saves_most():
 def test_policy_of_another_observation_is_refused(tmp_path):
     actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), 15)
     dataclasses.replace(policy_of(0), actor=actor).save(tmp_path)
-    sentence = "is no network of the 20 numbers that this program shows it; delete .* and train it again"
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(
+        ValueError, match=rf"by its hidden.0.linear.kernel {NO_NETWORK}\); delete it and train it again"
+    ):
         load_policy(tmp_path)
 
 

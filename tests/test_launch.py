@@ -83,21 +83,6 @@ def killed(step, cache, name, *arguments):
     assert step.exists()
 
 
-@pytest.fixture
-def fails(call):
-    """Run a script that must end with exit code 1 and exactly one line, which it returns."""
-
-    def run(name, *arguments):
-        code, _, errors = call(name, *arguments)
-        assert code == 1
-        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, errors
-        assert "Traceback" not in errors
-        return lines[0]
-
-    return run
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Files of a run that went the whole way, and what its scripts printed."""
@@ -609,6 +594,9 @@ def test_flags_that_are_wrong(fails, allocate, whole, tmp_path):
     for wrong, nearest in {"sed": "seed", "train.iteration": "train.iterations", "seed.x": "seed"}.items():
         error = fails("train", f"--config={whole.config}", workdir, f"--config.{wrong}=1")
         assert f"has no {wrong}; the nearest that it has is --config.{nearest}." in error
+    assert "index out of range" in fails("train", f"--config={whole.config}", workdir, "--config.models[9]=x")
+    sentence = "levels is (4, 4), expected increasing levels among 2, 3, 4"
+    assert sentence in fails("train", f"--config={whole.config}", workdir, "--config.levels=(4,4)")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -658,6 +646,11 @@ def test_report_and_comparison_before_their_time(fails, whole, tmp_path):
     assert "is not the workdir of a training run" in fails("compare", f"--workdir={tmp_path}", *files)
     missing = (f"--allocation={whole.allocation}", f"--gguf={tmp_path / 'nowhere.gguf'}")
     assert "write it with launch/export_gguf.py" in fails("compare", f"--workdir={whole.workdir}", *missing, *WINDOWS)
+    other = tmp_path / "other.json"
+    saved = {name: value for name, value in read_saved(whole.allocation).items() if name != "sha256"}
+    other.write_text(json.dumps(saved | {"model": "somewhere/else"}))
+    named = (f"--workdir={whole.workdir}", f"--allocation={other}", f"--gguf={whole.exported}")
+    assert "was made for somewhere/else, and the run learned on" in fails("compare", *named, *WINDOWS)
 
 
 def test_comparison_of_a_file_that_is_not_the_allocation_s(fails, whole, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import zipfile
 
 import chex
 import jax
@@ -234,8 +235,76 @@ def test_other_method_and_other_version_are_named(untied, windows, saved, monkey
 @pytest.mark.parametrize("content", [b"", b"not an archive"])
 def test_file_that_is_no_table(tmp_path, content):
     (tmp_path / "table.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"table.npz is no sensitivity table of this version; delete it"):
+    with pytest.raises(ValueError, match=r"table.npz is not a sensitivity table of version 2 .*; delete what is there"):
         Sensitivity.load(tmp_path / "table.npz")
+
+
+def archive(path, parts, how=zipfile.ZIP_STORED):
+    """An archive of bytes by name."""
+    with zipfile.ZipFile(path, "w", how) as file:
+        for name, content in parts:
+            file.writestr(name, content)
+
+
+class Planted:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"),
+    [
+        ({"kld": np.ones((2, 3))}, "kld and floor are no float64 of 2 tensors at 2 levels"),
+        ({"kld": np.ones((2, 2), np.float32)}, "kld and floor are no float64 of 2 tensors at 2 levels"),
+        ({"floor": np.ones(3)}, "kld and floor are no float64 of 2 tensors at 2 levels"),
+        ({"kld": np.full((2, 2), np.inf)}, "kld or floor hold infinite or negative numbers"),
+        ({"kld": np.full((2, 2), -1.0)}, "kld or floor hold infinite or negative numbers"),
+        ({"floor": np.full(2, -1.0)}, "kld or floor hold infinite or negative numbers"),
+        ({"levels": np.asarray([8, 4])}, r"levels is \[8, 4\], expected increasing levels"),
+        ({"levels": np.asarray(4)}, "levels is 4, expected a list"),
+        ({"tensors": np.asarray(["a", "a"])}, "expected different names, at least one"),
+        ({"tensors": np.asarray([1, 2])}, "expected a list"),
+        ({"seconds": np.asarray(np.nan)}, "seconds is nan, expected a finite number"),
+        ({"inputs": np.asarray("[]")}, r"it is \[\], expected an object"),
+        ({"inputs": np.asarray("[" * 10**5)}, "RecursionError"),
+        ({"inputs": np.asarray(Planted(), object)}, "does not fill its part of the file|OBJECT"),
+        ({"seconds": None}, "it lacks the field 'seconds'"),
+        ({"more": np.ones(1)}, "it has 'more' twice, or in vain"),
+    ],
+)
+def test_table_that_does_not_serve_is_refused(tmp_path, changed, cause):
+    path = tmp_path / "table.npz"
+    Sensitivity(("a", "b"), (4, 8), np.ones((2, 2)), np.zeros(2), 1.0, {"windows": "abc"}).save(path)
+    with np.load(path) as saved:
+        members = {name: saved[name] for name in saved.files} | changed
+    with path.open("wb") as file:
+        np.savez(file, **{name: value for name, value in members.items() if value is not None})
+    with pytest.raises(
+        ValueError, match=rf"table.npz is not a sensitivity table of version 2 \(.*({cause}).*\); delete"
+    ):
+        Sensitivity.load(path)
+
+
+def test_archive_that_promises_more_than_it_holds(tmp_path):
+    """Sizes are believed neither of the archive nor of an array, before anything of that size is made."""
+    path = tmp_path / "table.npz"
+    Sensitivity(("a",), (4, 8), np.ones((1, 2)), np.zeros(1)).save(path)
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    kld = parts["kld.npy"]
+    for content, how, cause in (
+        (kld.replace(b"(1, 2), }   ", b"(9999, 2), }"), zipfile.ZIP_STORED, "does not fill its part"),
+        (kld + bytes(1 << 20), zipfile.ZIP_DEFLATED, "is not stored as NumPy does"),
+    ):
+        archive(path, (parts | {"kld.npy": content}).items(), how)
+        with pytest.raises(ValueError, match=rf"is not a sensitivity table .*\(.*({cause})"):
+            Sensitivity.load(path)
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        archive(path, [*parts.items(), ("kld.npy", kld)])
+    with pytest.raises(ValueError, match="it has 'kld' twice"):
+        Sensitivity.load(path)
 
 
 def test_table_saved_and_loaded(tmp_path):

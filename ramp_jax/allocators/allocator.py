@@ -105,16 +105,22 @@ def by_table(table: Sensitivity) -> Allocator:
 
     def choose(problem: Problem, budget: int) -> Actions:
         cost, _ = tables(problem)
-        model = problem.model
-        names = table.tensors if model is None else tuple(tensor.name for tensor in allocatable(model.spec))
-        if names != table.tensors or len(names) != len(cost):
-            raise ValueError(
-                f"the table was measured on another model, with {len(table.tensors)} tensors where this one has "
-                f"{len(cost)}; measure one with launch/train.py."
-            )
+        if problem.model is not None:
+            check_measured_on(table, tuple(tensor.name for tensor in allocatable(problem.model.spec)))
+        elif len(cost) != len(table.tensors):
+            check_measured_on(table, ("",) * len(cost))
         return knapsack(cost, table.kld, budget)
 
     return Allocator("knapsack", table.levels, FOLD_LEVEL, choose, sees="sizes", seconds=table.seconds)
+
+
+def check_measured_on(table: Sensitivity, names: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless a table has exactly the tensors of a model, by their `names` in forward order."""
+    if names != table.tensors:
+        raise ValueError(
+            f"the table was measured on another model, with {len(table.tensors)} tensors where this one has "
+            f"{len(names)}; measure one with launch/train.py."
+        )
 
 
 def tables(problem: Problem) -> tuple[Cost, Loss]:

@@ -6,20 +6,22 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import gguf
 import numpy as np
 from jaxtyping import Int
 
+from ramp_jax import schema
 from ramp_jax.allocation import Allocation, costs, from_levels, read_saved
+from ramp_jax.allocators.allocator import check_measured_on
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.files import write_bytes
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
-from ramp_jax.models import Model, load_model, tensors
+from ramp_jax.models import Model, allocatable, load_model, tensors
 from ramp_jax.quantization import EncoderName, calibrate, importance_of, make_encoder, refold
 from ramp_jax.quantization.encoder_factory import calibration_windows
 from ramp_jax.quantization.importance import Importance
@@ -48,6 +50,21 @@ class Row:
     ppl_llama_cpp: float | None
     kld: float
     seconds: float
+
+
+class Comparison(TypedDict):
+    """What `comparison.json` holds; `fingerprint` is of all that the rows depend on."""
+
+    fingerprint: schema.Sha256
+    budget_bytes: schema.Bytes
+    heldout_tokens: schema.Count
+    rows: tuple[Row, ...]
+
+
+def read_comparison(path: Path) -> Comparison:
+    """What `compare` wrote; raises `ValueError` where it is damaged."""
+    with schema.gate(path, "a comparison", "delete it and run launch/compare.py again"):
+        return schema.read(Comparison, schema.read_json(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +115,22 @@ def compare(
     heldout: Int[np.ndarray, "W T"],
     encoder: EncoderName | None = None,
     say: Callable[[str], None] = print,
+    *,
+    trust_calibration: bool = False,
 ) -> list[Row]:
     """Rows reference, uniform, llama.cpp's mix next below the budget, knapsack, policy; also in `comparison.json`.
 
     Uniform and knapsack share the policy's folding, calibration windows and encoder (default: what the allocation
     records), the mix has an importance matrix from the same windows; what is scored are the files. Without llama.cpp
-    its row and its column are left out. Rows that were made from the same inputs are read, not made again. Raises
-    `ValueError` where the GGUF is not the allocation's.
+    its row and its column are left out. Rows that were made from the same inputs are read, not made again.
+    `trust_calibration` is that of `calibration_windows`. Raises `ValueError` where the GGUF is not the allocation's, or
+    that does not say its budget.
     """
     ours = Allocation.load(allocation_path, model)
     _check_export(ours, gguf_path)
-    if not sensitivity_path.is_file():
-        raise FileNotFoundError(f"{sensitivity_path} does not exist; train with launch/train.py first.")
-    notes = read_saved(allocation_path)
+    table, notes = Sensitivity.load(sensitivity_path), read_saved(allocation_path)
+    if "budget_bytes" not in notes or "seconds" not in notes:
+        raise ValueError(f"{allocation_path} does not say its budget; compare what launch/allocate.py wrote.")
     encoder = encoder or notes.get("encoder", "reference")
     budget, with_llama_cpp = notes["budget_bytes"], llama_quantize.available()
     fingerprint = _fingerprint(gguf_path, [allocation_path, sensitivity_path], heldout, (encoder, with_llama_cpp))
@@ -118,7 +138,7 @@ def compare(
         say(f"{workdir / COMPARISON} already holds this comparison.")
         return known
     say(f"Comparing on {heldout.size:,} held-out tokens" + ("" if with_llama_cpp else ", without llama.cpp"))
-    calibration = calibration_windows(ours, model)
+    calibration = calibration_windows(ours, model, trust_calibration=trust_calibration, say=say)
     importance = importance_of(model.spec, calibrate(model, calibration))
     reference = reference_of(model, heldout)
     bench = Bench(model, heldout, reference, encoder, calibration, importance, EncodeCache(), workdir, with_llama_cpp)
@@ -133,7 +153,7 @@ def compare(
     if with_llama_cpp and (mix := bench.mix(source, budget)):
         name, path = mix
         rows.append(bench.row(f"llama.cpp {name} + imatrix", path, time.monotonic() - started))
-    best, seconds = _knapsack(folded, Sensitivity.load(sensitivity_path), budget)
+    best, seconds = _knapsack(folded, table, budget)
     rows.append(bench.row("knapsack", bench.export(best, f"knapsack-{budget}"), seconds))
     rows.append(bench.row(_who(notes), gguf_path, notes["seconds"]))
     content = {
@@ -165,8 +185,8 @@ def _stored(path: Path, fingerprint: str) -> list[Row] | None:
     """The rows of an earlier comparison of the same inputs."""
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return [Row(**row) for row in content["rows"]] if content["fingerprint"] == fingerprint else None
+    known = read_comparison(path)
+    return list(known["rows"]) if known["fingerprint"] == fingerprint else None
 
 
 def _check_export(allocation: Allocation, path: Path) -> None:
@@ -183,6 +203,7 @@ def _check_export(allocation: Allocation, path: Path) -> None:
 def _knapsack(model: Model, table: Sensitivity, budget_bytes: int) -> tuple[Allocation, float]:
     """The best allocation by the sensitivity table, and the seconds that table and search took."""
     started = time.monotonic()
+    check_measured_on(table, tuple(tensor.name for tensor in allocatable(model.spec)))
     sizes = costs(model, table.levels)
     actions = knapsack(sizes.in_units, table.kld, sizes.units(budget_bytes))
     allocation = from_levels(model, [table.levels[a] for a in actions])

@@ -31,7 +31,8 @@ def torch_model(model: Model) -> "PreTrainedModel":
     family = getattr(transformers, model.spec.family.hf)
     with tempfile.TemporaryDirectory() as folder:
         path = save_model(dataclasses.replace(model, tokenizer=None), Path(folder) / "model", "float32")
-        made, found = family.from_pretrained(path, dtype="float32", output_loading_info=True)
+        how = {"dtype": "float32", "output_loading_info": True, "trust_remote_code": False}
+        made, found = family.from_pretrained(path, **how)
     if wrong := {kind: names for kind, names in found.items() if names}:
         raise RuntimeError(f"transformers' {family.__name__} has other tensors: {wrong}.")
     return made.eval()

@@ -10,7 +10,7 @@ import dataclasses
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import gguf
 import jax
@@ -37,7 +37,9 @@ from ramp_jax.models.store import StoredParams, in_memory
 from ramp_jax.models.tokenizers import name_for_llama_cpp, tokenizer_from_directory, tokenizer_from_gguf
 from ramp_jax.resources import available_memory, check_memory
 
-_DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
+"""What matrices can be asked to be in."""
+_DTYPES = get_args(Dtype)[2:]
 _RESIDENT = 0.1
 """Of the memory that is available: models up to this share are held in it, since work on them needs several times
 their size."""

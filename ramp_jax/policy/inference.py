@@ -4,14 +4,15 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-from ramp_jax.allocation import Allocation, Costs, check_budget, costs, from_levels
+from ramp_jax import schema
+from ramp_jax.allocation import Allocation, Costs, FoldLevel, Levels, check_budget, costs, from_levels
 from ramp_jax.allocators import Actions, Allocator, Problem
 from ramp_jax.allocators.allocator import (
     RULES,
@@ -25,6 +26,7 @@ from ramp_jax.allocators.allocator import (
     tables,
 )
 from ramp_jax.allocators.tables import exchange, fill
+from ramp_jax.checkpoint import digest
 from ramp_jax.files import write_bytes
 from ramp_jax.formats import LEVELS, get_format
 from ramp_jax.halo import llama_quantize
@@ -59,16 +61,28 @@ class Policy:
     embedding_version: int = embedding.VERSION
 
     def save(self, folder: str | Path) -> None:
-        """Write `policy.msgpack` into `folder`."""
+        """Write `policy.msgpack` into `folder`, the fields of `_Saved`."""
         content = {**vars(self), "actor": jax.tree.map(np.asarray, self.actor)}
-        tuples = {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
-        write_bytes(Path(folder) / POLICY_FILE, serialization.msgpack_serialize(content | tuples))
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
+        write_bytes(Path(folder) / POLICY_FILE, serialization.msgpack_serialize(plain | {"sha256": digest(plain)}))
 
     def allocator(self) -> Allocator:
         """The policy as one way of choosing among others."""
         name = f"policy trained on {' '.join(self.trained_on)}"
         chosen, drawn = functools.partial(choose, self), functools.partial(draw, self)
         return Allocator(name, self.levels, self.fold_level, chosen, draw=drawn)
+
+
+class _Saved(TypedDict):
+    """What a policy's file holds; `sha256` is the digest of all other fields."""
+
+    actor: Any
+    hidden: networks.Widths
+    levels: Levels
+    fold_level: FoldLevel
+    trained_on: tuple[schema.Name, ...]
+    embedding_version: int
+    sha256: NotRequired[schema.Sha256]
 
 
 def load_policy(source: str | Path) -> Policy:
@@ -80,31 +94,39 @@ def load_policy(source: str | Path) -> Policy:
     path = source / POLICY_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{source} holds no {POLICY_FILE}; train one with launch/train.py --workdir={source}.")
-    try:
-        content = serialization.msgpack_restore(path.read_bytes())
-        tuples = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-        values: dict[str, Any] = {**content, **tuples, "actor": jax.tree.map(jnp.asarray, content["actor"])}
-        policy = Policy(**values)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); train the policy again.") from error
-    if policy.embedding_version != embedding.VERSION:
-        raise ValueError(
-            f"the policy in {source} was trained on version {policy.embedding_version} of the embedding, this program "
-            f"computes version {embedding.VERSION}; train it again."
-        )
-    shown = len(embedding.NAMES) + CONTEXT + len(policy.levels)
-    network = networks.actor(policy.hidden, len(policy.levels))
+    with schema.gate(path, "a policy of this program", "delete it and train it again"):
+        content = serialization.msgpack_restore(schema.content(path))
+        saved: _Saved = schema.read(_Saved, content)
+        if saved["embedding_version"] != embedding.VERSION:
+            raise ValueError(
+                f"it was trained on version {saved['embedding_version']} of the embedding, this program computes "
+                f"version {embedding.VERSION}"
+            )
+        if saved.pop("sha256", found := digest({**content, "sha256": None})) != found:
+            raise ValueError("it is not as it was written, its sha256 is another")
+        _check_actor(saved["actor"], saved["hidden"], len(saved["levels"]))
+        return Policy(**{**saved, "actor": jax.tree.map(jnp.asarray, saved["actor"])})
+
+
+def _check_actor(actor: Any, hidden: tuple[int, ...], n_levels: int) -> None:
+    """Raise `ValueError` unless these are the finite f32 weights of an actor that sees what this program shows."""
+    shown = len(embedding.NAMES) + CONTEXT + n_levels
+    network = networks.actor(hidden, n_levels)
     expected = jax.eval_shape(lambda: network.init(jax.random.key(0), shown))
-    if _shapes(policy.actor) != _shapes(expected):
-        raise ValueError(
-            f"the policy in {source} is no network of the {shown} numbers that this program shows it; "
-            f"delete {path} and train it again."
-        )
-    return policy
+    found, wanted = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (actor, expected))
+    for path in wanted | found:
+        have, want = found.get(path), wanted.get(path)
+        fits = want is not None and isinstance(have, np.ndarray)
+        if not fits or (have.shape, have.dtype) != (want.shape, want.dtype):
+            raise ValueError(f"by its {_name(path)} it is no network of the {shown} numbers that this program shows it")
+        if not np.isfinite(have).all():
+            raise ValueError(f"its {_name(path)} is not finite")
+    if jax.tree.structure(actor) != jax.tree.structure(expected):
+        raise ValueError("it has empty parts beside those of a network")
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def problem(

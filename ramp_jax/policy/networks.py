@@ -9,17 +9,22 @@ A network here is two pure functions; its parameters are nested dictionaries of 
 
 import dataclasses
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from ramp_jax.schema import Check, within
+
 CRITICS = 2
 _ACTOR_TRUST = 3.0  # logits per unit of compressed regret; enough to prefer, and to try others still
 _MASKED = -1e9  # logit of an invalid action; finite, so that no gradient becomes NaN
 
+Widths = Annotated[
+    tuple[Annotated[int, within(1, 2**16)], ...], Check(lambda widths: len(widths) <= 16, "at most 16 widths of layers")
+]
 Params = dict[str, Any]
 
 

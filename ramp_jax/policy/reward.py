@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ramp_jax.policy.lagrangian import LagrangianBound, least_loss, select, unit_of_loss
+from ramp_jax.schema import NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Penalty:
     In units of q / q_ref, so small penalties are a reward that puts quality first.
     """
 
-    cliff: float = 1.0
-    c_over: float = 10.0
-    c_under: float = 0.1
+    cliff: NotNegative = 1.0
+    c_over: NotNegative = 10.0
+    c_under: NotNegative = 0.1
 
 
 NO_PENALTY = Penalty(0.0, 0.0, 0.0)

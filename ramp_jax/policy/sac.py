@@ -20,23 +20,24 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ramp_jax.policy import networks
-from ramp_jax.policy.networks import Params, masked_log_softmax
+from ramp_jax.policy.networks import Params, Widths, masked_log_softmax
 from ramp_jax.policy.replay import Batch
+from ramp_jax.schema import Count, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class SacConfig:
     """Hyperparameters of the learner. `entropy_share` is η, `target_rate` the share of new weights in the targets."""
 
-    hidden: tuple[int, ...] = (128, 128)
-    learning_rate: float = 1e-3
-    alpha_learning_rate: float = 3e-3
-    initial_alpha: float = 0.1
-    entropy_share: float = 0.1
-    discount: float = 1.0
-    target_rate: float = 0.01
-    max_grad_norm: float = 10.0
-    batch_size: int = 512
+    hidden: Widths = (128, 128)
+    learning_rate: Positive = 1e-3
+    alpha_learning_rate: Positive = 3e-3
+    initial_alpha: Positive = 0.1
+    entropy_share: Share = 0.1
+    discount: Share = 1.0
+    target_rate: Share = 0.01
+    max_grad_norm: Positive = 10.0
+    batch_size: Count = 512
 
 
 class Learner(NamedTuple):

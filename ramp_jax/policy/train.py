@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from ramp_jax.policy.reward import NO_PENALTY, Penalty
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.table_correction import Evidence, add_evidence, correct_table, empty_evidence
 from ramp_jax.progress import track
+from ramp_jax.schema import Count, NotNegative, Share
 
 Metrics = dict[str, Float[Array, " S"]]
 
@@ -45,23 +46,19 @@ class TrainConfig:
     the paper; scores and allocations are masked all the same.
     """
 
-    iterations: int = 150
-    episodes: int = 16
-    updates: int = 32
-    replay_iterations: int = 64
-    seeds: int = 2
-    log_every: int = 10
+    iterations: Count = 150
+    episodes: Count = 16
+    updates: Count = 32
+    replay_iterations: Count = 64
+    seeds: Count = 2
+    log_every: Count = 10
     potential: bool = True
-    narrowed: float = 0.0
-    shift: float = 0.0
+    narrowed: Share = 0.0
+    shift: NotNegative = 0.0
     soft: bool = False
     penalty: Penalty = dataclasses.field(default_factory=Penalty)
     evaluator: Evaluator = "surrogate"
     sac: SacConfig = dataclasses.field(default_factory=SacConfig)
-
-    def __post_init__(self) -> None:
-        if self.evaluator not in (known := get_args(Evaluator)):
-            raise ValueError(f"evaluator is {self.evaluator!r}; choose {', '.join(known)}.")
 
 
 PROBES = 8

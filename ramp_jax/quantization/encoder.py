@@ -4,19 +4,19 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ramp_jax.allocation import EncoderName
 from ramp_jax.formats.check import EncodeCache, checked_encode
 from ramp_jax.formats.registry import Effort
 from ramp_jax.models import Model, Tensor, lookup
 from ramp_jax.quantization.importance import Importance, folded
 
-EncoderName = Literal["reference", "best", "compensated"]
 DEFAULT_ENCODER: EncoderName = "compensated"
 """For new allocations; those that record none were made for ggml's own bytes."""
 

@@ -1,5 +1,6 @@
 """Encoders fed with what calibration saw: by name for a model and windows, or as an allocation file records them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -35,13 +36,19 @@ def make_encoder(
 
 
 def recorded_encoder(
-    path: str | Path, model: Model, name: EncoderName | None = None, imatrix: str | Path | None = None
+    path: str | Path,
+    model: Model,
+    name: EncoderName | None = None,
+    imatrix: str | Path | None = None,
+    *,
+    trust_calibration: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Encoder:
     """The encoder that the allocation file at `path` asks for, or the one of that name.
 
-    `model` is as it was loaded. What calibration found is found again on the windows that the file records, or, for
-    `best`, read from an importance matrix of llama.cpp. Raises `ValueError` where the file does not say how it was
-    calibrated.
+    `model` is as it was loaded. What calibration found is found again on the windows that the file records (see
+    `calibration_windows`), or, for `best`, read from an importance matrix of llama.cpp. Raises `ValueError` where the
+    file does not say how it was calibrated, or names a text that it may not.
     """
     name = name or ("best" if imatrix else read_saved(path).get("encoder", "reference"))
     if imatrix is not None:
@@ -50,14 +57,18 @@ def recorded_encoder(
         return Encoder("best", read_imatrix(imatrix, model.spec))
     if name == "reference":
         return REFERENCE
-    allocation = Allocation.load(path, model)
-    return make_encoder(name, calibration_windows(allocation, model))
+    loaded = Allocation.load(path, model)
+    return make_encoder(name, calibration_windows(loaded, model, trust_calibration=trust_calibration, say=say))
 
 
-def calibration_windows(allocation: Allocation, model: Model) -> Int[np.ndarray, "W T"]:
-    """The windows that an allocation was calibrated on.
+def calibration_windows(
+    allocation: Allocation, model: Model, *, trust_calibration: bool = False, say: Callable[[str], None] = print
+) -> Int[np.ndarray, "W T"]:
+    """The windows that an allocation was calibrated on; `say` receives whose text is read, before it is.
 
-    Raises `ValueError` where it does not say, its text or tokens have changed since, or the model has no tokenizer.
+    An allocation may come from anyone, so a text that lies outside (`data.is_inside`) is read only with
+    `trust_calibration`. Raises `ValueError` where it may not be read or is not named, text or tokens have changed
+    since, or the model has no tokenizer.
     """
     how = allocation.calibration
     if not how:
@@ -66,13 +77,19 @@ def calibration_windows(allocation: Allocation, model: Model) -> Int[np.ndarray,
         )
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer, so the calibration text cannot be read; pass --imatrix=FILE.")
-    if how.get("text", found := data.fingerprint(how["data"])) != found:
+    if not (trust_calibration or data.is_inside(how["data"])):
+        raise ValueError(
+            f"the allocation asks for its calibration text {how['data']!r}, which lies outside of this folder; pass "
+            f"--trust_calibration where that may be read, else --imatrix=FILE or --encoder=reference."
+        )
+    say(f"Calibration text, as the allocation says: {how['data']}")
+    if how["text"] != data.fingerprint(how["data"]):
         raise ValueError(
             f"the text of {how['data']!r} is not the one that the allocation was calibrated on; restore it, or pass "
             f"--imatrix=FILE."
         )
     windows = data.windows(how["data"], model.tokenizer, context=how["context"], count=how["count"])
-    if how.get("tokens", found := digest(windows)) != found:
+    if how["tokens"] != digest(windows):
         raise ValueError(
             f"the tokens of {how['data']!r} are not those that the allocation was calibrated on; name the tokenizer of "
             f"that time with --tokenizer_from, or pass --imatrix=FILE."

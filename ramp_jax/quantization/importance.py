@@ -4,6 +4,7 @@ llama.cpp's importance matrix is a GGUF with Σx² and counts per tensor, or an 
 is written as the GGUF, which `llama-quantize --imatrix` takes.
 """
 
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from ramp_jax import files
+from ramp_jax import files, schema
 from ramp_jax.models import DecoderSpec, Tensor, matrices
+from ramp_jax.models.gguf_header import is_gguf
+from ramp_jax.models.gguf_source import GgufSource, open_gguf
 from ramp_jax.quantization.calibrate import Stats
 
 Importance = Mapping[str, Float[np.ndarray, " I"]]
@@ -70,70 +73,81 @@ def _write_gguf(path: Path, importance: Importance, dataset: str, chunks: int, c
 def read_imatrix(path: str | Path, spec: DecoderSpec) -> dict[str, Float[np.ndarray, " I"]]:
     """Importance from llama.cpp's file, GGUF or `.dat`.
 
-    Raises `ValueError` where the file is damaged, a value is not finite, or the first tensor that does not fit shows
-    that it was made for another model.
+    Raises `FileNotFoundError` where there is none, `ValueError` where it is damaged, a value is not finite, or the
+    first tensor that does not fit shows that it was made for another model.
     """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            found = _from_gguf(path) if file.read(4) == b"GGUF" else _from_dat(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except (ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no importance matrix of llama.cpp ({error}); make it again.") from error
+    way_out = "make an importance matrix of this model with launch/calibrate.py"
+    with schema.gate(path, "an importance matrix of llama.cpp", way_out):
+        found = _from_gguf(Path(path)) if is_gguf(Path(path)) else _from_dat(schema.content(path))
+        for name, values in found.items():
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise ValueError(f"it has a negative or non-finite value for {name}")
     wanted = {tensor.name: tensor for tensor in matrices(spec)}
     for tensor in _linears(spec):
         size = len(found[tensor.name]) if tensor.name in found else "no"
         if size != tensor.shape[-1]:
             raise ValueError(
                 f"{path} was made for another model: it has {size} values for {tensor.name}, this model needs "
-                f"{tensor.shape[-1]}; make an importance matrix of this model."
+                f"{tensor.shape[-1]}; {way_out}."
             )
     if unknown := [name for name in found if name not in wanted]:
-        raise ValueError(
-            f"{path} was made for another model: this one has no {unknown[0]}; make an importance matrix of this model."
-        )
-    for name, values in found.items():
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise ValueError(f"{path} has a negative or non-finite value for {name}; make it again.")
+        raise ValueError(f"{path} was made for another model: this one has no {unknown[0]}; {way_out}.")
     return {name: values for name, values in found.items() if wanted[name].layer is not None}
 
 
 def _from_gguf(path: Path) -> dict[str, Float[np.ndarray, " I"]]:
     """Σx² over counts; 1 where nothing was counted, as llama.cpp reads it."""
-    stored = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in gguf.GGUFReader(path).tensors}
-    names = [name.removesuffix(_SUMS) for name in stored if name.endswith(_SUMS)]
-    if not names:
-        raise ValueError("it holds no tensor that ends in .in_sum2")
+    source = open_gguf(path)
     found = {}
-    for name in names:
-        sums, count = stored[name + _SUMS].ravel(), float(stored[name + _COUNTS].ravel()[0])
-        found[name] = sums / np.float32(count) if count > 0 else np.ones_like(sums)
+    for name in sorted({name.removesuffix(_SUMS).removesuffix(_COUNTS) for name in source.shapes}):
+        rows, width = _shape(source, name + _SUMS)
+        if rows != 1 or _shape(source, name + _COUNTS) != (1, 1):
+            raise ValueError(f"{name} has sums and counts of several matrices, which a dense model has not")
+        sums, counts = (source.read(name + part, np.float32).ravel() for part in (_SUMS, _COUNTS))
+        if not 0 <= counts[0] < np.inf:
+            raise ValueError(f"it has {counts[0]} tokens for {name}")
+        found[name] = sums / counts[0] if counts[0] > 0 else np.ones(width, np.float32)
     return found
 
 
+def _shape(source: GgufSource, name: str) -> tuple[int, int]:
+    """Of a tensor of f32."""
+    shape = source.shapes.get(name, ())
+    if not shape or source.tensors[name].type != gguf.GGMLQuantizationType.F32:
+        raise ValueError(f"it has no {name} of F32")
+    return math.prod(shape[:-1]), shape[-1]
+
+
 def _from_dat(raw: bytes) -> dict[str, Float[np.ndarray, " I"]]:
-    """The older format, little-endian i32 throughout: entries; per entry name, calls, size and f32 means · calls."""
+    """The older format, little-endian i32 throughout: entries; per entry name, calls, size and f32 means · calls.
+
+    Newer ones of it end in the number of chunks and the name of a data set.
+    """
     place = 0
 
     def number() -> int:
-        nonlocal place
-        (value,) = struct.unpack_from("<i", raw, place)
-        place += 4
-        return value
+        return struct.unpack("<i", part(4))[0]
 
     def part(size: int) -> bytes:
         nonlocal place
         if not 0 < size <= len(raw) - place:
-            raise ValueError("it ends too early")
+            raise ValueError("it ends too early, or has a part of no size")
         place += size
         return raw[place - size : place]
 
-    found = {}
+    found: dict[str, Float[np.ndarray, " I"]] = {}
     for _ in range(number()):
         name, calls = part(number()).decode(), number()
         values = np.frombuffer(part(4 * number()), "<f4")
+        if name in found or calls < 0:
+            raise ValueError(f"it has {name} twice, or {calls} calls of it")
         found[name] = (values / np.float32(max(calls, 1))).astype(np.float32)
+    if place < len(raw):
+        number()
+        if (size := number()) != 0:
+            part(size)
+    if place < len(raw):
+        raise ValueError(f"{len(raw) - place:,} bytes are left at its end")
     return found
 
 

@@ -3,9 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ramp_jax import data as texts
-from ramp_jax import pretrain
+from ramp_jax import pretrain, schema
 from ramp_jax.allocation import from_levels
 from ramp_jax.config import as_dict
 from ramp_jax.files import alone_in, replacing, rows_to, write_bytes
@@ -38,17 +38,17 @@ _TOKENIZER_SHARE = 0.6  # of the text's characters, from the start: well inside 
 class DecoderConfig:
     """Sizes of a decoder of one family (see `DecoderSpec`)."""
 
-    model_type: str = "llama"
-    n_layers: int = 8
-    d_model: int = 256
-    n_heads: int = 4
-    n_kv_heads: int = 2
-    head_size: int = 64
-    d_ff: int = 768
+    model_type: schema.Name = "llama"
+    n_layers: schema.Count = 8
+    d_model: schema.Count = 256
+    n_heads: schema.Count = 4
+    n_kv_heads: schema.Count = 2
+    head_size: schema.Count = 64
+    d_ff: schema.Count = 768
     tied: bool = True
-    context_length: int = 512
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
+    context_length: schema.Count = 512
+    rope_theta: schema.Positive = 10000.0
+    norm_eps: schema.Positive = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,10 @@ class PretrainConfig:
     """
 
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
-    data: str = "stdlib"
-    vocab_size: int = 2048
-    context: int = 512
-    seed: int = 0
+    data: schema.Name = "stdlib"
+    vocab_size: schema.Count = 2048
+    context: schema.Count = 512
+    seed: Annotated[int, schema.within(0, 2**31 - 1)] = 0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
 
@@ -185,7 +185,7 @@ def _tokenizer(text: str, vocab_size: int, folder: Path, say: Callable[[str], No
         trained = train_tokenizer(text[: int(len(text) * _TOKENIZER_SHARE)], vocab_size)
         with replacing(folder, folder=True) as temporary:
             trained.save_pretrained(temporary)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def _claim(workdir: Path, wanted: dict[str, Any]) -> None:
@@ -195,7 +195,8 @@ def _claim(workdir: Path, wanted: dict[str, Any]) -> None:
     check_writable(path)
     wanted = json.loads(json.dumps(wanted))
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with schema.gate(path, "the config of a run", "choose another --workdir, or delete it"):
+            found = schema.read(Mapping[str, Any], schema.read_json(path))
         if changed := [name for name in wanted if wanted[name] != found.get(name)]:
             raise ValueError(f"{workdir} holds a run with another {changed[0]}; choose another --workdir or delete it.")
     write_bytes(path, (json.dumps(wanted, indent=1) + "\n").encode())

@@ -3,13 +3,17 @@
 import dataclasses
 import io
 import json
+import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from ramp_jax import schema
+from ramp_jax.allocation import Levels
 from ramp_jax.checkpoint import digest
 from ramp_jax.files import write_bytes
 from ramp_jax.formats import format_for
@@ -20,6 +24,25 @@ from ramp_jax.scoring.perplexity import Protocol
 
 VERSION = 2
 """Raised whenever the bytes of a format or the measure change; tables of another version are refused."""
+
+
+def _all_different(names: tuple[str, ...]) -> bool:
+    return 0 < len(set(names)) == len(names)
+
+
+_CODE = "code version"
+_NOISE = 1e-3  # nats per token; rounding makes a divergence of almost nothing negative
+
+
+class _Saved(TypedDict):
+    """What a table's file holds, arrays of text and single values as plain ones."""
+
+    tensors: Annotated[tuple[schema.Name, ...], schema.Check(_all_different, "different names, at least one")]
+    levels: Levels
+    kld: Any
+    floor: Any
+    seconds: schema.NotNegative
+    inputs: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +94,28 @@ class Sensitivity:
     def load(cls, path: str | Path) -> "Sensitivity":
         """Read a finished table; raises `ValueError` for an unfinished one or one of an older version."""
         table = cls._read(path)
+        if table.inputs.get(_CODE, str(VERSION)) != str(VERSION):
+            raise ValueError(f"{path} is of version {table.inputs[_CODE]}, not {VERSION}; delete it to measure again.")
         if not table.finished:
             raise ValueError(f"measuring {path} was stopped; run launch/train.py with its config again to go on.")
         return table
 
     @classmethod
     def _read(cls, path: str | Path) -> "Sensitivity":
-        try:
-            with np.load(path) as saved:
-                names, levels = saved["tensors"].tolist(), saved["levels"].tolist()
-                inputs, seconds = json.loads(saved["inputs"].item()), float(saved["seconds"])
-                return cls(tuple(names), tuple(levels), saved["kld"], saved["floor"], seconds, inputs)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(f"{path} is no sensitivity table of this version; delete it to measure again.") from error
+        with schema.gate(
+            path,
+            f"a sensitivity table of version {VERSION}",
+            "delete what is there and measure it with launch/train.py",
+        ):
+            saved: _Saved = schema.read(_Saved, _archive(schema.content(path)))
+            inputs = schema.read(Mapping[str, str], json.loads(saved["inputs"]))
+            kld, floor = saved["kld"], saved["floor"]
+            shape = len(saved["tensors"]), len(saved["levels"])
+            if kld.dtype != np.float64 or kld.shape != shape or floor.dtype != np.float64 or floor.shape != shape[:1]:
+                raise ValueError(f"kld and floor are no float64 of {shape[0]} tensors at {shape[1]} levels")
+            if np.isinf(kld).any() or (kld < -_NOISE).any() or np.isinf(floor).any() or (floor < 0).any():
+                raise ValueError("kld or floor hold infinite or negative numbers")
+            return cls(saved["tensors"], saved["levels"], kld, floor, saved["seconds"], inputs)
 
     @classmethod
     def begin(
@@ -95,9 +125,13 @@ class Sensitivity:
 
         Raises `ValueError` that names the inputs which are not those of the table at `path`.
         """
+        names = tuple(tensor.name for tensor in members)
         if path is not None and Path(path).exists():
             found = cls._read(path)
-            if changed := [name for name in inputs if found.inputs.get(name) != inputs[name]]:
+            changed = [name for name in inputs if found.inputs.get(name) != inputs[name]]
+            if not changed and (found.tensors, found.levels) != (names, levels):
+                changed = ["tensors or levels"]
+            if changed:
                 raise ValueError(
                     f"{path} was measured with other inputs (changed: {', '.join(changed)}); "
                     f"delete it to measure again, or choose another folder."
@@ -105,7 +139,7 @@ class Sensitivity:
             return found
         valid = [[format_for(level, tensor.shape[-1]) is not None for level in levels] for tensor in members]
         kld = np.where(valid, np.nan, 0.0)
-        return cls(tuple(tensor.name for tensor in members), levels, kld, np.full(len(members), np.nan), 0.0, inputs)
+        return cls(names, levels, kld, np.full(len(members), np.nan), 0.0, inputs)
 
 
 def fingerprint(
@@ -120,7 +154,7 @@ def fingerprint(
     """What a table depends on, by name; arrays as SHA-256 digests."""
     formats = [fmt.name if (fmt := format_for(a, tensor.shape[-1])) else "" for tensor in members for a in levels]
     return {
-        "code version": str(VERSION),
+        _CODE: str(VERSION),
         "method": method,
         "protocol": protocol,
         "levels": ", ".join(f"{level:g}" for level in levels),
@@ -132,3 +166,31 @@ def fingerprint(
         "folding": digest(model.folding),
         "folded weights": store.fingerprint(model.params),
     }
+
+
+def _archive(content: bytes) -> dict[str, Any]:
+    """The members of what `np.savez` writes, uncompressed as it does; texts and single values as Python's own.
+
+    Sizes are held against what is there, and nothing is unpickled. Raises `ValueError` or an error of the libraries.
+    """
+    found: dict[str, Any] = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name in found or name not in _Saved.__annotations__:
+                raise ValueError(f"it has {name!r} twice, or in vain")
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(content):
+                raise ValueError(f"{name} is not stored as NumPy does")
+            array = _array(archive.read(member))
+            found[name] = array.tolist() if array.ndim == 0 or array.dtype.kind == "U" or name == "levels" else array
+    return found
+
+
+def _array(raw: bytes) -> np.ndarray:
+    file = io.BytesIO(raw)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array is of another version of NumPy's format")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if math.prod(shape) * dtype.itemsize != len(raw) - file.tell():
+        raise ValueError(f"an array of shape {shape} does not fill its part of the file")
+    return np.frombuffer(raw, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")
