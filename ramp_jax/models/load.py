@@ -257,8 +257,6 @@ def _stored(opened: _Checkpoint, wanted: np.dtype) -> StoredParams:
     def finish(tensor: Tensor, value: np.ndarray) -> jax.Array:
         """On the device; on CPUs the very array that was read, and nothing waits on the host elsewhere."""
         value = opened.finish(tensor, value.astype(dtype_of(tensor), copy=False))
-        if value.dtype == np.float16 and not np.isfinite(value).all():
-            raise ValueError(f"{tensor.name} holds values that float16 cannot; choose bfloat16 or float32.")
         return jax.block_until_ready(jax.device_put(value))
 
     files = {path: f"{size} bytes of {modified}" for path, (size, modified) in opened.source.files.items()}

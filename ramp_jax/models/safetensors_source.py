@@ -50,8 +50,8 @@ class SafetensorsSource:
         return np.dtype({"F16": np.float16, "BF16": jnp.bfloat16}.get(self.dtypes[name], np.float32))
 
     def read(self, name: str, dtype: Any, rows: Rows = slice(None)) -> np.ndarray:
-        """Some rows of a tensor, or all, in `dtype`."""
-        return piecewise(self.shapes[name], dtype, rows, self._opener(name))
+        """Some rows of a tensor, or all, in `dtype`; raises `ValueError` for values that are not finite."""
+        return piecewise(f"{self.paths[name]}: {name}", self.shapes[name], dtype, rows, self._opener(name))
 
     def equal(self, a: str, b: str) -> bool:
         """Whether two tensors hold the same values; a piece of each is in memory at a time."""

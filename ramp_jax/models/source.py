@@ -65,27 +65,49 @@ Reader = AbstractContextManager[Callable[[int, int], np.ndarray]]
 """An open tensor: rows `first` to `end` as they are stored."""
 
 
-def piecewise(shape: tuple[int, ...], dtype: Any, rows: Rows, opened: Callable[[], Reader]) -> np.ndarray:
-    """The `rows` of a tensor of `shape` in `dtype`; the tensor is opened for each piece of it anew."""
+def piecewise(where: str, shape: tuple[int, ...], dtype: Any, rows: Rows, opened: Callable[[], Reader]) -> np.ndarray:
+    """The `rows` of a tensor of `shape` in `dtype`; the tensor is opened for each piece of it anew.
+
+    Raises `ValueError` for values that are not finite, or not in `dtype`; it begins with `where`, the tensor's place.
+    """
     if not isinstance(rows, slice):
-        return _gathered(shape, dtype, rows, opened)
+        return _gathered(where, shape, dtype, rows, opened)
     first, end, _ = rows.indices(shape[0])
     shape = (end - first, *shape[1:])
     values = _aligned(shape, np.dtype(dtype))
     step = max(1, _PIECE // max(1, int(np.prod(shape[1:]))))
     for start in range(first, end, step):
         stop = min(start + step, end)
-        with opened() as read_rows, np.errstate(over="ignore"):  # who wanted float16 looks for what it could not hold
-            values[start - first : stop - first] = read_rows(start, stop)
+        with opened() as read_rows, np.errstate(over="ignore", invalid="ignore"):
+            _put(where, read_rows(start, stop), values[start - first : stop - first])
     return values
 
 
-def _gathered(shape: tuple[int, ...], dtype: Any, rows: np.ndarray, opened: Callable[[], Reader]) -> np.ndarray:
+def _gathered(
+    where: str, shape: tuple[int, ...], dtype: Any, rows: np.ndarray, opened: Callable[[], Reader]
+) -> np.ndarray:
     values = _aligned((len(rows), *shape[1:]), np.dtype(dtype))
-    with opened() as read_rows, np.errstate(over="ignore"):
+    with opened() as read_rows, np.errstate(over="ignore", invalid="ignore"):
         for run in _runs(rows):
-            values[run] = read_rows(int(rows[run.start]), int(rows[run.stop - 1]) + 1)
+            _put(where, read_rows(int(rows[run.start]), int(rows[run.stop - 1]) + 1), values[run])
     return values
+
+
+def _put(where: str, stored: np.ndarray, values: np.ndarray) -> None:
+    values[...] = stored
+    if _finite(values):
+        return
+    if not np.isfinite(stored).all():
+        raise ValueError(f"{where} holds values that are NaN or infinite; download or save it again.")
+    raise ValueError(f"{where} holds values that {values.dtype} cannot; choose bfloat16 or float32.")
+
+
+def _finite(values: np.ndarray) -> bool:
+    """`np.isfinite(values).all()`, which takes ten times as long where floats have 16 bits."""
+    if values.dtype.itemsize != 2 or not values.size:
+        return bool(np.isfinite(values).all())
+    infinity = np.asarray(np.inf, values.dtype).view(np.uint16)
+    return bool((values.view(np.uint16) & np.uint16(0x7FFF)).max() < infinity)
 
 
 def _runs(rows: np.ndarray) -> Iterator[slice]:

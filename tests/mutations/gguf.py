@@ -257,6 +257,35 @@ def _records(which: str) -> Mutation:
     return change
 
 
+def retype(path: Path, rng: np.random.Generator) -> str:
+    """A pair with a value of another type, soundly written."""
+    content = path.read_bytes()
+    header = _header(content)
+    record = header.pairs[rng.integers(len(header.pairs))]
+    values = {
+        4: [0, 1, 7, 2**31, 2**32 - 1],
+        5: [0, 1, -1, -(2**31)],
+        6: [0.0, 1.0, -1.0, 64.0, float("nan"), float("inf")],
+        7: [0, 1],
+        _STRING: ["", "4", "text", "ä" * 300],
+        10: [0, 2, 2**63, 2**64 - 1],
+        11: [1, -1, -(2**63)],
+        12: [4.0, 1e300, float("nan")],
+    }
+    kind = list(values)[rng.integers(len(values))]
+    value = values[kind][rng.integers(len(values[kind]))]
+    count = [None, None, None, 0, 1, 2][rng.integers(6)]  # elements of an array, None: no array
+    raw = value.encode() if kind == _STRING else struct.pack(_FORMS[kind], value)
+    raw = struct.pack("<Q", len(raw)) + raw if kind == _STRING else raw
+    typed = struct.pack("<I", kind) + raw
+    if count is not None:
+        typed = struct.pack("<IIQ", _ARRAY, kind, count) + raw * count
+    key = content[record.start : record.start + 8 + len(record.name.encode())]
+    start = content[: record.start] + key + typed + content[record.end : header.end]
+    path.write_bytes(start + b"\0" * (-len(start) % GGUF_DEFAULT_ALIGNMENT) + content[_data(header) :])
+    return f"{record.name} is {value!r:.40} of type {kind}" + ("" if count is None else f", {count} times in an array")
+
+
 def elements(path: Path, rng: np.random.Generator) -> str:
     """An array one element shorter or longer, its length adjusted."""
     content = path.read_bytes()
@@ -352,7 +381,7 @@ def _same_vocabulary(fields: dict[str, Any], model: Model) -> bool:
         return False
     for role in ("bos", "eos", "unk", "padding"):
         i, token = fields.get(f"tokenizer.ggml.{role}_token_id"), getattr(tokenizer, f"{role[:3]}_token")
-        if i is not None and (not 0 <= i < len(tokens) or token != tokens[i]):
+        if i not in (None, -1, 2**32 - 1) and (not 0 <= i < len(tokens) or token != tokens[i]):
             return False
     kept = model.metadata
     keys = ["token_type", "scores", "merges", "pre", "model", "add_bos_token", "add_eos_token", "add_space_prefix"]
@@ -364,7 +393,8 @@ def _same_vocabulary(fields: dict[str, Any], model: Model) -> bool:
 
 _MUTATIONS: dict[str, Mutation] = {
     **{which: _numbers(which) for which in ("counts", "types", "values", "elements", "sizes", "offsets")},
-    **{"text": text, "pairs": _records("pairs"), "tensors": _records("tensors"), "array": elements, "weights": weights},
+    **{"text": text, "retype": retype, "pairs": _records("pairs"), "tensors": _records("tensors")},
+    **{"array": elements, "weights": weights},
     **raw.of_file(),
     **{f"header {name}": change for name, change in raw.of_file(first=1024).items()},
 }
