@@ -342,6 +342,9 @@ def test_every_type_that_gguf_dequantizes(tmp_path, rng, monkeypatch, kind):
     monkeypatch.setattr(source, "_PIECE", 600)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (5, 256 // block * size), np.uint8)
+    with np.errstate(all="ignore"):
+        while (bad := ~np.isfinite(gguf.quants.dequantize(raw, kind)).all(1)).any():
+            raw[bad] = rng.integers(0, 256, raw[bad].shape, np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tensor("a.weight", raw, raw_dtype=kind)
     writer.add_tensor("b.weight", raw[0], raw_dtype=kind)
@@ -655,7 +658,7 @@ def test_checkpoint_of_several_dtypes_is_float32(gguf_file, make, weights):
 def test_values_beyond_float16_are_named(make, weights, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     path = make({"model.safetensors": {**weights, name: weights[name] * 1e6}})
-    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight holds values that float16 cannot"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that float16 cannot"):
         load_model(path, "float16")
     with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight holds values that float16 cannot"):
         save_model(load_model(path), tmp_path / "half", "float16")

@@ -126,7 +126,10 @@ class _Reader:
         if kind == GGUFValueType.STRING:
             return [self.string(key) for _ in range(count)]
         dtype = np.dtype(_SCALARS[kind])
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+        raw = self.take(count * dtype.itemsize)
+        if kind == GGUFValueType.BOOL and raw.strip(b"\0\1"):
+            raise _DamagedError(f"{key} is neither true nor false")
+        return np.frombuffer(raw, dtype).tolist()
 
     def tensors(self, count: int, metadata: Metadata) -> dict[str, StoredTensor]:
         """Where tensors lie, one after the other behind the header, each at a multiple of the alignment."""

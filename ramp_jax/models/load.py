@@ -42,6 +42,7 @@ _RESIDENT = 0.1
 """Of the memory that is available: models up to this share are held in it, since work on them needs several times
 their size."""
 
+_PER_TOKEN = {"tokenizer.ggml.token_type": np.int32, "tokenizer.ggml.scores": np.float32}
 _NAME, _TOKENIZER, _TOKENS, _FLAGS = "general.name", "tokenizer.", "tokenizer.ggml.tokens", "tokenizer.ggml.add_"
 
 
@@ -200,7 +201,9 @@ def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
 
     tokenizer, pairs = _vocabulary(tokenizer_from, spec, lambda: _vocabulary_of_gguf(source.metadata, path))
     kept = _carried(source.metadata, spec)
-    if isinstance(name := fields.get(_NAME), str):
+    if (name := fields.get(_NAME)) is not None:
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: {_NAME} is {name!r:.60}, a text was expected; correct it.")
         kept[_NAME] = kept[_NAME]._replace(value=name_for_llama_cpp(name, tokenizer, pairs))
     return _Checkpoint(spec, source, stored, finish, kept | pairs, tokenizer)
 
@@ -325,7 +328,8 @@ def _vocabulary_of_gguf(metadata: Metadata, path: Path) -> _Vocabulary | None:
     ids = {name: pair.value for name, pair in pairs.items() if name.endswith("_token_id")}
     sound = typed({name: np.uint32(i) for name, i in ids.items() if 0 <= i < len(pairs[_TOKENS].value)})
     flags = typed({name: bool(pair.value) for name, pair in pairs.items() if name.startswith(_FLAGS)})
-    return tokenizer, {name: pair for name, pair in pairs.items() if name not in ids} | sound | flags
+    numbers = typed({name: np.asarray(pairs[name].value, dtype) for name, dtype in _PER_TOKEN.items() if name in pairs})
+    return tokenizer, {name: pair for name, pair in pairs.items() if name not in ids} | sound | flags | numbers
 
 
 def _vocabulary_of_directory(folder: Path, vocab_size: int) -> _Vocabulary | None:

@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from ramp_jax.models.families import FAMILIES, Family, tables, usual_blocks
-from ramp_jax.models.families.properties import is_neutral, not_computed
+from ramp_jax.models.families.properties import is_neutral, not_computed, unexpected
 from ramp_jax.models.layout import Block
 from ramp_jax.models.metadata import Metadata, typed
 from ramp_jax.models.rope import Rope
@@ -222,8 +222,10 @@ def _text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     if isinstance(text, Mapping) and str(text.get("model_type")) in FAMILIES:
         return str(text["model_type"]), text
     by_class = {family.hf: name for name, family in FAMILIES.items()}
-    named = config.get("architectures")
-    asked = str(named[0] if isinstance(named, list) and named else config.get("model_type", "none named"))
+    named, kind = config.get("architectures"), config.get("model_type")
+    if not isinstance(kind, str | None):
+        raise unexpected("config.json: model_type", kind, "a text")
+    asked = str(named[0] if isinstance(named, list) and named else kind)
     name = by_class.get(asked, asked if asked in FAMILIES else None)
     if name is None:
         nearest = difflib.get_close_matches(asked, by_class, 1)
@@ -258,7 +260,7 @@ def _check_ropes(config: Mapping[str, Any]) -> None:
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         renamed = {"rope_type" if key == "type" else key: value for key, value in old.items()}
-        if differs := [key for key, value in renamed.items() if new.get(key, value) != value]:
+        if differs := [key for key, value in renamed.items() if new.get(key) != value]:
             raise ValueError(f"config.json: rope_scaling and rope_parameters differ in {differs[0]}; remove one.")
 
 

@@ -354,7 +354,7 @@ def right(path: Path, model: Model) -> bool:
 
 def _same_weights(reader: GGUFReader, model: Model) -> bool:
     heads = {"attn_q": model.spec.n_heads, "attn_k": model.spec.n_kv_heads}
-    tree = dict(_leaves(model.params))
+    tree = dict(leaves(model.params))
     stored = {t.name: quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1]) for t in reader.tensors}
     for name, values in stored.items():
         if (count := heads.get(name.split(".")[-2])) is not None:  # neighbours rotate together there
@@ -364,10 +364,11 @@ def _same_weights(reader: GGUFReader, model: Model) -> bool:
     return stored.keys() == tree.keys()
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a tree under their GGUF names."""
     for key, part in tree.items():
         if isinstance(part, dict):
-            yield from _leaves(part, f"{prefix}{key}.")
+            yield from leaves(part, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", np.asarray(part)
 

@@ -69,9 +69,8 @@ def of_file(name: str | None = None) -> dict[str, Mutation]:
         file.write_text(written(value))
         return f"{file.name} is {shown(value)}"
 
-    edits = {"value": replace, "number": vary, "key": rename, "remove": remove, "repeat": repeat, "swap": swap}
     prefix = f"{name} " if name else ""
-    return {prefix + what: mutation(edit) for what, edit in edits.items()} | {f"{prefix}whole": whole}
+    return {prefix + what: mutation(edit) for what, edit in EDITS.items()} | {f"{prefix}whole": whole}
 
 
 def places(content: Any, rng: np.random.Generator) -> Place:
@@ -153,6 +152,10 @@ def swap(content: Any, rng: np.random.Generator) -> str:
     other = keys[rng.integers(len(keys))]
     parent[key], parent[other] = parent[other], parent[key]
     return f"{key} and {other} swapped"
+
+
+EDITS = {"value": replace, "number": vary, "key": rename, "remove": remove, "repeat": repeat, "swap": swap}
+"""What can be done to a list or an object, in place."""
 
 
 def written(content: Any) -> str:

@@ -69,7 +69,7 @@ SIZES: tuple[Property, ...] = (
     Number("d_ff", "intermediate_size", "feed_forward_length", whole=True),
     Number("vocab_size", "vocab_size", "vocab_size", whole=True, gguf_default=_embedding_rows),
     Number("context_length", "max_position_embeddings", "context_length", whole=True),
-    Number("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    Number("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon", most=1),
     Tied(),
 )
 """What all families are described by."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ramp_jax.models.tokenizers import names, pre, spm
 from ramp_jax.models.tokenizers.templates import templates_from_gguf
 from ramp_jax.models.tokenizers.vocabulary import (
+    BYTES,
     SPACE,
     WAY_OUT,
     Kind,
@@ -21,6 +22,7 @@ from ramp_jax.models.tokenizers.vocabulary import (
     special_ids,
 )
 
+_BYTES = frozenset(BYTES)
 _SUPPORTED = ("gpt2", "llama")
 _FOUND_IN_TEXTS = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)
 _BPE_BOS = _BPE_EOS = 11  # llama.cpp's for a file that asks for them and names none
@@ -37,8 +39,10 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
         raise ValueError(f"{path} brings no tokenizer; {WAY_OUT}")
     if model not in _SUPPORTED:
         raise ValueError(f"{path}: tokenizer model {model!r} is not supported; supported are {', '.join(_SUPPORTED)}.")
+    if not isinstance(pre_name := fields.get(Keys.Tokenizer.PRE, ""), str):
+        raise ValueError(f"{path}: {Keys.Tokenizer.PRE} is {pre_name!r:.60}, a text was expected; correct it.")
     tokens = _tokens(fields, path)
-    kinds = _kinds(fields, len(tokens), path)
+    kinds = _kinds(fields, tokens, path)
     kinds = [kind_in_llama_cpp(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
     vocabulary = without_padding(tokens, kinds)
     if model == "llama":
@@ -46,7 +50,7 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
         backend = spm.backend(vocabulary, scores, prefix=_flag(fields, Keys.Tokenizer.ADD_PREFIX, True, path))
         adds_bos = True
     else:
-        known = _pre(fields, path)
+        known = _pre(pre_name or "default", path)
         backend = _byte_level(known, vocabulary, _merges(fields, vocabulary, path))
         adds_bos = known.add_bos
     backend.add_tokens(added_tokens(tokens, kinds, str(fields.get(Keys.General.NAME, ""))))
@@ -120,10 +124,14 @@ def _per_token(fields: dict[str, Any], key: str, default: list[Any], path: Path)
     return values
 
 
-def _kinds(fields: dict[str, Any], size: int, path: Path) -> list[int]:
-    kinds = _per_token(fields, Keys.Tokenizer.TOKEN_TYPE, [Kind.NORMAL] * size, path)
-    if (unknown := next((kind for kind in kinds if kind not in set(Kind)), None)) is not None:
-        raise ValueError(f"{path}: {Keys.Tokenizer.TOKEN_TYPE} has {unknown}, not one of 1 to 6; convert it again.")
+def _kinds(fields: dict[str, Any], tokens: list[str], path: Path) -> list[int]:
+    key = Keys.Tokenizer.TOKEN_TYPE
+    kinds = _per_token(fields, key, [Kind.NORMAL] * len(tokens), path)
+    if unknown := set(kinds) - set(Kind):
+        raise ValueError(f"{path}: {key} has {min(unknown)}, types from 1 to 6 were expected; convert the file again.")
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind == Kind.BYTE and token not in _BYTES:
+            raise ValueError(f"{path}: {key} says that {token!r:.60} is a byte, as <0x0A> is; convert the file again.")
     return kinds
 
 
@@ -134,10 +142,8 @@ def _flag(fields: dict[str, Any], key: str, default: bool, path: Path) -> bool:
     return bool(value)
 
 
-def _pre(fields: dict[str, Any], path: Path) -> pre.Pre:
-    name = fields.get(Keys.Tokenizer.PRE) or "default"
-    known = pre.get(name) if isinstance(name, str) else None
-    if known is None:
+def _pre(name: str, path: Path) -> pre.Pre:
+    if (known := pre.get(name)) is None:
         supported = ", ".join(pre.PRE_TOKENIZERS)
         raise ValueError(f"{path}: pre-tokenizer {name!r} is not supported; supported are {supported}.")
     return known
