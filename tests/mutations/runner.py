@@ -28,7 +28,7 @@ from mutations import Kind
 SECONDS = 10
 MEMORY = 1 << 30
 _STARTING = 120  # seconds until a worker has judged its first good input
-_LONGEST = 1000  # characters of an error that is still a sentence
+_LONGEST = 600  # characters of an error that is still a sentence
 
 Outcome = Literal["refused", "right", "wrong", "crashed", "hung", "memory"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -150,7 +150,7 @@ class _Worker:
 
     @staticmethod
     def _case(job: _Job, what: str, outcome: Outcome, detail: str) -> Case:
-        return Case(job.kind, job.mutation, job.number, what, outcome, detail)
+        return Case(job.kind, job.mutation, job.number, _short(what), outcome, _short(detail))
 
 
 def _serve(connection: Connection) -> None:
@@ -207,6 +207,11 @@ def _ended(error: BaseException, path: Path) -> tuple[Outcome, str]:
     if path.name not in text or "\n" in text or not text.endswith(".") or len(text) > _LONGEST:
         return "crashed", f"no sentence that names {path.name}: {text!r}; {_where(error)}"
     return "refused", text
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def _where(error: BaseException) -> str:

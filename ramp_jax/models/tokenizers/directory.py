@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ramp_jax.models.metadata import Metadata, plain, typed
-from ramp_jax.models.source import read_json, read_optional_json
+from ramp_jax.models.source import read_json, read_optional_json, reason
 from ramp_jax.models.tokenizers import names, spm
 from ramp_jax.models.tokenizers.from_gguf import (
     add_around,
@@ -82,7 +82,7 @@ def _backend(path: Path, vocab_size: int) -> Tokenizer:
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is damaged ({error}); download or save it again.") from error
+        raise ValueError(f"{path} is damaged ({reason(error)}); download or save it again.") from error
     backend.no_truncation()
     backend.no_padding()
     return backend

@@ -9,7 +9,7 @@ from typing import Any
 
 from gguf import Keys
 
-from ramp_jax.models.source import read_json
+from ramp_jax.models.source import read_json, reason
 
 Templates = str | dict[str, str]
 
@@ -61,7 +61,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}); download or save it again.") from error
+        raise ValueError(f"{path} is no text in UTF-8 ({reason(error)}); download or save it again.") from error
 
 
 def _named(value: Any, source: Path) -> Templates:
