@@ -113,7 +113,6 @@ def load_model(
     wanted, path = None if dtype == "stored" else _dtype(dtype), resolve(ref)
     with _describing(path):
         opened = _open_directory(path, tokenizer_from) if path.is_dir() else _open_gguf(path, tokenizer_from)
-        _check(opened, path)
     wanted = _stored_dtype(opened) if wanted is None else wanted
     if opened.spec.caveat is not None:
         logging.warning("%s: %s", ref, opened.spec.caveat)
@@ -194,6 +193,7 @@ def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
     spec = spec_from_gguf(fields, shapes, tables)
     stored = {tensor: tensor.name for tensor in tensors(spec) if tensor.name in shapes}
     check_used(spec.architecture, shapes.keys() - {*stored.values(), *tables}, path)
+    _check_shapes(spec, source, stored, path)
 
     def finish(tensor: Tensor, value: np.ndarray) -> np.ndarray:
         heads = spec.family.permuted_heads(tensor)
@@ -216,6 +216,7 @@ def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpo
     spec = spec_from_hf(config)
     source = open_shards(folder, shards)
     stored = find_decoder(spec, config, source, folder)
+    _check_shapes(spec, source, stored, folder)
 
     def finish(tensor: Tensor, value: np.ndarray) -> np.ndarray:
         return spec.family.from_checkpoint(spec, tensor, value)
@@ -234,15 +235,17 @@ def _carried(metadata: Metadata, spec: DecoderSpec) -> Metadata:
     return kept | {name: pair for name, pair in describe(spec, "", 0).items() if name.startswith(prefix)}
 
 
-def _check(opened: _Checkpoint, path: Path) -> None:
-    """Raise `ValueError` for a tensor that is missing or of another shape than the description says."""
-    for tensor in tensors(opened.spec):
-        if tensor not in opened.stored:
-            name = f"{tensor.name} ({opened.spec.family.hf_name(tensor)})" if path.is_dir() else tensor.name
+def _check_shapes(spec: DecoderSpec, source: Source, stored: dict[Tensor, str], path: Path) -> None:
+    """Raise `ValueError` for a tensor that is missing or of another shape than the description says.
+
+    From here on sizes of the description are those of the file, and may be allocated.
+    """
+    for tensor in tensors(spec):
+        if tensor not in stored:
+            name = f"{tensor.name} ({spec.family.hf_name(tensor)})" if path.is_dir() else tensor.name
             raise ValueError(f"{path} lacks tensor {name}; it is incomplete or of another architecture.")
-        stored = opened.stored[tensor]
-        if (shape := opened.source.shapes[stored]) != tensor.shape:
-            name = tensor.name if stored == tensor.name else f"{tensor.name} ({stored})"
+        if (shape := source.shapes[stored[tensor]]) != tensor.shape:
+            name = tensor.name if stored[tensor] == tensor.name else f"{tensor.name} ({stored[tensor]})"
             raise ValueError(f"{path}: {name} has shape {shape}, expected {tensor.shape}.")
 
 

@@ -19,7 +19,7 @@ _PIECE = 1 << 20
 _ALIGNMENT = 64
 """Bytes at which an array has to begin for JAX to take it over without a copy on CPUs."""
 
-_DEEPEST = 64  # levels of a JSON file
+_LARGEST, _DEEPEST = 1 << 26, 64  # bytes and levels of a JSON file; what is read of a byte takes up to 20
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -139,6 +139,8 @@ def refuse_pointer(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises `ValueError` where it holds none."""
     refuse_pointer(path)
+    if (size := path.stat().st_size) > _LARGEST:
+        raise ValueError(f"{path} has {size:,} bytes, at most {_LARGEST:,} were expected; download or save it again.")
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

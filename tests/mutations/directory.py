@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mutations import Kind, Mutation, objects, raw
 from mutations.gguf import leaves, load
 from ramp_jax.models import Model
+from ramp_jax.models.metadata import plain
+from ramp_jax.models.tokenizers import tokenizer_from_gguf
 
 _TEXT = "the king and\n\n  then it's 1234 thing. ÉaŒ日"
 _TYPES = "tokenizer.ggml.token_type"
@@ -102,6 +104,21 @@ def make_sentencepiece(folder: Path) -> Path:
     return folder
 
 
+def make_ranked(folder: Path) -> Path:
+    """The same with a `tokenizer.json` in place of the pieces, which merges by ranks and falls back to bytes."""
+    folder = make_sentencepiece(folder)
+    known = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokens = {known.id_to_piece(i): i for i in range(known.get_piece_size())}
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("e", "r")]
+    backend = Tokenizer(models.BPE(tokens, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.model").unlink()
+    return folder
+
+
 def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False))
 
@@ -149,11 +166,14 @@ _KNOWN: dict[str, list[Any]] = {
     "num_experts": [0, 8, None, float("nan")],
     "text_config": [{}, {"model_type": "llama"}, [1], None],
     "tie_word_embeddings": [True, False, "yes", 1, None],
-    "head_dim": [0, 15, 16, 32, -16, 16.0, None],
+    "head_dim": [0, 15, 16, 32, -16, 16.0, 2**31 - 2, None],
     "num_key_value_heads": [0, 1, 2, 3, 4, None, [2, 2]],
     "max_position_embeddings": [0, -1, 2**31, 1e30, 128],
     "rms_norm_eps": [-1e-5, 0, 1e30, float("nan"), "1e-5", 1e-6],
-    "vocab_size": [0, 100, 264, 266, 2**31, 1e30],
+    "vocab_size": [0, 100, 264, 266, 2**31 - 1, 2**31, 1e30],
+    "hidden_size": [0, 65, 2**31 - 1, 2**31, "64", None],
+    "num_hidden_layers": [0, 1, 3, 512, 2**31, [2]],
+    "num_attention_heads": [0, 1, 3, 8, 2**31 - 1],
     "architectures": [[], ["Qwen2ForCausalLM"], ["MistralForCausalLM"], [1], "LlamaForCausalLM", None],
     "model_type": ["qwen2", "mistral", "", None, 7, ["llama"]],
     "torch_dtype": ["int8", 7],
@@ -281,6 +301,7 @@ _NORMALIZERS: list[Any] = [
     {"type": "NFC"},
     {"type": "NFKC"},
     {"type": "Lowercase"},
+    {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "StripAccents"}]},
     {"type": "Replace", "pattern": {"String": "king"}, "content": "queen"},
     {"type": "Replace", "pattern": {"Regex": "th+e"}, "content": ""},
     {"type": "Replace", "pattern": {"Regex": "("}, "content": ""},
@@ -447,6 +468,7 @@ def _same_tokenizer(path: Path, config: Any, model: Model) -> bool:
     if len(tokens) != config.vocab_size or len(set(tokens)) != len(tokens):
         return False
     found = model.tokenizer.encode(_TEXT, add_special_tokens=False)
+    in_a_file = tokenizer_from_gguf(plain(model.metadata), path).encode(_TEXT, add_special_tokens=False)
     if (path / "tokenizer.json").is_file():
         known = Tokenizer.from_file(str(path / "tokenizer.json"))
         by_id = {i: token for token, i in known.get_vocab(with_added_tokens=True).items()}
@@ -460,7 +482,7 @@ def _same_tokenizer(path: Path, config: Any, model: Model) -> bool:
             expected = (
                 found  # SentencePiece joins those and splits them again, llama.cpp looks for them before anything
             )
-    return found == expected and all(tokens[i] == token for i, token in by_id.items())
+    return in_a_file == found == expected and all(tokens[i] == token for i, token in by_id.items())
 
 
 _SHARED: dict[str, Mutation] = {
@@ -477,14 +499,17 @@ _SHARED: dict[str, Mutation] = {
     "files": files,
     **raw.of_file("config.json"),
 }
-_BYTE_LEVEL_TOO: dict[str, Mutation] = {
+_TOKENIZER_TOO: dict[str, Mutation] = {
     "vocabulary": vocabulary,
     "vocabulary again": vocabulary,
     **objects.of_file("tokenizer.json"),
+    **raw.of_file("tokenizer.json"),
+}
+_BYTE_LEVEL_TOO: dict[str, Mutation] = {
+    **_TOKENIZER_TOO,
     **objects.of_file("generation_config.json"),
     **objects.of_file(_INDEX),
     **raw.of_file("model-00001-of-00002.safetensors", first=4096),
-    **raw.of_file("tokenizer.json"),
 }
 _PIECES_TOO: dict[str, Mutation] = {
     "pieces": pieces,
@@ -496,4 +521,5 @@ _PIECES_TOO: dict[str, Mutation] = {
 KINDS = (
     Kind("directory", make, _SHARED | _BYTE_LEVEL_TOO, load, right),
     Kind("directory-sentencepiece", make_sentencepiece, _SHARED | _PIECES_TOO, load, right),
+    Kind("directory-ranked", make_ranked, _SHARED | _TOKENIZER_TOO, load, right),
 )

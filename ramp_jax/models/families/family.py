@@ -36,6 +36,7 @@ HF_NAMES = {
 """Modules of a GGUF by the names that most Hugging Face checkpoints have for them, inside a layer or outside."""
 
 _MOST_BLOCKS = 512  # llama.cpp's limit
+_MOST_OF_A_HEAD = 1 << 16  # positions make tables of it before any tensor confirms it
 _OF_WINDOWED_HEADS = ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
 
 
@@ -62,6 +63,7 @@ SIZES: tuple[Property, ...] = (
         "head_dim",
         "attention.key_length",
         whole=True,
+        most=_MOST_OF_A_HEAD,
         default=lambda found: found["d_model"] // found["n_heads"],
     ),
     Equal("attention.value_length", "head_size", written=True),

@@ -109,7 +109,8 @@ class Number(Property):
         if value is None:
             if default is None:
                 raise ValueError(f"{where} is missing; download the model again or add it.")
-            return default(found)
+            if (value := default(found)) is None:
+                return None
         check = whole if self.whole else positive
         return check(where, value) if self.most is None else check(where, value, most=self.most)
 

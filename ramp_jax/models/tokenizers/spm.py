@@ -12,13 +12,19 @@ from tokenizers import NormalizedString, PreTokenizedString, Tokenizer, decoders
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ramp_jax.models.tokenizers.vocabulary import SPACE
+from ramp_jax.models.tokenizers.vocabulary import SPACE, WAY_OUT
+
+_LONGEST = 512  # characters of a token, since ways to make it take the square of that
 
 Scores = dict[str, float]  # by token
 
 
 def backend(vocabulary: dict[str, int], scores: Scores, prefix: bool) -> Tokenizer:
     """A tokenizer with these ids; `scores` are those of the tokens that merging may make."""
+    if too_long := next((token for token in scores if len(token) > _LONGEST), None):
+        raise ValueError(
+            f"token {too_long!r:.60} has {len(too_long):,} characters, of which {_LONGEST} can merge; {WAY_OUT}"
+        )
     built = Tokenizer(models.BPE(vocabulary, _merges(vocabulary, scores), byte_fallback=True))
     escape = normalizers.Replace(" ", SPACE)
     built.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), escape]) if prefix else escape

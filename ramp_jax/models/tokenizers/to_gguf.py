@@ -114,6 +114,7 @@ def _pre_name(tokenizer: PreTrainedTokenizerBase, saved: Saved) -> str | None:
         return None
     return pre.find(
         backend.pre_tokenizer,
+        [text for step in _flat(saved["pre_tokenizer"]) for text in step.get("pattern", {}).values()],
         nfc=bool(normalizers),
         ignore_merges=bool(saved["model"].get("ignore_merges")),
         merges_matter=lambda: _merges_matter(saved),
@@ -122,10 +123,11 @@ def _pre_name(tokenizer: PreTrainedTokenizerBase, saved: Saved) -> str | None:
 
 
 def _flat(node: Saved | None) -> list[Saved]:
-    """A normalizer's steps."""
+    """The steps of a normalizer or a pre-tokenizer."""
     if node is None:
         return []
-    return [step for part in node["normalizers"] for step in _flat(part)] if node["type"] == "Sequence" else [node]
+    parts = node.get("normalizers", node.get("pretokenizers")) if node["type"] == "Sequence" else None
+    return [node] if parts is None else [step for part in parts for step in _flat(part)]
 
 
 def _merges_matter(saved: Saved) -> bool:
@@ -144,7 +146,7 @@ def _sentencepiece_pairs(
     model, tokens = saved["model"], pairs[Keys.Tokenizer.LIST]
     if missing := set(BYTES) - set(tokens):
         raise _inexpressible(folder, f"it has no token for byte {min(missing)}")
-    prefix = _prefix(backend, model["vocab"])
+    prefix = _prefix(backend, model["vocab"]) if _only_spaces(saved) else None
     if prefix is None or model.get("ignore_merges"):
         raise _inexpressible(folder, "it changes texts in a way that llama.cpp's SentencePiece does not")
     return {
@@ -156,6 +158,16 @@ def _sentencepiece_pairs(
 
 
 _PROBES = ("a", "a b", "a  b   c ", "a\t\n \r\nb", "Éa\u0301 ﬁ ａ ½ ①", "don't 12345 x=[1,2];", "日本 🙂", f"a{SPACE}b")
+
+
+def _only_spaces(saved: Saved) -> bool:
+    """Whether a tokenizer's file changes and cuts texts at spaces alone, as far as that is written down."""
+    steps = [*_flat(saved["normalizer"]), *_flat(saved["pre_tokenizer"])]
+    return all(
+        step["type"] in ("Prepend", "Metaspace")
+        or (step["type"] in ("Replace", "Split") and step["pattern"] in ({"String": " "}, {"String": SPACE}))
+        for step in steps
+    )
 
 
 def _prefix(backend: Tokenizer, vocabulary: dict[str, int]) -> bool | None:
