@@ -103,7 +103,10 @@ def test_windows_that_llama_cpp_ignores_are_said(kind):
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads"),
         ({"head_dim": 33}, "even rotary dimension"),
         ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
-        ({"architectures": None, "model_type": ["llama"]}, "is not supported"),
+        ({"architectures": None, "model_type": ["llama"]}, r"model_type is \['llama'\], a text was expected"),
+        ({"model_type": "mistral"}, "model_type 'mistral' and architecture LlamaForCausalLM are two"),
+        ({"text_config": {"model_type": "bert"}}, "a text_config of model type 'bert' is not supported"),
+        ({"head_dim": 2**31 - 2}, "head_dim is 2147483646, a whole number from 1 to 65,536"),
         ({"rope_parameters": {"rope_type": ["yarn"], "factor": 2}}, "rope"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},

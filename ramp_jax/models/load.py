@@ -41,6 +41,7 @@ _RESIDENT = 0.1
 their size."""
 
 _PER_TOKEN = {"tokenizer.ggml.token_type": np.int32, "tokenizer.ggml.scores": np.float32}
+_PANIC = "PanicException"  # of libraries in Rust, no Exception of Python's
 _NAME, _TOKENIZER, _TOKENS, _FLAGS = "general.name", "tokenizer.", "tokenizer.ggml.tokens", "tokenizer.ggml.add_"
 
 
@@ -345,8 +346,9 @@ def _reading_tokenizer(path: Path) -> Iterator[None]:
     """The libraries' errors, which are of any class, become one that names the file."""
     try:
         yield
-    except Exception as error:
-        if isinstance(error, OSError | MemoryError) or type(error) is ValueError:
+    except BaseException as error:
+        expected = isinstance(error, OSError | MemoryError) or type(error) is ValueError
+        if expected or not (isinstance(error, Exception) or type(error).__name__ == _PANIC):
             raise
         raise ValueError(
             f"{path}: its tokenizer cannot be read ({reason(error)}); download or save it again, "

@@ -23,7 +23,7 @@ Mutation = Callable[[Path, np.random.Generator], str]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One kind of input.
+    """One kind of input, which is called after its module (`gguf`, or `gguf-` and more).
 
     `make(folder)` writes a good one into an empty folder and returns its path there, a file or a directory; every case
     gets a copy of the whole folder, so the input may have companions (a model beside its allocation). `mutations` are

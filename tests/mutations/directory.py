@@ -235,6 +235,14 @@ def _same_data(header: Any, rng: np.random.Generator) -> str:
     return f"{one} lies where {other} does"
 
 
+def _same_name(header: Any, rng: np.random.Generator) -> str:
+    names = [name for name in header if name != "__metadata__"]
+    alike = [(a, b) for a in names for b in names if a < b and header[a]["shape"] == header[b]["shape"]]
+    one, other = alike[rng.integers(len(alike))]
+    header[objects.TWICE + other] = header.pop(one)
+    return f"{one} is another {other}"
+
+
 def weights(path: Path, rng: np.random.Generator) -> str:
     """Numbers that are not finite, or huge, or a whole tensor of another type or shape."""
     file, values = _any_shard(path, rng)
@@ -493,6 +501,7 @@ _SHARED: dict[str, Mutation] = {
     **{f"header {name}": _safetensors_header(edit) for name, edit in objects.EDITS.items()},
     "header number": _safetensors_header(_one_number),
     "header dtype": _safetensors_header(_dtype),
+    "header same name": _safetensors_header(_same_name),
     "header same data": _safetensors_header(_same_data),
     "weights": weights,
     "names": names,

@@ -9,7 +9,7 @@ import numpy as np
 
 from mutations import Mutation
 
-_DEEP, _TWICE, _HUGE = "\x00deep", "\x00twice", "\x00huge"  # what json.dumps does not write
+_DEEP, TWICE, _HUGE = "\x00deep", "\x00twice", "\x00huge"  # what json.dumps does not write
 _ODD = [
     None,
     True,
@@ -141,7 +141,7 @@ def repeat(content: Any, rng: np.random.Generator) -> str:
         parent.append(copy.deepcopy(parent[key]))
         return f"element {key} repeated"
     value = odd(rng)
-    parent[f"{_TWICE}{key}"] = value
+    parent[f"{TWICE}{key}"] = value
     return f"{key} repeated as {shown(value)}"
 
 
@@ -161,7 +161,7 @@ EDITS = {"value": replace, "number": vary, "key": rename, "remove": remove, "rep
 def written(content: Any) -> str:
     """The JSON text, with what only text can hold: repeated keys, numbers of 400 digits, 100,000 nested lists."""
     text = json.dumps(content)
-    text = text.replace(json.dumps(_TWICE)[:-1], '"').replace(json.dumps(_HUGE), "9" * 400)
+    text = text.replace(json.dumps(TWICE)[:-1], '"').replace(json.dumps(_HUGE), "9" * 400)
     return text.replace(json.dumps(_DEEP), "[" * 100_000 + "]" * 100_000)
 
 

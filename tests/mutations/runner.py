@@ -10,14 +10,15 @@ import importlib
 import multiprocessing
 import os
 import pkgutil
+import queue
 import resource
 import shutil
 import tempfile
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -27,6 +28,7 @@ from mutations import Kind
 
 SECONDS = 10
 MEMORY = 1 << 30
+_NO_FILES = ("faulty", "runner", "__main__")  # modules of this package that are no kinds of files
 _STARTING = 120  # seconds until a worker has judged its first good input
 _LONGEST = 600  # characters of an error that is still a sentence
 
@@ -59,31 +61,35 @@ class _Job(NamedTuple):
 
 
 def kinds() -> dict[str, Kind]:
-    """All kinds by name: those of every module of this package that has one."""
-    modules = [importlib.import_module(name) for name in _modules()]
-    return {kind.name: kind for module in modules for kind in getattr(module, "KINDS", ())}
+    """All kinds of files by name: those of every module of this package that has some."""
+    return {kind.name: kind for name in _names() for kind in getattr(_module(name), "KINDS", ())}
 
 
-def run(names: Sequence[str], cases: int, seed: int = 0, workers: int = 2) -> Iterator[Case]:
-    """So many cases, spread over these kinds and their mutations; a case follows from `names`, `seed` and its number.
+def run(names: Sequence[str], cases: int, seed: int = 0, workers: int = 2, seconds: float = SECONDS) -> Iterator[Case]:
+    """So many cases, spread over the kinds of these names (none: over all) and their mutations.
 
-    The process that calls this must not need to be imported by workers: `python -m mutations` is one.
+    A case follows from `names`, `seed` and its number. Workers import what the process that calls this began with, so
+    that should be little, as in `python -m mutations`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_modules())
+    context.set_forkserver_preload([_module_name(name) for name in names or _names()])
+    pool = [_Worker(context, seconds) for _ in range(workers)]
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    for worker in pool:
+        idle.put(worker)
+
+    def done(job: _Job) -> Case:
+        worker = idle.get()
+        try:
+            return worker.run(job)
+        finally:
+            idle.put(worker)
+
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = _jobs(names, cases, seed, Path(scratch))
-        local, started = threading.local(), []
-
-        def done(job: _Job) -> Case:
-            if not hasattr(local, "worker"):
-                local.worker = _Worker(context)
-                started.append(local.worker)
-            return local.worker.run(job)
-
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(done, jobs)
-        for worker in started:
+        jobs = pool[0].plan(names, cases, seed, Path(scratch))
+        with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+            yield from threads.map(done, jobs)
+        for worker in pool:
             worker.end()
 
 
@@ -91,16 +97,17 @@ def one(name: str, mutation: str, number: int, seed: int = 0) -> tuple[str, Outc
     """A case in this process, to look at with a debugger; what was done, the outcome and its detail."""
     with tempfile.TemporaryDirectory() as scratch:
         (job,) = _jobs([name], 1, seed, Path(scratch))
-        job = job._replace(mutation=mutation, number=number)
+        job, kind = job._replace(mutation=mutation, number=number), _kind(name)
         path = _copied(job)
-        what = kinds()[name].mutations[mutation](path, np.random.default_rng([seed, number]))
-        return what, *_judged(kinds()[name], path)
+        what = kind.mutations[mutation](path, np.random.default_rng([seed, number]))
+        return what, *_judged(kind, path)
 
 
 def _jobs(names: Sequence[str], cases: int, seed: int, scratch: Path) -> list[_Job]:
-    jobs = []
+    """Every case to run, after a good input of each kind was made."""
+    jobs, names = [], names or sorted(kinds())
     for index, name in enumerate(names):
-        kind, folder = kinds()[name], scratch / name
+        kind, folder = _kind(name), scratch / name
         folder.mkdir()
         path = kind.make(folder)
         todo = list(kind.mutations)
@@ -109,37 +116,59 @@ def _jobs(names: Sequence[str], cases: int, seed: int, scratch: Path) -> list[_J
     return sorted(jobs, key=lambda job: job.number)
 
 
-def _modules() -> list[str]:
-    found = sorted(module.name for module in pkgutil.iter_modules(mutations.__path__))
-    return [f"mutations.{name}" for name in found if name != "__main__"]
+def _names() -> list[str]:
+    """The modules of this package."""
+    found = (module.name for module in pkgutil.iter_modules(mutations.__path__))
+    return sorted(name for name in found if name not in _NO_FILES)
+
+
+def _kind(name: str) -> Kind:
+    return next(kind for kind in _module(name).KINDS if kind.name == name)
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(_module_name(name))
+
+
+def _module_name(kind: str) -> str:
+    return f"mutations.{kind.split('-')[0]}"
 
 
 class _Worker:
     """A process that runs cases, with another in its place as soon as it is needed after one died."""
 
-    def __init__(self, context: multiprocessing.context.ForkServerContext):
-        self._context, self._process = context, None
+    def __init__(self, context: multiprocessing.context.ForkServerContext, seconds: float):
+        self._context, self._seconds, self._process = context, seconds, None
 
     def run(self, job: _Job) -> Case:
         """The case, whatever becomes of the process."""
-        if self._process is None:
-            self._connection, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
-            theirs.close()
+        self._start()
         what = "not begun"
         try:
             self._connection.send(job)
             if self._connection.poll(_STARTING):
                 what = self._connection.recv()
-                if self._connection.poll(SECONDS):
+                if self._connection.poll(self._seconds):
                     return self._case(job, what, *self._connection.recv())
             self.end()
-            return self._case(job, what, "hung", f"no result after {SECONDS} seconds")
+            return self._case(job, what, "hung", f"no result after {self._seconds} seconds")
         except (EOFError, OSError):
             self._process.join()
             code, self._process = self._process.exitcode, None
             return self._case(job, what, "crashed", f"the process ended with exit code {code}")
+
+    def plan(self, names: Sequence[str], cases: int, seed: int, scratch: Path) -> list[_Job]:
+        """What `_jobs` gives, made by the process."""
+        self._start()
+        self._connection.send((names, cases, seed, scratch))
+        return self._connection.recv()
+
+    def _start(self) -> None:
+        if self._process is None:
+            self._connection, theirs = self._context.Pipe()
+            self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
 
     def end(self) -> None:
         """Kill the process, if there is one."""
@@ -154,14 +183,17 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
-    """Run the jobs that come: what was done is sent before it is tried, then the outcome."""
+    """Plan jobs, or run those that come: what was done is sent before it is tried, then the outcome."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
-    known, tried = kinds(), set()
+    tried = set()
     while True:
-        job: _Job = connection.recv()
-        kind = known[job.kind]
+        job = connection.recv()
+        if not isinstance(job, _Job):
+            connection.send(_jobs(*job))
+            continue
+        kind = _kind(job.kind)
         if job.kind not in tried:  # libraries load, programs compile
             tried.add(job.kind)
             if (found := _judged(kind, job.path)) != ("right", ""):

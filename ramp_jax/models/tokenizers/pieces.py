@@ -69,7 +69,8 @@ def read_pieces(path: Path) -> Pieces:
         raise ValueError(f"{path} is not a SentencePiece model ({reason(error)}); download it again.") from error
     if not model.pieces or not all(isinstance(piece.piece, str) for piece in model.pieces):  # bytes: not UTF-8
         raise ValueError(f"{path} is a SentencePiece model without pieces of text; download it again.")
-    if odd := next((piece for piece in model.pieces if not _sound(piece)), None):
+    odd = next((piece for piece in model.pieces if not _sound(piece)), None)
+    if odd is not None:
         raise ValueError(
             f"{path}: piece {odd.piece!r:.60} has type {odd.type} and score {odd.score}, which do not fit; download it "
             f"again."
