@@ -16,7 +16,6 @@ from ramp_jax.models.source import (
     Rows,
     Stamp,
     check_unchanged,
-    parse_json,
     piecewise,
     read_json,
     reason,
@@ -32,7 +31,6 @@ _NO_MODEL = ("consolidated", "adapter_model", "training_args", "optimizer", "sch
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_LENGTH = 8  # bytes that say how long the header behind them is
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _SAVE = "save the model with `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`"
 _UNSAFE = f"pickled, which can run code when it is opened, and so is not; where you trust it, {_SAVE}."
@@ -187,9 +185,7 @@ def _contents(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         with safe_open(path, framework="numpy") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             found = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
-        with path.open("rb") as file:  # again, since of a name that stands there twice the library takes one
-            parse_json(file.read(int.from_bytes(file.read(_LENGTH), "little")).decode())
-    except (SafetensorError, ValueError) as error:
+    except SafetensorError as error:
         raise ValueError(
             f"{path} is a damaged safetensors file ({reason(error)}); download or save it again."
         ) from error

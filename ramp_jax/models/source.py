@@ -142,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > _LARGEST:
         raise ValueError(f"{path} has {size:,} bytes, at most {_LARGEST:,} were expected; download or save it again.")
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file ({reason(error)}); download or save it again.") from error
     if not isinstance(content, dict):
@@ -150,11 +150,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str) -> Any:
-    """The content of JSON that every reader reads alike.
-
-    Raises `ValueError` where a key has two values, what is nested is too deep, or text is no Unicode.
-    """
+def _parsed(text: str) -> Any:
+    """The content of JSON that every reader reads alike: no key has two values, nothing is nested too deep."""
     content = json.loads(text, object_pairs_hook=_object)
     level, depth = [content], 0
     while level := [value for part in level for value in _inside(part)]:
