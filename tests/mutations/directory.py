@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -479,6 +479,7 @@ def _same_tokenizer(path: Path, config: Any, model: Model) -> bool:
     in_a_file = tokenizer_from_gguf(plain(model.metadata), path).encode(_TEXT, add_special_tokens=False)
     if (path / "tokenizer.json").is_file():
         known = Tokenizer.from_file(str(path / "tokenizer.json"))
+        known.add_tokens(_listed(path))
         by_id = {i: token for token, i in known.get_vocab(with_added_tokens=True).items()}
         expected = known.encode(_TEXT, add_special_tokens=False).ids
     else:
@@ -491,6 +492,13 @@ def _same_tokenizer(path: Path, config: Any, model: Model) -> bool:
                 found  # SentencePiece joins those and splits them again, llama.cpp looks for them before anything
             )
     return in_a_file == found == expected and all(tokens[i] == token for i, token in by_id.items())
+
+
+def _listed(path: Path) -> list[AddedToken]:
+    config = path / "tokenizer_config.json"
+    listed = json.loads(config.read_text()).get("added_tokens_decoder", {}) if config.is_file() else {}
+    texts = [token["content"] if isinstance(token, dict) else token for token in listed.values()]
+    return [AddedToken(text, normalized=False) for text in texts]
 
 
 _SHARED: dict[str, Mutation] = {

@@ -69,6 +69,8 @@ def read_pieces(path: Path) -> Pieces:
         raise ValueError(f"{path} is not a SentencePiece model ({reason(error)}); download it again.") from error
     if not model.pieces or not all(isinstance(piece.piece, str) for piece in model.pieces):  # bytes: not UTF-8
         raise ValueError(f"{path} is a SentencePiece model without pieces of text; download it again.")
+    if sum(piece.type == Kind.UNKNOWN for piece in model.pieces) > 1:
+        raise ValueError(f"{path} has two pieces for what is unknown; download it again.")
     odd = next((piece for piece in model.pieces if not _sound(piece)), None)
     if odd is not None:
         raise ValueError(

@@ -9,7 +9,7 @@ from gguf import Keys
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
-from ramp_jax.models.tokenizers import pre
+from ramp_jax.models.tokenizers import pre, spm
 from ramp_jax.models.tokenizers.pieces import Pieces
 from ramp_jax.models.tokenizers.vocabulary import (
     BYTES,
@@ -143,12 +143,16 @@ def _sentencepiece_pairs(
     backend: Tokenizer, saved: Saved, pairs: dict[str, Any], pieces: Pieces | None, folder: Path
 ) -> dict[str, Any]:
     """What llama.cpp's model `llama` needs besides tokens and types."""
-    model, tokens = saved["model"], pairs[Keys.Tokenizer.LIST]
+    model, tokens, kinds = saved["model"], pairs[Keys.Tokenizer.LIST], pairs[Keys.Tokenizer.TOKEN_TYPE]
     if missing := set(BYTES) - set(tokens):
         raise _inexpressible(folder, f"it has no token for byte {min(missing)}")
     prefix = _prefix(backend, model["vocab"]) if _only_spaces(saved) else None
     if prefix is None or model.get("ignore_merges"):
         raise _inexpressible(folder, "it changes texts in a way that llama.cpp's SentencePiece does not")
+    made = {merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
+    others = (token for token, kind in zip(tokens, kinds, strict=True) if kind == Kind.NORMAL and token not in made)
+    if (alone := next((t for t in others if len(t) > 1 and spm.can_be_made(t, model["vocab"])), None)) is not None:
+        raise _inexpressible(folder, f"no merge makes {alone!r:.60}, which llama.cpp would make of its parts")
     return {
         Keys.Tokenizer.MODEL: "llama",
         Keys.Tokenizer.PRE: "default",
