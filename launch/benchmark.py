@@ -17,6 +17,7 @@
 `devices`: forced devices of one CPU beside a single one: losses, allocation and bytes.
 `loading`: memory and seconds of loading a sharded model of 1.5 billion weights, and a GGUF.
 `tokenizers`: ids of Hugging Face, llama.cpp and our reading of its file, for every kind of tokenizer.
+`fuzz`: what becomes of damaged files of every kind.
 `encoder`: what each way of rounding loses beside llama-quantize at equal tensor types.
 `kills`: scripts that are killed at random moments and run again: what they make, and what they leave.
 `sizes`: what files of known models weigh at every level, and Llama-2-7B as the paper has it.
@@ -38,6 +39,7 @@ from benchmarks.encoder import encoder
 from benchmarks.end_to_end import end_to_end
 from benchmarks.families import families
 from benchmarks.forward import forward
+from benchmarks.fuzz import fuzz
 from benchmarks.kills import kills
 from benchmarks.loading import loading
 from benchmarks.measuring import RESULTS, plots_go_to, record
@@ -78,6 +80,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "devices": devices,
     "loading": loading,
     "encoder": encoder,
+    "fuzz": fuzz,
     "accelerator": accelerator,
     "tokenizers": tokenizers,
     "sizes": sizes,

@@ -221,6 +221,8 @@ def define_config(cls: type) -> flags.FlagHolder[Any]:
     names = ", ".join(field_names(cls))
     text = f"A file of configs/. After it, --config.FIELD=VALUE replaces any of its fields: {names}."
     return config_flags.DEFINE_config_file("config", None, text)
+
+
 def refuse_flags(names: Iterable[str], why: str) -> None:
     """Raise `ValueError` where one of these flags was given, which would be ignored; `why` ends the sentence."""
     if given := [f"--{name}" for name in names if flags.FLAGS[name].present]:

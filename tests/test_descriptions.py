@@ -93,13 +93,20 @@ def test_windows_that_llama_cpp_ignores_are_said(kind):
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"num_hidden_layers": 2_000_000_000}, "from 1 to 512 was expected"),
         ({"vocab_size": 1e30}, r"vocab_size is 1e\+30"),
-        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan, a finite number above 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan, a number from 1e-20 to 1 was"),
+        ({"rms_norm_eps": 1e30}, r"rms_norm_eps is 1e\+30"),
+        ({"rope_theta": 1.0}, r"rope_theta is 1\.0, a number from 1\.0625"),
+        ({"attention_bias": "no"}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5.0}}, "differ in"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads"),
         ({"head_dim": 33}, "even rotary dimension"),
         ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
-        ({"architectures": None, "model_type": ["llama"]}, "is not supported"),
+        ({"architectures": None, "model_type": ["llama"]}, r"model_type is \['llama'\], a text was expected"),
+        ({"model_type": "mistral"}, "model_type 'mistral' and architecture LlamaForCausalLM are two"),
+        ({"text_config": {"model_type": "bert"}}, "a text_config of model type 'bert' is not supported"),
+        ({"head_dim": 2**31 - 2}, "head_dim is 2147483646, a whole number from 1 to 65,536"),
         ({"rope_parameters": {"rope_type": ["yarn"], "factor": 2}}, "rope"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
@@ -258,9 +265,11 @@ def test_pairs_that_make_no_sense(pairs, message):
 def test_tables_of_another_length_or_with_other_than_numbers():
     spec = spec_from_hf(config())
     fields, shapes, _ = in_a_file(spec)
-    for table in (np.ones(7, np.float32), np.zeros(8, np.float32), np.full(8, np.nan, np.float32)):
-        with pytest.raises(ValueError, match=r"rope_freqs\.weight is not 8 finite numbers"):
-            spec_from_gguf(fields, shapes, {"rope_freqs.weight": table})
+    for table in (np.ones(7), np.zeros(8), np.full(8, np.nan)):
+        with pytest.raises(
+            ValueError, match=r"rope_freqs\.weight (holds 7 numbers instead of 8|is (0\.0|nan), a number)"
+        ):
+            spec_from_gguf(fields, shapes, {"rope_freqs.weight": table.astype(np.float32)})
     with pytest.raises(ValueError, match="only one of"):
         spec_from_gguf(fields, shapes, {"rope_factors_long.weight": np.ones(8, np.float32)})
 

@@ -342,6 +342,9 @@ def test_every_type_that_gguf_dequantizes(tmp_path, rng, monkeypatch, kind):
     monkeypatch.setattr(source, "_PIECE", 600)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (5, 256 // block * size), np.uint8)
+    with np.errstate(all="ignore"):
+        while (bad := ~np.isfinite(gguf.quants.dequantize(raw, kind)).all(1)).any():
+            raw[bad] = rng.integers(0, 256, raw[bad].shape, np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tensor("a.weight", raw, raw_dtype=kind)
     writer.add_tensor("b.weight", raw[0], raw_dtype=kind)
@@ -455,6 +458,8 @@ def pair(name, kind, body):
         (pair("a", 99, b""), "a has type 99"),
         (pair("a", 8, struct.pack("<Q", 1) + b"\xff"), "a is no UTF-8"),
         (pair("a", 4, b"0000") * 2, "it holds a twice"),
+        (pair("a", 7, b"\2"), "a is neither true nor false"),
+        (pair("a\n", 4, b"0000"), r"a field is called 'a\\n'"),
         (struct.pack("<Q", 1 << 63), "ends inside its header"),
     ],
 )
@@ -463,6 +468,104 @@ def test_header_that_promises_too_much(tmp_path, body, reason):
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + body)
     with pytest.raises(ValueError, match=rf"not a whole GGUF file \(.*{reason}"):
         load_model(str(path))
+
+
+@pytest.mark.parametrize("counts", [(1 << 31, 0), (0, 1 << 63)])
+def test_counts_that_no_model_has(tmp_path, counts):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts))
+    with pytest.raises(ValueError, match=r"it says that it holds [\d,]+ tensors and [\d,]+ fields"):
+        load_model(path)
+
+
+def test_bytes_behind_the_last_tensor(gguf_file):
+    with gguf_file.open("ab") as file:
+        file.write(bytes(33))
+    with pytest.raises(ValueError, match="33 bytes follow its last tensor"):
+        load_model(gguf_file)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_not_finite_are_named_before_anything_else(make, weights, untied, tmp_path, bad, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = weights[name].copy()
+    broken[-1, -1] = bad
+    save_flax({key: jnp.asarray(value, dtype) for key, value in (weights | {name: broken}).items()}, tmp_path / "m")
+    path = make({"model.safetensors": weights})
+    (tmp_path / "m").rename(tmp_path / "model.safetensors")
+    for wanted in ("float32", "bfloat16"):
+        with pytest.raises(
+            ValueError, match=rf"model\.safetensors: {name} holds values that are NaN or infinite; down"
+        ):
+            load_model(path, wanted)
+    on_disk = load_model(path, resident=False)
+    on_disk.params["blk"][0]
+    with pytest.raises(ValueError, match=f"{name} holds values that are NaN or infinite"):
+        on_disk.params["blk"][1]
+    values = tiny.gguf_values(tied=False) | {"blk.1.ffn_up.weight": broken}
+    with pytest.raises(ValueError, match=r"a\.gguf: blk\.1\.ffn_up\.weight holds values that are NaN or infinite"):
+        load_model(tiny.write_gguf(tmp_path / "a.gguf", untied.metadata, values))
+
+
+def test_type_code_that_makes_weights_infinite(gguf_file):
+    content = bytearray(gguf_file.read_bytes())
+    found = read_header(gguf_file).tensors
+    last = list(found)[-1]
+    at = content.index(last.encode()) + len(last) + 4 + 8 * len(found[last].shape)
+    content[at : at + 4] = struct.pack("<I", GGMLQuantizationType.I32)
+    gguf_file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{last} is I32, which cannot be dequantized"):
+        load_model(gguf_file)
+
+
+def test_sizes_are_held_against_tensors_before_a_tokenizer_fills_them(make, weights, untied_directory, tmp_path):
+    path = make({"model.safetensors": weights}, vocab_size=2**31 - 1)
+    shutil.copy(untied_directory / "tokenizer.json", tmp_path)
+    with pytest.raises(ValueError, match=r"token_embd\.weight .* has shape \(320, 64\), expected \(2147483647, 64\)"):
+        load_model(path)
+
+
+def test_name_that_stands_in_a_shard_twice(make, weights, tmp_path):
+    path, file = make({"model.safetensors": weights}), tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    one, other = b"layers.1.input_layernorm", b"layers.0.input_layernorm"
+    assert content.count(one) == 1
+    file.write_bytes(content.replace(one, other))
+    with pytest.raises(ValueError, match=r"model\.safetensors is a damaged safetensors file \(.*invalid offset"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"a": 1, "a": 2}', "two values of 'a'"),
+        ('{"a": ' + "[" * 70 + "]" * 70 + "}", "more than 64 levels"),
+        (r'{"a": "\ud800"}', "surrogates not allowed"),
+        ("[" * 100_000 + "]" * 100_000, "recursion"),
+    ],
+)
+def test_json_that_readers_read_differently(make, weights, tmp_path, content, reason):
+    path = make({"model.safetensors": weights})
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json is no JSON file \(.*{reason}.*\); download or save it again"):
+        load_model(path)
+
+
+def test_json_of_a_size_that_none_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "_LARGEST", 10)
+    (tmp_path / "a.json").write_text('{"a": "123456"}')
+    with pytest.raises(ValueError, match=r"a\.json has 15 bytes, at most 10 were expected"):
+        source.read_json(tmp_path / "a.json")
+
+
+def test_too_little_memory_is_no_traceback(gguf_file, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("ramp_jax.models.load.in_memory", full)
+    with pytest.raises(OSError, match=r"tiny\.gguf needs more memory than there is; free some"):
+        load_model(gguf_file)
 
 
 def test_arrays_of_arrays_and_other_versions(tmp_path):
@@ -655,7 +758,7 @@ def test_checkpoint_of_several_dtypes_is_float32(gguf_file, make, weights):
 def test_values_beyond_float16_are_named(make, weights, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     path = make({"model.safetensors": {**weights, name: weights[name] * 1e6}})
-    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight holds values that float16 cannot"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that float16 cannot"):
         load_model(path, "float16")
     with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight holds values that float16 cannot"):
         save_model(load_model(path), tmp_path / "half", "float16")

@@ -356,7 +356,13 @@ def test_damaged_files_are_named(tmp_path, file, content, message):
     [
         (lambda saved: saved["added_tokens"][0].update(id=2**31), "its tokenizer has 2,147,483,649 tokens"),
         (lambda saved: saved["model"]["vocab"].update(a=2**31), "its tokenizer has 2,147,483,649 tokens"),
-        (lambda saved: saved["model"]["merges"].append(["no", "such"]), "damaged .*out of vocabulary"),
+        (lambda saved: saved["model"]["merges"].append(["no", "such"]), "damaged .*merge 'no such' is not of two"),
+        (lambda saved: saved["model"]["merges"].append(saved["model"]["merges"][0]), "stands there twice"),
+        (lambda saved: saved["model"]["merges"].append(7), "merge 7 is not of two tokens"),
+        (lambda saved: saved["model"]["vocab"].update(a=3), "3 is the id of two tokens"),
+        (lambda saved: saved["model"]["vocab"].update(a=-1), "the id of 'a' is -1, a number from 0"),
+        (lambda saved: saved["added_tokens"].append({"id": 5, "content": ""}), "added token .* has no text"),
+        (lambda saved: saved["model"]["vocab"].pop("ÿ"), "which becomes .*, since ids before it are missing"),
         (lambda saved: saved["model"].update(vocab=[1]), "is damaged"),
     ],
 )
@@ -373,6 +379,7 @@ def test_vocabulary_with_holes(tmp_path):
     """What merges need none of may be missing: such ids are unused."""
     path = directory(tmp_path, "GPT-2") / "tokenizer.json"
     saved = json.loads(path.read_text())
+    saved["model"]["vocab"] |= {token["content"]: token["id"] for token in saved["added_tokens"]}
     saved["model"]["vocab"].pop("ÿ")
     path.write_text(json.dumps(saved))
     _, fields = read(tmp_path)
@@ -384,7 +391,8 @@ def test_vocabulary_with_holes(tmp_path):
     ("content", "message"),
     [
         (b"", "without pieces"),
-        (b"\n\x00", "no BPE"),
+        (b"\n\x00", "piece '' has type 1 and score"),
+        (b"\n\x03\n\x01a", "no BPE"),
         (LFS_POINTER.encode(), "is a Git-LFS pointer"),
         (b"\xff" * 40, "is not a SentencePiece model"),
     ],
@@ -405,7 +413,13 @@ def test_damaged_sentencepiece_model(tmp_path, content, message):
         ({"merges": ["a"]}, "merge 'a' is not of two tokens to a third"),
         ({"merges": ["no such"]}, "merge 'no such' is not of two tokens to a third"),
         ({"merges": None}, "has no merges"),
-        ({"pre": ["a"]}, r"pre-tokenizer \['a'\] is not supported"),
+        ({"pre": ["a"]}, r"tokenizer\.ggml\.pre is \['a'\], a text was expected"),
+        ({"pre": "a"}, "pre-tokenizer 'a' is not supported"),
+        ({"token_type": [7] * VOCABULARY}, "token_type has 7, types from 1 to 6"),
+        ({"token_type": [6] * VOCABULARY}, "token_type says that .* is a byte"),
+        ({"bos_token_id": VOCABULARY}, f"bos_token_id is {VOCABULARY}, a token from 0 to {VOCABULARY - 1}"),
+        ({"eot_token_id": 1.5}, r"eot_token_id is 1\.5"),
+        ({"add_bos_token": "no"}, "add_bos_token is 'no', true or false"),
         ({"token_type": [1]}, r"token_type does not hold a number for each of 900 tokens"),
         ({"model": "llama", "scores": ["a"] * VOCABULARY}, "scores does not hold a number for each"),
     ],

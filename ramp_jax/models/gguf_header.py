@@ -21,7 +21,8 @@ MAGIC = b"GGUF"
 
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
-_MOST_ELEMENTS = 1 << 24  # of an array of metadata; the largest vocabularies have 2^18 tokens
+_MOST = 1 << 20  # pairs, and tensors
+_MOST_ELEMENTS = 1 << 23  # of all arrays of metadata; the largest vocabularies have 2^18 tokens and 2^19 merges
 _SCALARS = {
     GGUFValueType.UINT8: "u1",
     GGUFValueType.INT8: "i1",
@@ -88,6 +89,7 @@ class _Reader:
 
     def __init__(self, path: Path, content: mmap.mmap):
         self.path, self.content, self.at = path, content, len(MAGIC)
+        self.elements = 0  # of arrays, so far
 
     def header(self) -> Header:
         """Everything before the tensors' data."""
@@ -97,9 +99,11 @@ class _Reader:
         if version not in _VERSIONS:
             raise ValueError(f"{self.path} is a GGUF of version {version}, not of 2 or 3; convert the model again.")
         n_tensors, n_pairs = self.number(_U64), self.number(_U64)
+        if max(n_tensors, n_pairs) > _MOST:
+            raise _DamagedError(f"it says that it holds {n_tensors:,} tensors and {n_pairs:,} fields")
         metadata: Metadata = {}
         for _ in range(n_pairs):
-            key = self.string("the name of a field")
+            key = self.name("field")
             if key in metadata:
                 raise _DamagedError(f"it holds {key} twice")
             metadata[key] = self.pair(key)
@@ -113,7 +117,8 @@ class _Reader:
         kind, length = self.kind(key), self.number(_U64)
         if kind == GGUFValueType.ARRAY:
             raise ValueError(f"{self.path}: {key} is an array of arrays, which is not supported; convert it again.")
-        if length > _MOST_ELEMENTS:
+        self.elements += length
+        if self.elements > _MOST_ELEMENTS:
             raise _DamagedError(f"{key} is an array of {length:,}")
         return KeyValue(self.values(key, kind, length), GGUFValueType.ARRAY, kind)
 
@@ -121,13 +126,16 @@ class _Reader:
         if kind == GGUFValueType.STRING:
             return [self.string(key) for _ in range(count)]
         dtype = np.dtype(_SCALARS[kind])
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+        raw = self.take(count * dtype.itemsize)
+        if kind == GGUFValueType.BOOL and raw.strip(b"\0\1"):
+            raise _DamagedError(f"{key} is neither true nor false")
+        return np.frombuffer(raw, dtype).tolist()
 
     def tensors(self, count: int, metadata: Metadata) -> dict[str, StoredTensor]:
         """Where tensors lie, one after the other behind the header, each at a multiple of the alignment."""
         found = {}
         for _ in range(count):
-            name = self.string("the name of a tensor")
+            name = self.name("tensor")
             if name in found:
                 raise _DamagedError(f"it holds tensor {name} twice")
             found[name] = self.tensor(name)
@@ -141,6 +149,8 @@ class _Reader:
             if start + end + tensor.n_bytes > len(self.content):
                 raise _DamagedError(f"it ends inside {name}")
             end += -(-tensor.n_bytes // alignment.value) * alignment.value
+        if found and start + end < len(self.content):
+            raise _DamagedError(f"{len(self.content) - start - end:,} bytes follow its last tensor")
         return {name: tensor._replace(offset=start + tensor.offset) for name, tensor in found.items()}
 
     def tensor(self, name: str) -> StoredTensor:
@@ -163,6 +173,11 @@ class _Reader:
             return GGUFValueType(number)
         except ValueError as error:
             raise _DamagedError(f"{key} has type {number:,}") from error
+
+    def name(self, of: str) -> str:
+        if not (name := self.string(f"the name of a {of}")).isprintable():
+            raise _DamagedError(f"a {of} is called {name!r:.60}")
+        return name
 
     def string(self, key: str) -> str:
         raw = self.take(self.number(_U64))

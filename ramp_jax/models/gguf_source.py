@@ -42,7 +42,10 @@ class GgufSource:
         return _UNQUANTIZED.get(self.tensors[name].type, np.dtype(np.float32))
 
     def read(self, name: str, dtype: Any, rows: Rows = slice(None)) -> np.ndarray:
-        """Some rows of a tensor, or all, dequantized to `dtype`; raises `ValueError` for a type that is not known."""
+        """Some rows of a tensor, or all, dequantized to `dtype`.
+
+        Raises `ValueError` for a type that is not known and for values that are not finite.
+        """
         tensor = self.tensors[name]
         if len(tensor.shape) == 1:
             tensor = tensor._replace(shape=(1, *tensor.shape))
@@ -51,7 +54,8 @@ class GgufSource:
 
     def _dequantized(self, name: str, tensor: StoredTensor, dtype: Any, rows: Rows) -> np.ndarray:
         try:
-            return piecewise(tensor.shape, dtype, rows, _opener(tensor, self.files[str(tensor.path)]))
+            opener = _opener(tensor, self.files[str(tensor.path)])
+            return piecewise(f"{tensor.path}: {name}", tensor.shape, dtype, rows, opener)
         except NotImplementedError as error:
             raise ValueError(
                 f"{tensor.path}: {name} is {tensor.type.name}, which cannot be dequantized here; use another file."

@@ -7,7 +7,6 @@ What a reference means is found in `references.py`, what a checkpoint holds by a
 import collections
 import contextlib
 import dataclasses
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ramp_jax.models import decoder
@@ -31,7 +29,7 @@ from ramp_jax.models.metadata import Metadata, plain, typed
 from ramp_jax.models.references import model_name, resolve
 from ramp_jax.models.rope import unpermute_rope
 from ramp_jax.models.safetensors_source import find_shards, open_shards, refuse_file
-from ramp_jax.models.source import Rows, Source, check_used, read_json
+from ramp_jax.models.source import Rows, Source, check_used, read_json, reason
 from ramp_jax.models.spec import DecoderSpec, describe, spec_from_gguf, spec_from_hf
 from ramp_jax.models.store import StoredParams, in_memory
 from ramp_jax.models.tokenizers import name_for_llama_cpp, tokenizer_from_directory, tokenizer_from_gguf
@@ -44,6 +42,8 @@ _RESIDENT = 0.1
 """Of the memory that is available: models up to this share are held in it, since work on them needs several times
 their size."""
 
+_PER_TOKEN = {"tokenizer.ggml.token_type": np.int32, "tokenizer.ggml.scores": np.float32}
+_PANIC = "PanicException"  # of libraries in Rust, no Exception of Python's
 _NAME, _TOKENIZER, _TOKENS, _FLAGS = "general.name", "tokenizer.", "tokenizer.ggml.tokens", "tokenizer.ggml.add_"
 
 
@@ -116,7 +116,6 @@ def load_model(
     wanted, path = None if dtype == "stored" else _dtype(dtype), resolve(ref)
     with _describing(path):
         opened = _open_directory(path, tokenizer_from) if path.is_dir() else _open_gguf(path, tokenizer_from)
-        _check(opened, path)
     wanted = _stored_dtype(opened) if wanted is None else wanted
     if opened.spec.caveat is not None:
         logging.warning("%s: %s", ref, opened.spec.caveat)
@@ -176,13 +175,15 @@ def _describing(path: Path) -> Iterator[None]:
         raise ValueError(
             f"{path} does not describe its model: {error} is missing; download or save it again."
         ) from error
-    except ValueError as error:
-        if str(path) in str(error):
+    except MemoryError as error:
+        raise OSError(f"{path} needs more memory than there is; free some or use a larger machine.") from error
+    except Exception as error:
+        if isinstance(error, OSError) or (type(error) is ValueError and str(path) in str(error)):
             raise
-        raise ValueError(f"{path}: {error}") from error
-    except (TypeError, AttributeError, LookupError, ArithmeticError, struct.error, SafetensorError) as error:
+        if type(error) is ValueError:
+            raise ValueError(f"{path}: {error}") from error
         raise ValueError(
-            f"{path} does not describe its model: {error} ({type(error).__name__}); download or save it again."
+            f"{path} does not describe its model: {reason(error)} ({type(error).__name__}); download or save it again."
         ) from error
 
 
@@ -195,6 +196,7 @@ def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
     spec = spec_from_gguf(fields, shapes, tables)
     stored = {tensor: tensor.name for tensor in tensors(spec) if tensor.name in shapes}
     check_used(spec.architecture, shapes.keys() - {*stored.values(), *tables}, path)
+    _check_shapes(spec, source, stored, path)
 
     def finish(tensor: Tensor, value: np.ndarray) -> np.ndarray:
         heads = spec.family.permuted_heads(tensor)
@@ -202,7 +204,9 @@ def _open_gguf(path: Path, tokenizer_from: str | Path | None) -> _Checkpoint:
 
     tokenizer, pairs = _vocabulary(tokenizer_from, spec, lambda: _vocabulary_of_gguf(source.metadata, path))
     kept = _carried(source.metadata, spec)
-    if isinstance(name := fields.get(_NAME), str):
+    if (name := fields.get(_NAME)) is not None:
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: {_NAME} is {name!r:.60}, a text was expected; correct it.")
         kept[_NAME] = kept[_NAME]._replace(value=name_for_llama_cpp(name, tokenizer, pairs))
     return _Checkpoint(spec, source, stored, finish, kept | pairs, tokenizer)
 
@@ -215,6 +219,7 @@ def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpo
     spec = spec_from_hf(config)
     source = open_shards(folder, shards)
     stored = find_decoder(spec, config, source, folder)
+    _check_shapes(spec, source, stored, folder)
 
     def finish(tensor: Tensor, value: np.ndarray) -> np.ndarray:
         return spec.family.from_checkpoint(spec, tensor, value)
@@ -233,15 +238,17 @@ def _carried(metadata: Metadata, spec: DecoderSpec) -> Metadata:
     return kept | {name: pair for name, pair in describe(spec, "", 0).items() if name.startswith(prefix)}
 
 
-def _check(opened: _Checkpoint, path: Path) -> None:
-    """Raise `ValueError` for a tensor that is missing or of another shape than the description says."""
-    for tensor in tensors(opened.spec):
-        if tensor not in opened.stored:
-            name = f"{tensor.name} ({opened.spec.family.hf_name(tensor)})" if path.is_dir() else tensor.name
+def _check_shapes(spec: DecoderSpec, source: Source, stored: dict[Tensor, str], path: Path) -> None:
+    """Raise `ValueError` for a tensor that is missing or of another shape than the description says.
+
+    From here on sizes of the description are those of the file, and may be allocated.
+    """
+    for tensor in tensors(spec):
+        if tensor not in stored:
+            name = f"{tensor.name} ({spec.family.hf_name(tensor)})" if path.is_dir() else tensor.name
             raise ValueError(f"{path} lacks tensor {name}; it is incomplete or of another architecture.")
-        stored = opened.stored[tensor]
-        if (shape := opened.source.shapes[stored]) != tensor.shape:
-            name = tensor.name if stored == tensor.name else f"{tensor.name} ({stored})"
+        if (shape := source.shapes[stored[tensor]]) != tensor.shape:
+            name = tensor.name if stored[tensor] == tensor.name else f"{tensor.name} ({stored[tensor]})"
             raise ValueError(f"{path}: {name} has shape {shape}, expected {tensor.shape}.")
 
 
@@ -259,8 +266,6 @@ def _stored(opened: _Checkpoint, wanted: np.dtype) -> StoredParams:
     def finish(tensor: Tensor, value: np.ndarray) -> jax.Array:
         """On the device; on CPUs the very array that was read, and nothing waits on the host elsewhere."""
         value = opened.finish(tensor, value.astype(dtype_of(tensor), copy=False))
-        if value.dtype == np.float16 and not np.isfinite(value).all():
-            raise ValueError(f"{tensor.name} holds values that float16 cannot; choose bfloat16 or float32.")
         return jax.block_until_ready(jax.device_put(value))
 
     files = {path: f"{size} bytes of {modified}" for path, (size, modified) in opened.source.files.items()}
@@ -329,7 +334,8 @@ def _vocabulary_of_gguf(metadata: Metadata, path: Path) -> _Vocabulary | None:
     ids = {name: pair.value for name, pair in pairs.items() if name.endswith("_token_id")}
     sound = typed({name: np.uint32(i) for name, i in ids.items() if 0 <= i < len(pairs[_TOKENS].value)})
     flags = typed({name: bool(pair.value) for name, pair in pairs.items() if name.startswith(_FLAGS)})
-    return tokenizer, {name: pair for name, pair in pairs.items() if name not in ids} | sound | flags
+    numbers = typed({name: np.asarray(pairs[name].value, dtype) for name, dtype in _PER_TOKEN.items() if name in pairs})
+    return tokenizer, {name: pair for name, pair in pairs.items() if name not in ids} | sound | flags | numbers
 
 
 def _vocabulary_of_directory(folder: Path, vocab_size: int) -> _Vocabulary | None:
@@ -342,10 +348,11 @@ def _reading_tokenizer(path: Path) -> Iterator[None]:
     """The libraries' errors, which are of any class, become one that names the file."""
     try:
         yield
-    except (ValueError, OSError):
-        raise
-    except Exception as error:
+    except BaseException as error:
+        expected = isinstance(error, OSError | MemoryError) or type(error) is ValueError
+        if expected or not (isinstance(error, Exception) or type(error).__name__ == _PANIC):
+            raise
         raise ValueError(
-            f"{path}: its tokenizer cannot be read ({type(error).__name__}: {error}); download or save it again, or "
-            f"name a GGUF of the same vocabulary with --tokenizer_from."
+            f"{path}: its tokenizer cannot be read ({reason(error)}); download or save it again, "
+            f"or name a GGUF of the same vocabulary with --tokenizer_from."
         ) from error

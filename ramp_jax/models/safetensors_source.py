@@ -18,6 +18,7 @@ from ramp_jax.models.source import (
     check_unchanged,
     piecewise,
     read_json,
+    reason,
     refuse_pointer,
     some,
     stamp,
@@ -50,8 +51,8 @@ class SafetensorsSource:
         return np.dtype({"F16": np.float16, "BF16": jnp.bfloat16}.get(self.dtypes[name], np.float32))
 
     def read(self, name: str, dtype: Any, rows: Rows = slice(None)) -> np.ndarray:
-        """Some rows of a tensor, or all, in `dtype`."""
-        return piecewise(self.shapes[name], dtype, rows, self._opener(name))
+        """Some rows of a tensor, or all, in `dtype`; raises `ValueError` for values that are not finite."""
+        return piecewise(f"{self.paths[name]}: {name}", self.shapes[name], dtype, rows, self._opener(name))
 
     def equal(self, a: str, b: str) -> bool:
         """Whether two tensors hold the same values; a piece of each is in memory at a time."""
@@ -148,7 +149,8 @@ def _without_index(folder: Path) -> list[str]:
     """The files that make up the model where no index says it."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith(_NO_MODEL))
+    files = (path.name for path in folder.glob("*.safetensors") if path.is_file())
+    found = sorted(name for name in files if not name.startswith(_NO_MODEL))
     shards = [name for name in found if name.startswith("model-")] or found
     counts = {match[3]: match[1] for name in shards if (match := _SHARD.fullmatch(name))}
     if len(shards) == 1 and not counts:
@@ -182,6 +184,11 @@ def _contents(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     try:
         with safe_open(path, framework="numpy") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+            found = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is a damaged safetensors file ({error}); download or save it again.") from error
+        raise ValueError(
+            f"{path} is a damaged safetensors file ({reason(error)}); download or save it again."
+        ) from error
+    if odd := [key for key in found if not key.isprintable()]:
+        raise ValueError(f"{path} holds a tensor called {odd[0]!r:.60}; download or save it again.")
+    return found

@@ -1,6 +1,7 @@
 """Checkpoints as loaders see them: names and shapes first, then one tensor at a time in the dtype that is wanted."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,9 @@ _PIECE = 1 << 20
 
 _ALIGNMENT = 64
 """Bytes at which an array has to begin for JAX to take it over without a copy on CPUs."""
+
+_LARGEST, _DEEPEST = 1 << 26, 64  # bytes and levels of a JSON file; what is read of a byte takes up to 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -65,27 +69,49 @@ Reader = AbstractContextManager[Callable[[int, int], np.ndarray]]
 """An open tensor: rows `first` to `end` as they are stored."""
 
 
-def piecewise(shape: tuple[int, ...], dtype: Any, rows: Rows, opened: Callable[[], Reader]) -> np.ndarray:
-    """The `rows` of a tensor of `shape` in `dtype`; the tensor is opened for each piece of it anew."""
+def piecewise(where: str, shape: tuple[int, ...], dtype: Any, rows: Rows, opened: Callable[[], Reader]) -> np.ndarray:
+    """The `rows` of a tensor of `shape` in `dtype`; the tensor is opened for each piece of it anew.
+
+    Raises `ValueError` for values that are not finite, or not in `dtype`; it begins with `where`, the tensor's place.
+    """
     if not isinstance(rows, slice):
-        return _gathered(shape, dtype, rows, opened)
+        return _gathered(where, shape, dtype, rows, opened)
     first, end, _ = rows.indices(shape[0])
     shape = (end - first, *shape[1:])
     values = _aligned(shape, np.dtype(dtype))
     step = max(1, _PIECE // max(1, int(np.prod(shape[1:]))))
     for start in range(first, end, step):
         stop = min(start + step, end)
-        with opened() as read_rows, np.errstate(over="ignore"):  # who wanted float16 looks for what it could not hold
-            values[start - first : stop - first] = read_rows(start, stop)
+        with opened() as read_rows, np.errstate(over="ignore", invalid="ignore"):
+            _put(where, read_rows(start, stop), values[start - first : stop - first])
     return values
 
 
-def _gathered(shape: tuple[int, ...], dtype: Any, rows: np.ndarray, opened: Callable[[], Reader]) -> np.ndarray:
+def _gathered(
+    where: str, shape: tuple[int, ...], dtype: Any, rows: np.ndarray, opened: Callable[[], Reader]
+) -> np.ndarray:
     values = _aligned((len(rows), *shape[1:]), np.dtype(dtype))
-    with opened() as read_rows, np.errstate(over="ignore"):
+    with opened() as read_rows, np.errstate(over="ignore", invalid="ignore"):
         for run in _runs(rows):
-            values[run] = read_rows(int(rows[run.start]), int(rows[run.stop - 1]) + 1)
+            _put(where, read_rows(int(rows[run.start]), int(rows[run.stop - 1]) + 1), values[run])
     return values
+
+
+def _put(where: str, stored: np.ndarray, values: np.ndarray) -> None:
+    values[...] = stored
+    if _finite(values):
+        return
+    if not np.isfinite(stored).all():
+        raise ValueError(f"{where} holds values that are NaN or infinite; download or save it again.")
+    raise ValueError(f"{where} holds values that {values.dtype} cannot; choose bfloat16 or float32.")
+
+
+def _finite(values: np.ndarray) -> bool:
+    """`np.isfinite(values).all()`, which takes ten times as long where floats have 16 bits."""
+    if values.dtype.itemsize != 2 or not values.size:
+        return bool(np.isfinite(values).all())
+    infinity = np.asarray(np.inf, values.dtype).view(np.uint16)
+    return bool((values.view(np.uint16) & np.uint16(0x7FFF)).max() < infinity)
 
 
 def _runs(rows: np.ndarray) -> Iterator[slice]:
@@ -113,13 +139,43 @@ def refuse_pointer(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises `ValueError` where it holds none."""
     refuse_pointer(path)
+    if (size := path.stat().st_size) > _LARGEST:
+        raise ValueError(f"{path} has {size:,} bytes, at most {_LARGEST:,} were expected; download or save it again.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file ({error}); download or save it again.") from error
+        raise ValueError(f"{path} is no JSON file ({reason(error)}); download or save it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, no object; download or save it again.")
     return content
+
+
+def _parsed(text: str) -> Any:
+    """The content of JSON that every reader reads alike: no key has two values, nothing is nested too deep."""
+    content = json.loads(text, object_pairs_hook=_object)
+    level, depth = [content], 0
+    while level := [value for part in level for value in _inside(part)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"more than {_DEEPEST} levels")
+    if _SURROGATE.search(text):
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        for key, value in pairs:
+            if content[key] != value:
+                raise ValueError(f"two values of {key!r:.60}")
+    return content
+
+
+def _inside(part: Any) -> Iterable[Any]:
+    if isinstance(part, dict):
+        return part.values()
+    return part if isinstance(part, list) else ()
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
@@ -131,6 +187,12 @@ def check_used(architecture: str, unused: Iterable[str], path: Path) -> None:
     """Raise `ValueError` where a checkpoint holds what a decoder would ignore."""
     if unused := list(unused):
         raise ValueError(f"{path} holds tensors that the {architecture} decoder does not use: {some(unused)}.")
+
+
+def reason(error: BaseException) -> str:
+    """What a library says of an error, on one line and short enough to stand in a sentence."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def some(names: Iterable[str]) -> str:

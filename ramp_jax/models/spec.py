@@ -11,10 +11,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from ramp_jax.models.families import FAMILIES, Family, tables, usual_blocks
-from ramp_jax.models.families.properties import is_neutral, not_computed
+from ramp_jax.models.families.properties import is_neutral, not_computed, unexpected
 from ramp_jax.models.layout import Block
 from ramp_jax.models.metadata import Metadata, typed
 from ramp_jax.models.rope import Rope
+from ramp_jax.models.source import reason
 
 _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 _OF_THE_FILE = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map")
@@ -221,14 +222,23 @@ def _text_part(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     text = config.get("text_config")
     if isinstance(text, Mapping) and str(text.get("model_type")) in FAMILIES:
         return str(text["model_type"]), text
+    if text is not None:
+        kind = text.get("model_type") if isinstance(text, Mapping) else text
+        raise ValueError(
+            f"a text_config of model type {kind!r:.60} is not supported; supported are {', '.join(FAMILIES)}."
+        )
     by_class = {family.hf: name for name, family in FAMILIES.items()}
-    named = config.get("architectures")
-    asked = str(named[0] if isinstance(named, list) and named else config.get("model_type", "none named"))
+    named, kind = config.get("architectures"), config.get("model_type")
+    if not isinstance(kind, str | None):
+        raise unexpected("config.json: model_type", kind, "a text")
+    asked = str(named[0] if isinstance(named, list) and named else kind)
     name = by_class.get(asked, asked if asked in FAMILIES else None)
     if name is None:
         nearest = difflib.get_close_matches(asked, by_class, 1)
         hint = f" (nearest: {nearest[0]})" if nearest else ""
-        raise ValueError(f"architecture {asked} is not supported; supported are {', '.join(by_class)}{hint}.")
+        raise ValueError(f"architecture {asked:.60} is not supported; supported are {', '.join(by_class)}{hint}.")
+    if kind not in (None, name):
+        raise ValueError(f"config.json: model_type {kind!r:.60} and architecture {asked} are two; correct one of them.")
     return name, config
 
 
@@ -247,8 +257,9 @@ def _filled(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     try:
         return given | CONFIG_MAPPING[model_type].from_dict(given).to_dict()
     except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"config.json is not a sound description of a {model_type} model: {reason:.200}.") from error
+        raise ValueError(
+            f"config.json is not a sound description of a {model_type} model ({reason(error)}); correct it."
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -258,7 +269,7 @@ def _check_ropes(config: Mapping[str, Any]) -> None:
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         renamed = {"rope_type" if key == "type" else key: value for key, value in old.items()}
-        if differs := [key for key, value in renamed.items() if new.get(key, value) != value]:
+        if differs := [key for key, value in renamed.items() if new.get(key) != value]:
             raise ValueError(f"config.json: rope_scaling and rope_parameters differ in {differs[0]}; remove one.")
 
 

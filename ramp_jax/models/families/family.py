@@ -36,6 +36,7 @@ HF_NAMES = {
 """Modules of a GGUF by the names that most Hugging Face checkpoints have for them, inside a layer or outside."""
 
 _MOST_BLOCKS = 512  # llama.cpp's limit
+_MOST_OF_A_HEAD = 1 << 16  # positions make tables of it before any tensor confirms it
 _OF_WINDOWED_HEADS = ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
 
 
@@ -62,6 +63,7 @@ SIZES: tuple[Property, ...] = (
         "head_dim",
         "attention.key_length",
         whole=True,
+        most=_MOST_OF_A_HEAD,
         default=lambda found: found["d_model"] // found["n_heads"],
     ),
     Equal("attention.value_length", "head_size", written=True),
@@ -69,7 +71,7 @@ SIZES: tuple[Property, ...] = (
     Number("d_ff", "intermediate_size", "feed_forward_length", whole=True),
     Number("vocab_size", "vocab_size", "vocab_size", whole=True, gguf_default=_embedding_rows),
     Number("context_length", "max_position_embeddings", "context_length", whole=True),
-    Number("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    Number("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon", most=1),
     Tied(),
 )
 """What all families are described by."""

@@ -13,6 +13,7 @@ from ramp_jax.models.families.properties import (
     not_computed,
     positive,
     shortest,
+    unexpected,
     whole,
 )
 from ramp_jax.models.rope import Rope, Yarn, llama3_factors
@@ -25,6 +26,7 @@ TABLES = (FREQS, SHORT, LONG)
 """Tensors of a GGUF that divide frequencies one by one; they follow from the spec and are no parameters."""
 
 _THETA = 10_000.0
+_LEAST_BASE = 1.0625  # YaRN divides by its logarithm
 _SCALING = "rope.scaling."
 
 
@@ -74,7 +76,7 @@ class Positions(Property):
             theta = by_kind.get(WINDOWED, {}).get("rope_theta", config.get("rope_local_base_freq"))
             if (kind := by_kind.get(WINDOWED, {}).get("rope_type", "default")) != "default":
                 raise not_computed(f"config.json asks for rope scaling {kind!r} in layers with a window")
-            theta = rope.theta if theta is None else positive("config.json: rope_theta of windows", theta)
+            theta = rope.theta if theta is None else _base("config.json: rope_theta of windows", theta)
             local = Rope(theta, rope.size)
         return {"rope": rope, "local_rope": local if local != rope else None}
 
@@ -83,15 +85,17 @@ class Positions(Property):
         kind = "default" if kind is None else "longrope" if kind == "su" else kind
         if kind not in ("default", "linear", *self.scalings):
             raise not_computed(f"config.json asks for rope scaling {kind!r}")
-        theta = positive("config.json: rope_theta", rope.get("rope_theta", config.get("rope_theta", _THETA)))
+        theta = _base("config.json: rope_theta", rope.get("rope_theta", config.get("rope_theta", _THETA)))
         share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-        size = int(found["head_size"] * (1.0 if share is None else positive("partial_rotary_factor", share)))
+        part = 1.0 if share is None else positive("config.json: partial_rotary_factor", share)
+        size = int(found["head_size"] * part)
         self._check_size(size, found, f"config.json asks for partial_rotary_factor {share}")
         plain = Rope(theta, size)
         if kind == "default":
             return plain
         key = "original_max_position_embeddings"
-        original = whole(f"config.json: {key}", rope.get(key) or config.get(key) or found["context_length"])
+        given = (part[key] for part in (rope, config) if part.get(key) is not None)
+        original = whole(f"config.json: {key}", next(given, found["context_length"]), least=2)
         if kind == "longrope":
             return _longrope_from_hf(plain, rope, original, found["context_length"])
         factor = positive("config.json: factor of the rope scaling", rope.get("factor"))
@@ -107,7 +111,7 @@ class Positions(Property):
             return dataclasses.replace(plain, factors=tuple(map(shortest, factors)))
         if rope.get("truncate", True) is not True:
             raise not_computed("config.json asks for YaRN whose bounds are not whole dimensions (truncate)")
-        betas = {"beta_fast": rope.get("beta_fast") or 32, "beta_slow": rope.get("beta_slow") or 1}
+        betas = {"beta_fast": _or(32, rope.get("beta_fast")), "beta_slow": _or(1, rope.get("beta_slow"))}
         bounds = Yarn(original, *(positive(f"config.json: {key}", beta) for key, beta in betas.items()))
         self._check_bounds(bounds, "config.json")
         return dataclasses.replace(plain, factor=factor, yarn=bounds, magnitude=_yarn_magnitude(rope, factor))
@@ -146,9 +150,9 @@ class Positions(Property):
         self._check_size(size, found, f"the GGUF asks for rope.dimension_count {size} of {found['head_size']}")
         if self.optional and scaling.get("finetuned") is False:
             raise not_computed("the GGUF asks for attention without positions (rope.scaling.finetuned)")
-        theta = positive("the GGUF's rope.freq_base", pairs.get("rope.freq_base", _THETA))
+        theta = _base("the GGUF's rope.freq_base", pairs.get("rope.freq_base", _THETA))
         kind = scaling.get("type", "linear")
-        stretch = scaling.get("factor", pairs.get("rope.scale_linear")) or 1.0
+        stretch = _or(1.0, scaling.get("factor", pairs.get("rope.scale_linear")))
         factor = 1.0 if kind == "none" else positive("the GGUF's rope.scaling.factor", stretch)
         magnitude = positive("the GGUF's rope.scaling.attn_factor", scaling.get("attn_factor", 1.0))
         if kind not in ("none", "linear", *self.scalings):
@@ -161,12 +165,12 @@ class Positions(Property):
             bounds = Yarn(whole("the GGUF's original_context_length", original), *_bounds(scaling))
             self._check_bounds(bounds, "the GGUF")
             grown = _grown(factor)
-            if (share := scaling.get("yarn_log_multiplier")) and self.free_yarn:
-                grown /= _grown(factor, share)
+            if (share := _or(None, scaling.get("yarn_log_multiplier"))) is not None and self.free_yarn:
+                grown /= _grown(factor, positive("the GGUF's yarn_log_multiplier", share))
             rope = dataclasses.replace(rope, yarn=bounds, magnitude=shortest(magnitude * grown))
         local = None
         if self.local:
-            local = Rope(positive("the GGUF's rope.freq_base_swa", pairs.get("rope.freq_base_swa", _THETA)), size)
+            local = Rope(_base("the GGUF's rope.freq_base_swa", pairs.get("rope.freq_base_swa", _THETA)), size)
         return {"rope": rope, "local_rope": local if local != rope else None}
 
     def to_gguf(self, spec: "DecoderSpec") -> Values:
@@ -200,8 +204,10 @@ class Positions(Property):
             kind = "llama3" if name == FREQS else "longrope"
             if kind not in self.scalings:
                 raise not_computed(f"the GGUF holds {name}")
-            if len(values) != size // 2 or not all(math.isfinite(v) and v > 0 for v in values):
-                raise ValueError(f"{name} is not {size // 2} finite numbers above 0; download the file again.")
+            if len(values) != size // 2:
+                raise ValueError(f"{name} holds {len(values)} numbers instead of {size // 2}; download the file again.")
+            for value in values:
+                positive(f"a divisor of {name}", value)
         if (SHORT in tables) != (LONG in tables):
             raise ValueError(f"the GGUF holds only one of {SHORT} and {LONG}; download the file again.")
         if FREQS in tables:
@@ -236,7 +242,7 @@ class Temperature(Property):
 
     def from_hf(self, config: Mapping[str, Any], found: Values) -> Values:
         """β among the `rope_parameters`."""
-        beta = (config.get("rope_parameters") or {}).get("llama_4_scaling_beta")
+        beta = _mapping(config, "rope_parameters").get("llama_4_scaling_beta")
         return self._field("config.json: llama_4_scaling_beta", beta, found)
 
     def to_hf(self, spec: "DecoderSpec") -> Values:
@@ -253,31 +259,39 @@ class Temperature(Property):
 
     @staticmethod
     def _field(where: str, beta: Any, found: Values) -> Values:
-        if not beta:
+        if _or(None, beta) is None:
             return {}
         if found["rope"].yarn is None:
             raise not_computed(f"{where} without YaRN")
         return {"temperature": (positive(where, beta), found["rope"].yarn.original_context)}
 
 
+def _base(where: str, value: Any) -> float:
+    """A base frequency, which slower and slower turns are the powers of."""
+    return positive(where, value, least=_LEAST_BASE)
+
+
+def _or(default: Any, value: Any) -> Any:
+    """A value, or the default where it is left out or 0, which means the same."""
+    return default if value is None or (value == 0 and value is not False) else value
+
+
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = config.get(key) or {}
+    value = {} if config.get(key) is None else config[key]
     if not isinstance(value, Mapping):
-        raise ValueError(f"config.json: {key} is {value!r}, an object was expected.")
+        raise unexpected(f"config.json: {key}", value, "an object")
     return value
 
 
 def _longrope_from_hf(plain: Rope, rope: Mapping[str, Any], original: int, context: int) -> Rope:
     short, long = (_factors(rope, key, plain.size) for key in ("short_factor", "long_factor"))
-    factor = rope.get("factor") or context / original
-    magnitude = rope.get("attention_factor")
-    if magnitude is None:
-        magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    factor = positive("config.json: factor of the rope scaling", _or(context / original, rope.get("factor")))
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    given = rope.get("attention_factor")
+    magnitude = positive("config.json: attention_factor", usual if given is None else given)
     if short == long:
-        return dataclasses.replace(plain, factors=short, magnitude=shortest(magnitude))
-    return dataclasses.replace(
-        plain, factors=short, long_factors=long, original_context=original, magnitude=shortest(magnitude)
-    )
+        return dataclasses.replace(plain, factors=short, magnitude=magnitude)
+    return dataclasses.replace(plain, factors=short, long_factors=long, original_context=original, magnitude=magnitude)
 
 
 def _factors(rope: Mapping[str, Any], key: str, size: int) -> tuple[float, ...]:
@@ -291,8 +305,13 @@ def _yarn_magnitude(rope: Mapping[str, Any], factor: float) -> float:
     """What multiplies cosines and sines: as given, or by the factor and the two `mscale`."""
     if (given := rope.get("attention_factor")) is not None:
         return positive("config.json: attention_factor", given)
-    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
-    return shortest(_grown(factor, over) / _grown(factor, under) if over and under else _grown(factor))
+    over, under = (_or(None, rope.get(key)) for key in ("mscale", "mscale_all_dim"))
+    if over is None or under is None:
+        return shortest(_grown(factor))
+    return shortest(
+        _grown(factor, positive("config.json: mscale", over))
+        / _grown(factor, positive("config.json: mscale_all_dim", under))
+    )
 
 
 def _grown(factor: float, share: float = 1.0) -> float:

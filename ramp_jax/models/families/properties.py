@@ -5,7 +5,6 @@ which no property of its family reads asks for something that the decoder does n
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ Values = dict[str, Any]
 """Fields of `DecoderSpec`, or keys of a description, by name."""
 
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+_LEAST, _MOST = 1e-20, 1e20  # products of a few such numbers are finite in f32
+
 FULL, WINDOWED = "full_attention", "sliding_attention"
 
 
@@ -53,7 +54,7 @@ class Property:
 
 @dataclasses.dataclass(frozen=True)
 class Number(Property):
-    """A number that both descriptions hold as it is: a count (`whole`, at most `most`) or any positive number.
+    """A number that both descriptions hold as it is, at most `most`: a count (`whole`) or any positive number.
 
     `default` makes it of the fields found before where a description lacks it (`gguf_default` where a GGUF does, if
     that differs); None where it must be there. A `neutral` value is not written to a GGUF.
@@ -63,7 +64,7 @@ class Number(Property):
     hf: str
     gguf: str
     whole: bool = False
-    most: int = 2**31 - 1
+    most: float | None = None
     default: Callable[[Values], Any] | None = None
     neutral: float | None = None
     gguf_default: Callable[[Values], Any] | None = None
@@ -108,8 +109,10 @@ class Number(Property):
         if value is None:
             if default is None:
                 raise ValueError(f"{where} is missing; download the model again or add it.")
-            return default(found)
-        return whole(where, value, self.most) if self.whole else positive(where, value)
+            if (value := default(found)) is None:
+                return None
+        check = whole if self.whole else positive
+        return check(where, value) if self.most is None else check(where, value, most=self.most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Tied(Property):
 
     def from_hf(self, config: Mapping[str, Any], found: Values) -> Values:
         """The flag."""
-        return {"tied": bool(config.get("tie_word_embeddings", False))}
+        return {"tied": flag("config.json: tie_word_embeddings", config.get("tie_word_embeddings", False))}
 
     def to_hf(self, spec: "DecoderSpec") -> Values:
         """The flag."""
@@ -171,12 +174,14 @@ class Biases(Property):
 
     def from_hf(self, config: Mapping[str, Any], found: Values) -> Values:
         """Linears of all flags that are set."""
-        on = [name for flag, names in self.flags.items() if config.get(flag) for name in names]
+        on = [
+            name for key, names in self.flags.items() if flag(f"config.json: {key}", config.get(key)) for name in names
+        ]
         return {"biased": (*self.always, *on)}
 
     def to_hf(self, spec: "DecoderSpec") -> Values:
         """Every flag."""
-        return {flag: set(names) <= set(spec.biased) for flag, names in self.flags.items()}
+        return {key: set(names) <= set(spec.biased) for key, names in self.flags.items()}
 
     def from_gguf(self, pairs: Mapping[str, Any], found: Values) -> Values:
         """Linears of the first block that have a bias."""
@@ -302,18 +307,24 @@ class Windows(Property):
         return {"window": whole(where, size), "windowed": tuple(layers)} if any(layers) else {}
 
 
-def whole(where: str, value: Any, most: int = 2**31 - 1) -> int:
-    """A number from 1 to `most`; raises `ValueError` for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-        raise ValueError(f"{where} is {_shown(value)}, a whole number from 1 to {most:,} was expected.")
+def whole(where: str, value: Any, most: int = 2**31 - 1, least: int = 1) -> int:
+    """A whole number from `least` to `most`; raises `ValueError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise unexpected(where, value, f"a whole number from {least} to {most:,}")
     return int(value)
 
 
-def positive(where: str, value: Any) -> float:
-    """A finite number above 0, as `shortest`; raises `ValueError` for anything else."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{where} is {_shown(value)}, a finite number above 0 was expected.")
+def flag(where: str, value: Any) -> bool:
+    """A flag, off where it is None; raises `ValueError` for anything but true and false."""
+    if value is not None and not isinstance(value, bool):
+        raise unexpected(where, value, "true or false")
+    return bool(value)
+
+
+def positive(where: str, value: Any, least: float = _LEAST, most: float = _MOST) -> float:
+    """A number from `least` to `most`, as `shortest`; raises `ValueError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise unexpected(where, value, f"a number from {least:g} to {most:g}")
     return shortest(value)
 
 
@@ -322,14 +333,16 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+def unexpected(where: str, value: Any, expected: str) -> ValueError:
+    """The error of a description whose value makes no sense."""
+    text = repr(value)
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    return ValueError(f"{where} is {shown}, {expected} was expected; correct it or download the model again.")
+
+
 def not_computed(asked: str) -> ValueError:
     """The error of a description that asks for what a family's decoder does not compute."""
     return ValueError(f"{asked}, which this decoder does not compute; use another checkpoint.")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def is_neutral(key: str, value: Any) -> bool:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ramp_jax.models.metadata import Metadata, plain, typed
-from ramp_jax.models.source import read_json, read_optional_json
+from ramp_jax.models.source import read_json, read_optional_json, reason
 from ramp_jax.models.tokenizers import names, spm
 from ramp_jax.models.tokenizers.from_gguf import (
     add_around,
@@ -24,10 +24,11 @@ from ramp_jax.models.tokenizers.from_gguf import (
     without_padding,
 )
 from ramp_jax.models.tokenizers.pieces import Pieces, read_pieces
+from ramp_jax.models.tokenizers.saved import check_saved
 from ramp_jax.models.tokenizers.special import ends, special_pairs
 from ramp_jax.models.tokenizers.templates import templates_from_directory, templates_to_gguf
 from ramp_jax.models.tokenizers.to_gguf import vocabulary_pairs
-from ramp_jax.models.tokenizers.vocabulary import ROLES, too_large
+from ramp_jax.models.tokenizers.vocabulary import ROLES
 
 _FILE, _PIECES, _CONFIG, _MAP = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"
 _LIMIT = 1 << 31  # ids are i32 in llama.cpp
@@ -76,24 +77,21 @@ def tokenizer_from_directory(folder: Path, vocab_size: int) -> tuple[PreTrainedT
 
 def _backend(path: Path, vocab_size: int) -> Tokenizer:
     """What the file stores, without its rules of truncation and padding, which are no part of a text's ids."""
-    largest = _largest_id(read_json(path))  # `tokenizers` takes minutes and gigabytes over an id of billions
-    if largest >= vocab_size:
-        raise ValueError(too_large(path.parent, largest + 1, vocab_size))
+    saved = read_json(path)
+    check_saved(saved, path, vocab_size)
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is damaged ({error}); download or save it again.") from error
+        raise ValueError(f"{path} is damaged ({reason(error)}); download or save it again.") from error
+    for token in saved.get("added_tokens", []):  # the library counts on where one is missing
+        if (i := backend.token_to_id(token["content"])) != token["id"]:
+            raise ValueError(
+                f"{path}: token {token['content']!r:.60} has id {token['id']}, which becomes {i}, since ids before it "
+                f"are missing; download or save it again."
+            )
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _largest_id(saved: dict[str, Any]) -> int:
-    model, added = saved.get("model"), saved.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
-    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return max((i for i in ids if isinstance(i, int)), default=-1)
 
 
 def _backend_of(pieces: Pieces) -> Tokenizer:

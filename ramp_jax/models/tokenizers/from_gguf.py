@@ -1,5 +1,6 @@
 """Tokenizers from GGUF metadata: the ids that llama.cpp gives for the same file."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ramp_jax.models.tokenizers import names, pre, spm
 from ramp_jax.models.tokenizers.templates import templates_from_gguf
 from ramp_jax.models.tokenizers.vocabulary import (
+    BYTES,
     SPACE,
     WAY_OUT,
     Kind,
@@ -20,6 +22,7 @@ from ramp_jax.models.tokenizers.vocabulary import (
     special_ids,
 )
 
+_BYTES = frozenset(BYTES)
 _SUPPORTED = ("gpt2", "llama")
 _FOUND_IN_TEXTS = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)
 _BPE_BOS = _BPE_EOS = 11  # llama.cpp's for a file that asks for them and names none
@@ -36,30 +39,32 @@ def tokenizer_from_gguf(fields: dict[str, Any], path: Path) -> PreTrainedTokeniz
         raise ValueError(f"{path} brings no tokenizer; {WAY_OUT}")
     if model not in _SUPPORTED:
         raise ValueError(f"{path}: tokenizer model {model!r} is not supported; supported are {', '.join(_SUPPORTED)}.")
+    if not isinstance(pre_name := fields.get(Keys.Tokenizer.PRE, ""), str):
+        raise ValueError(f"{path}: {Keys.Tokenizer.PRE} is {pre_name!r:.60}, a text was expected; correct it.")
     tokens = _tokens(fields, path)
-    kinds = _per_token(fields, Keys.Tokenizer.TOKEN_TYPE, [Kind.NORMAL] * len(tokens), path)
+    kinds = _kinds(fields, tokens, path)
     kinds = [kind_in_llama_cpp(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
     vocabulary = without_padding(tokens, kinds)
     scores: dict[str, float] = {}
     if model == "llama":
         scores = makeable(tokens, kinds, _per_token(fields, Keys.Tokenizer.SCORES, [0.0] * len(tokens), path))
-        backend = spm.backend(vocabulary, scores, prefix=bool(fields.get(Keys.Tokenizer.ADD_PREFIX, True)))
+        backend = spm.backend(vocabulary, scores, prefix=_flag(fields, Keys.Tokenizer.ADD_PREFIX, True, path))
         adds_bos = True
     else:
-        known = _pre(fields, path)
+        known = _pre(pre_name or "default", path)
         backend = _byte_level(known, vocabulary, _merges(fields, vocabulary, path))
         adds_bos = known.add_bos
     backend.add_tokens(added_tokens(tokens, kinds, str(fields.get(Keys.General.NAME, ""))))
-    ids = special_ids(fields, model, len(tokens))
+    ids = special_ids(fields, model, len(tokens), path)
     add_around(
         backend,
-        ids.get("bos_token", _BPE_BOS) if fields.get(Keys.Tokenizer.ADD_BOS, adds_bos) else None,
-        ids.get("eos_token", _BPE_EOS) if fields.get(Keys.Tokenizer.ADD_EOS, False) else None,
+        ids.get("bos_token", _BPE_BOS) if _flag(fields, Keys.Tokenizer.ADD_BOS, adds_bos, path) else None,
+        ids.get("eos_token", _BPE_EOS) if _flag(fields, Keys.Tokenizer.ADD_EOS, False, path) else None,
     )
     by_score = model == "llama" and not spm.ranks_suffice(vocabulary, scores)
     built = (spm.ScoredTokenizer if by_score else PreTrainedTokenizerFast)(
         tokenizer_object=backend,
-        chat_template=templates_from_gguf(fields),
+        chat_template=templates_from_gguf(fields, path),
         clean_up_tokenization_spaces=False,
         **{role: tokens[i] for role, i in ids.items() if kinds[i] in _FOUND_IN_TEXTS},
     )
@@ -115,15 +120,31 @@ def makeable(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float
 def _per_token(fields: dict[str, Any], key: str, default: list[Any], path: Path) -> list[Any]:
     values = fields.get(key, default)
     numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
-    if not numbers or len(values) < len(default):
+    if not numbers or len(values) != len(default) or not all(map(math.isfinite, values)):
         raise ValueError(f"{path}: {key} does not hold a number for each of {len(default)} tokens; convert it again.")
-    return values[: len(default)]
+    return values
 
 
-def _pre(fields: dict[str, Any], path: Path) -> pre.Pre:
-    name = fields.get(Keys.Tokenizer.PRE) or "default"
-    known = pre.get(name) if isinstance(name, str) else None
-    if known is None:
+def _kinds(fields: dict[str, Any], tokens: list[str], path: Path) -> list[int]:
+    key = Keys.Tokenizer.TOKEN_TYPE
+    kinds = _per_token(fields, key, [Kind.NORMAL] * len(tokens), path)
+    if unknown := set(kinds) - set(Kind):
+        raise ValueError(f"{path}: {key} has {min(unknown)}, types from 1 to 6 were expected; convert the file again.")
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind == Kind.BYTE and token not in _BYTES:
+            raise ValueError(f"{path}: {key} says that {token!r:.60} is a byte, as <0x0A> is; convert the file again.")
+    return kinds
+
+
+def _flag(fields: dict[str, Any], key: str, default: bool, path: Path) -> bool:
+    value = fields.get(key, default)
+    if value not in (0, 1):
+        raise ValueError(f"{path}: {key} is {value!r:.60}, true or false was expected; convert the file again.")
+    return bool(value)
+
+
+def _pre(name: str, path: Path) -> pre.Pre:
+    if (known := pre.get(name)) is None:
         supported = ", ".join(pre.PRE_TOKENIZERS)
         raise ValueError(f"{path}: pre-tokenizer {name!r} is not supported; supported are {supported}.")
     return known
@@ -140,6 +161,8 @@ def _merges(fields: dict[str, Any], vocabulary: dict[str, int], path: Path) -> l
         if cut < 0 or not all(token in vocabulary for token in (left, right, left + right)):
             raise ValueError(f"{path}: merge {merge!r} is not of two tokens to a third; convert the file again.")
         pairs.append((left, right))
+    if (twice := first_duplicate(merges)) is not None:
+        raise ValueError(f"{path}: merge {twice!r:.60} stands there twice; convert the file again.")
     return pairs
 
 

@@ -1,14 +1,15 @@
 """SentencePiece's own file, `tokenizer.model`: its pieces with scores and types."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken
 
-from ramp_jax.models.source import refuse_pointer
-from ramp_jax.models.tokenizers.vocabulary import SPACE, WAY_OUT, Kind, looks_special, padding, too_large
+from ramp_jax.models.source import reason, refuse_pointer
+from ramp_jax.models.tokenizers.vocabulary import BYTES, SPACE, WAY_OUT, Kind, looks_special, padding, too_large
 
 _BPE = 2  # of TrainerSpec.ModelType
 _ADDED_SCORE = -1000.0  # as llama.cpp's converter writes
@@ -54,6 +55,10 @@ class Pieces:
         return {role: self.tokens[i] for role, i in ids.items() if 0 <= i < len(self.tokens)}
 
 
+def _sound(piece: sentencepiece_model_pb2.ModelProto.SentencePiece) -> bool:
+    return math.isfinite(piece.score) and piece.piece != "" and (piece.type != Kind.BYTE or piece.piece in BYTES)
+
+
 def read_pieces(path: Path) -> Pieces:
     """Raises `ValueError` for a damaged file, and for a model that llama.cpp does not run under the name `llama`."""
     refuse_pointer(path)
@@ -61,10 +66,20 @@ def read_pieces(path: Path) -> Pieces:
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError as error:
-        raise ValueError(f"{path} is not a SentencePiece model ({error}); download it again.") from error
+        raise ValueError(f"{path} is not a SentencePiece model ({reason(error)}); download it again.") from error
     if not model.pieces or not all(isinstance(piece.piece, str) for piece in model.pieces):  # bytes: not UTF-8
         raise ValueError(f"{path} is a SentencePiece model without pieces of text; download it again.")
+    if sum(piece.type == Kind.UNKNOWN for piece in model.pieces) > 1:
+        raise ValueError(f"{path} has two pieces for what is unknown; download it again.")
+    odd = next((piece for piece in model.pieces if not _sound(piece)), None)
+    if odd is not None:
+        raise ValueError(
+            f"{path}: piece {odd.piece!r:.60} has type {odd.type} and score {odd.score}, which do not fit; download it "
+            f"again."
+        )
     trained, normalizer = model.trainer_spec, model.normalizer_spec
+    if trained.byte_fallback and sum(piece.type == Kind.BYTE for piece in model.pieces) != len(BYTES):
+        raise ValueError(f"{path} has no piece for every byte, though it says so (byte_fallback); download it again.")
     for expected, what in (
         (trained.model_type == _BPE, "it is no BPE"),
         (not normalizer.precompiled_charsmap, f"it normalizes texts ({normalizer.name})"),

@@ -7,7 +7,7 @@ one after the other inside what the one before has cut, and for a few habits of 
 import dataclasses
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tokenizers import Regex, pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
@@ -99,29 +99,41 @@ def pre_tokenizer(splits: tuple[str, ...]) -> PreTokenizer:
 
 
 def find(
-    found: PreTokenizer, nfc: bool, ignore_merges: bool, merges_matter: Callable[[], bool], cleans: bool
+    found: PreTokenizer,
+    patterns: Sequence[str],
+    nfc: bool,
+    ignore_merges: bool,
+    merges_matter: Callable[[], bool],
+    cleans: bool,
 ) -> str | None:
     """llama.cpp's name for a pre-tokenizer, by how it cuts and not by how it is written; None where there is none.
 
-    `nfc`: text is composed first. `merges_matter` says, where a name would take words whole and the tokenizer does not
+    `patterns` are what it looks for, since a word that only one of them knows stands in them. `nfc`: text is composed
+    first. `merges_matter` says, where a name would take words whole and the tokenizer does not
     or the other way round, whether this changes any token. `cleans`: spaces before punctuation are taken out of decoded
     text, which tells names that cut alike.
     """
-    cuts = _cuts(found)
-    alike = [name for name, pre in PRE_TOKENIZERS.items() if (pre.nfc or not nfc) and cuts in _known_cuts(pre)]
+    cuts, words = _cuts(found, _probe()), "a" + " a".join(f"{pattern} {pattern}a" for pattern in patterns)
+    alike = [
+        name
+        for name, pre in PRE_TOKENIZERS.items()
+        if (pre.nfc or not nfc)
+        and cuts in _known_cuts(pre, _probe())
+        and _cuts(found, words) in _known_cuts(pre, words)
+    ]
     alike.sort(key=lambda name: (PRE_TOKENIZERS[name].nfc != nfc, (name == "smollm") == cleans))
     if alike and PRE_TOKENIZERS[alike[0]].ignore_merges != ignore_merges and merges_matter():
         alike = [name for name in alike if PRE_TOKENIZERS[name].ignore_merges == ignore_merges]
     return alike[0] if alike else None
 
 
-@functools.cache
-def _known_cuts(pre: Pre) -> list[list[str]]:
-    return [_cuts(pre_tokenizer(splits)) for splits in (pre.splits, pre.published) if splits]
+@functools.lru_cache(256)
+def _known_cuts(pre: Pre, text: str) -> list[list[str]]:
+    return [_cuts(pre_tokenizer(splits), text) for splits in (pre.splits, pre.published) if splits]
 
 
-def _cuts(found: PreTokenizer) -> list[str]:
-    return [word for word, _ in found.pre_tokenize_str(_probe())]
+def _cuts(found: PreTokenizer, text: str) -> list[str]:
+    return [word for word, _ in found.pre_tokenize_str(text)]
 
 
 @functools.cache

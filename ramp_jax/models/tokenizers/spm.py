@@ -6,19 +6,26 @@ where scores are equal. A space is written as U+2581; texts, and what follows a 
 """
 
 import heapq
+from collections.abc import Collection
 from typing import Any
 
 from tokenizers import NormalizedString, PreTokenizedString, Tokenizer, decoders, models, normalizers
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ramp_jax.models.tokenizers.vocabulary import SPACE
+from ramp_jax.models.tokenizers.vocabulary import SPACE, WAY_OUT
+
+_LONGEST = 512  # characters of a token, since ways to make it take the square of that
 
 Scores = dict[str, float]  # by token
 
 
 def backend(vocabulary: dict[str, int], scores: Scores, prefix: bool) -> Tokenizer:
     """A tokenizer with these ids; `scores` are those of the tokens that merging may make."""
+    if too_long := next((token for token in scores if len(token) > _LONGEST), None):
+        raise ValueError(
+            f"token {too_long!r:.60} has {len(too_long):,} characters, of which {_LONGEST} can merge; {WAY_OUT}"
+        )
     built = Tokenizer(models.BPE(vocabulary, _merges(vocabulary, scores), byte_fallback=True))
     escape = normalizers.Replace(" ", SPACE)
     built.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), escape]) if prefix else escape
@@ -45,15 +52,17 @@ def ranks_suffice(vocabulary: dict[str, int], scores: Scores) -> bool:
     """Whether ranks of merges, which know no ties and no unknown characters, do what scores do."""
     longer = {token: score for token, score in scores.items() if len(token) > 1}
     unknown = (token for token in longer if token[0] not in vocabulary or token[-1] not in vocabulary)
-    if any(_makeable(token, vocabulary) for token in unknown):
+    if any(can_be_made(token, vocabulary) for token in unknown):
         return False
     if len(set(longer.values())) == len(longer):
         return True
-    made = [score for token, score in longer.items() if _makeable(token, vocabulary)]
+    made = [score for token, score in longer.items() if can_be_made(token, vocabulary)]
     return len(set(made)) == len(made)
 
 
-def _makeable(token: str, vocabulary: dict[str, int]) -> bool:
+def can_be_made(token: str, vocabulary: Collection[str]) -> bool:
+    """Whether a token's text is that of two others, or of characters that no token has."""
+
     def part(text: str) -> bool:
         return len(text) == 1 or text in vocabulary
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gguf import Keys
 
-from ramp_jax.models.source import read_json
+from ramp_jax.models.source import read_json, reason
 
 Templates = str | dict[str, str]
 
@@ -49,19 +49,19 @@ def templates_to_gguf(templates: Templates | None) -> dict[str, Any]:
     return pairs
 
 
-def templates_from_gguf(fields: dict[str, Any]) -> Templates | None:
-    """Templates of a file's metadata."""
+def templates_from_gguf(fields: dict[str, Any], path: Path) -> Templates | None:
+    """Templates of a file's metadata; raises `ValueError` where one is not text."""
     named = {key.removeprefix(_NAMED): text for key, text in fields.items() if key.startswith(_NAMED)}
     if Keys.Tokenizer.CHAT_TEMPLATE in fields:
         named[_DEFAULT] = fields[Keys.Tokenizer.CHAT_TEMPLATE]
-    return _simplest({name: text for name, text in named.items() if isinstance(text, str)}) if named else None
+    return _named(named, path) if named else None
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}); download or save it again.") from error
+        raise ValueError(f"{path} is no text in UTF-8 ({reason(error)}); download or save it again.") from error
 
 
 def _named(value: Any, source: Path) -> Templates:

@@ -9,7 +9,7 @@ from gguf import Keys
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
-from ramp_jax.models.tokenizers import pre
+from ramp_jax.models.tokenizers import pre, spm
 from ramp_jax.models.tokenizers.pieces import Pieces
 from ramp_jax.models.tokenizers.vocabulary import (
     BYTES,
@@ -114,6 +114,7 @@ def _pre_name(tokenizer: PreTrainedTokenizerBase, saved: Saved) -> str | None:
         return None
     return pre.find(
         backend.pre_tokenizer,
+        [text for step in _flat(saved["pre_tokenizer"]) for text in step.get("pattern", {}).values()],
         nfc=bool(normalizers),
         ignore_merges=bool(saved["model"].get("ignore_merges")),
         merges_matter=lambda: _merges_matter(saved),
@@ -122,10 +123,11 @@ def _pre_name(tokenizer: PreTrainedTokenizerBase, saved: Saved) -> str | None:
 
 
 def _flat(node: Saved | None) -> list[Saved]:
-    """A normalizer's steps."""
+    """The steps of a normalizer or a pre-tokenizer."""
     if node is None:
         return []
-    return [step for part in node["normalizers"] for step in _flat(part)] if node["type"] == "Sequence" else [node]
+    parts = node.get("normalizers", node.get("pretokenizers")) if node["type"] == "Sequence" else None
+    return [node] if parts is None else [step for part in parts for step in _flat(part)]
 
 
 def _merges_matter(saved: Saved) -> bool:
@@ -141,12 +143,16 @@ def _sentencepiece_pairs(
     backend: Tokenizer, saved: Saved, pairs: dict[str, Any], pieces: Pieces | None, folder: Path
 ) -> dict[str, Any]:
     """What llama.cpp's model `llama` needs besides tokens and types."""
-    model, tokens = saved["model"], pairs[Keys.Tokenizer.LIST]
+    model, tokens, kinds = saved["model"], pairs[Keys.Tokenizer.LIST], pairs[Keys.Tokenizer.TOKEN_TYPE]
     if missing := set(BYTES) - set(tokens):
         raise _inexpressible(folder, f"it has no token for byte {min(missing)}")
-    prefix = _prefix(backend, model["vocab"])
+    prefix = _prefix(backend, model["vocab"]) if _only_spaces(saved) else None
     if prefix is None or model.get("ignore_merges"):
         raise _inexpressible(folder, "it changes texts in a way that llama.cpp's SentencePiece does not")
+    made = {merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
+    others = (token for token, kind in zip(tokens, kinds, strict=True) if kind == Kind.NORMAL and token not in made)
+    if (alone := next((t for t in others if len(t) > 1 and spm.can_be_made(t, model["vocab"])), None)) is not None:
+        raise _inexpressible(folder, f"no merge makes {alone!r:.60}, which llama.cpp would make of its parts")
     return {
         Keys.Tokenizer.MODEL: "llama",
         Keys.Tokenizer.PRE: "default",
@@ -156,6 +162,16 @@ def _sentencepiece_pairs(
 
 
 _PROBES = ("a", "a b", "a  b   c ", "a\t\n \r\nb", "Éa\u0301 ﬁ ａ ½ ①", "don't 12345 x=[1,2];", "日本 🙂", f"a{SPACE}b")
+
+
+def _only_spaces(saved: Saved) -> bool:
+    """Whether a tokenizer's file changes and cuts texts at spaces alone, as far as that is written down."""
+    steps = [*_flat(saved["normalizer"]), *_flat(saved["pre_tokenizer"])]
+    return all(
+        step["type"] in ("Prepend", "Metaspace")
+        or (step["type"] in ("Replace", "Split") and step["pattern"] in ({"String": " "}, {"String": SPACE}))
+        for step in steps
+    )
 
 
 def _prefix(backend: Tokenizer, vocabulary: dict[str, int]) -> bool | None:

@@ -37,6 +37,7 @@ ROLES = {
 }
 """GGUF key of each special token of transformers."""
 
+_NONE = (None, -1, 2**32 - 1)  # ids that llama.cpp's tools write for no token
 _DEFAULTS = {"llama": {Keys.Tokenizer.BOS_ID: 1, Keys.Tokenizer.EOS_ID: 2, Keys.Tokenizer.UNK_ID: 0}}
 
 # Tokens that llama.cpp takes for control tokens by their text, whatever their type in the file.
@@ -79,16 +80,19 @@ def looks_special(token: str) -> bool:
     return named or any(token.startswith(left) and token.endswith(right) for left, right in brackets)
 
 
-def special_ids(fields: dict[str, Any], model: str, size: int) -> dict[str, int]:
-    """Id of each special token that a file's metadata names; ids beyond the vocabulary mean that there is none."""
-    given = {role: fields.get(key) for role, key in ROLES.items()}
+def special_ids(fields: dict[str, Any], model: str, size: int, path: Path) -> dict[str, int]:
+    """Id of each special token that a file's metadata names; −1, also as u32, means that there is none.
+
+    Raises `ValueError` for any other id beyond the vocabulary.
+    """
+    for key, i in fields.items():
+        if not (key.startswith("tokenizer.ggml.") and key.endswith("_token_id")) or i in _NONE:
+            continue
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size:
+            raise ValueError(f"{path}: {key} is {i!r:.60}, a token from 0 to {size - 1:,} was expected; correct it.")
     defaults = _DEFAULTS.get(model, {})
-    ids = {role: given[role] if _within(given[role], size) else defaults.get(key) for role, key in ROLES.items()}
-    return {role: int(i) for role, i in ids.items() if _within(i, size)}
-
-
-def _within(i: Any, size: int) -> bool:
-    return isinstance(i, int) and not isinstance(i, bool) and 0 <= i < size
+    ids = {role: defaults.get(key) if fields.get(key) in _NONE else fields[key] for role, key in ROLES.items()}
+    return {role: i for role, i in ids.items() if i is not None and 0 <= i < size}
 
 
 def first_duplicate(tokens: Iterable[str]) -> str | None:
