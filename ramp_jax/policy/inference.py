@@ -105,7 +105,8 @@ def load_policy(source: str | Path) -> Policy:
         if saved.pop("sha256", found := digest({**content, "sha256": None})) != found:
             raise ValueError("it is not as it was written, its sha256 is another")
         _check_actor(saved["actor"], saved["hidden"], len(saved["levels"]))
-        return Policy(**{**saved, "actor": jax.tree.map(jnp.asarray, saved["actor"])})
+        values: dict[str, Any] = {**saved, "actor": jax.tree.map(jnp.asarray, saved["actor"])}
+        return Policy(**values)
 
 
 def _check_actor(actor: Any, hidden: tuple[int, ...], n_levels: int) -> None:

@@ -273,7 +273,7 @@ def _base(where: str, value: Any) -> float:
 
 def _or(default: Any, value: Any) -> Any:
     """A value, or the default where it is left out or 0, which means the same."""
-    return default if value is None or (value == 0 and value is not False) else value
+    return default if value is None or (value == 0 and not isinstance(value, bool)) else value
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -111,7 +111,7 @@ class Number(Property):
                 raise ValueError(f"{where} is missing; download the model again or add it.")
             if (value := default(found)) is None:
                 return None
-        check = whole if self.whole else positive
+        check: Callable[..., Any] = whole if self.whole else positive
         return check(where, value) if self.most is None else check(where, value, most=self.most)
 
 
@@ -349,6 +349,6 @@ def is_neutral(key: str, value: Any) -> bool:
     """Whether a key that nobody reads asks for nothing: absent, off, empty, or a factor of 1."""
     if isinstance(value, list):
         return all(is_neutral(key, item) for item in value)
-    if value == 1 and value is not True:
+    if value == 1 and not isinstance(value, bool):
         return any(word in key for word in ("factor", "multiplier", "scal"))
     return value is None or value in (0, "", "none", {})
