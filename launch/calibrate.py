@@ -3,14 +3,14 @@
     python launch/calibrate.py --model=REF --output=imatrix.gguf [--data=builtin|FILE|hf:NAME:CONFIG:SPLIT]
         [--context=N] [--count=N]
 
-The file is a GGUF that llama-quantize --imatrix and launch/export_gguf.py --imatrix read.
+The file is a GGUF that llama-quantize --imatrix and launch/export_gguf.py --imatrix read. A run that was stopped goes
+on where it was.
 """
 
 from absl import flags
 
 from ramp_jax import cli, workflow
 from ramp_jax.config import WindowsConfig
-from ramp_jax.quantization import calibrate, importance_of, write_imatrix
 
 _MODEL = flags.DEFINE_string("model", None, "The model: directory, hub id, .gguf, or a name that works offline.")
 _TOKENIZER = cli.define_tokenizer_from()
@@ -25,8 +25,7 @@ def main() -> None:
     output = cli.check_output_path(_OUTPUT.value, models=[_MODEL.value], files=[_DATA.value, _TOKENIZER.value])
     model = cli.load(_MODEL.value, tokenizer_from=_TOKENIZER.value)
     config = WindowsConfig(_DATA.value, _CONTEXT.value, _COUNT.value)
-    importance = importance_of(model.spec, calibrate(model, workflow.tokens(model, config, "calibration")))
-    write_imatrix(output, importance, config.data, config.count, config.context)
+    importance = workflow.write_importance(model, config, output)
     print(f"{len(importance)} tensors, {config.count * config.context:,} tokens: {output}")
 
 

@@ -13,6 +13,7 @@ from absl import flags
 from ramp_jax import cli, workflow
 from ramp_jax.allocation import read_saved
 from ramp_jax.config import RunConfig, WindowsConfig, read_config
+from ramp_jax.files import alone_in
 from ramp_jax.halo.compare import COMPARISON, compare
 from ramp_jax.halo.report import text_table
 
@@ -40,16 +41,17 @@ def main() -> None:
             cli.check_output_path(output, models=[ref], files=[_ALLOCATION.value, _GGUF.value, _TOKENIZER.value])
     model = cli.load(ref, tokenizer_from=_TOKENIZER.value or config.tokenizer_from)
     heldout = WindowsConfig(config.calibration.data, _CONTEXT.value, _COUNT.value)
-    rows = compare(
-        model,
-        Path(_ALLOCATION.value),
-        Path(_GGUF.value),
-        workdir,
-        workflow.table_path(workdir, ref),
-        workflow.tokens(model, heldout, "heldout"),
-        _ENCODER.value,
-        trust_calibration=_TRUST.value or workflow.calibrated_on(_ALLOCATION.value) == config.calibration.data,
-    )
+    with alone_in(workdir):
+        rows = compare(
+            model,
+            Path(_ALLOCATION.value),
+            Path(_GGUF.value),
+            workdir,
+            workflow.table_path(workdir, ref),
+            workflow.tokens(model, heldout, "heldout"),
+            _ENCODER.value,
+            trust_calibration=_TRUST.value or workflow.calibrated_on(_ALLOCATION.value) == config.calibration.data,
+        )
     print(text_table([vars(row) for row in rows]))
 
 

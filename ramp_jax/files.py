@@ -107,8 +107,9 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise OSError(f"another run works on {folder} ({who}); wait for its end, or choose another output.") from error
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.truncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
+        with contextlib.suppress(OSError):  # where the disk is full, what is written next says so and names its file
+            os.truncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
         _clear(folder, "*")
         yield
     finally:

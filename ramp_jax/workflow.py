@@ -38,12 +38,15 @@ from ramp_jax.quantization import (
     Encoder,
     EncoderName,
     Stats,
+    calibrate,
     calibrate_and_fold,
     fake_quantize,
     importance_of,
     recorded_encoder,
     refold,
+    write_imatrix,
 )
+from ramp_jax.quantization.importance import Importance
 from ramp_jax.scoring import perplexity, variants
 from ramp_jax.scoring.perplexity import Protocol
 from ramp_jax.scoring.scores import numbers
@@ -332,6 +335,18 @@ def allocate(
 def calibrated_on(allocation: str | Path) -> str | None:
     """The name of the text that an allocation file was calibrated on, None where it does not say."""
     return read_saved(allocation).get("calibration", {}).get("data")
+
+
+def write_importance(model: Model, calibration: WindowsConfig, output: Path) -> Importance:
+    """Calibrate and write the importance matrix; a job that was killed goes on where it was.
+
+    Raises `ValueError` where a killed job had other inputs.
+    """
+    windows = tokens(model, calibration, "calibration")
+    with Journal(beside(output), job_inputs(model) | {"calibration tokens": digest(windows)}) as journal:
+        importance = importance_of(model.spec, calibrate(model, windows, journal))
+        write_imatrix(output, importance, calibration.data, calibration.count, calibration.context)
+    return importance
 
 
 def _journal(output: Path, inputs: dict[str, str]) -> Journal:

@@ -64,12 +64,12 @@ class Seen(NamedTuple):
     sketches: dict[str, Float[Array, "K C"]]
 
 
-def calibrate(model: Model, windows: Int[np.ndarray, "W T"]) -> Stats:
-    """Statistics over all tokens of the windows, from one sweep.
+def calibrate(model: Model, windows: Int[np.ndarray, "W T"], journal: Journal = NOWHERE) -> Stats:
+    """Statistics over all tokens of the windows, from one sweep over the blocks that `journal` does not have.
 
     Raises `ValueError` where an activation is not finite, naming it, the layer and the window.
     """
-    return calibrated(model, windows, lambda at, seen: {})[0]
+    return calibrated(model, windows, lambda at, seen: {}, journal=journal)[0]
 
 
 def calibrated(
