@@ -43,16 +43,16 @@ def test_flags_that_would_be_ignored(fails, allocate):
     """Each is refused before any work: no model is looked for."""
     model, small = "--model=nowhere", f"--config={ROOT / 'configs' / 'ref_llama.py'}"
     for name, arguments, sentence in (
-        ("evaluate", (model, "--encoder=best"), "--encoder belongs to --allocation"),
-        ("evaluate", (model, "--trust_calibration"), "--trust_calibration belongs to --allocation"),
-        ("evaluate", (model, "--limit=4", "--task_path=x"), "--task_path and --limit belongs to --tasks"),
-        ("evaluate", (model, "--tasks=passages", "--split=all"), "--split is not for --tasks"),
-        ("evaluate", (model, "--tasks=passages", "--context=24"), "--context is not for --tasks"),
-        ("evaluate", (model, "--backend=llama.cpp", "--dtype=bfloat16"), "--dtype is of JAX"),
-        ("allocate", (*allocate(), "--patience=9"), "--patience belongs to --hosts"),
+        ("evaluate", (model, "--encoder=best"), "--encoder would be ignored without --allocation"),
+        ("evaluate", (model, "--trust_calibration"), "--trust_calibration would be ignored without --all"),
+        ("evaluate", (model, "--limit=4", "--task_path=x"), "--task_path and --limit would be ignored without --tasks"),
+        ("evaluate", (model, "--tasks=passages", "--split=all"), "--split would be ignored with --tasks"),
+        ("evaluate", (model, "--tasks=passages", "--context=24"), "--context would be ignored with --tasks"),
+        ("evaluate", (model, "--backend=llama.cpp", "--dtype=bfloat16"), "ignored by llama.cpp, without --reference"),
+        ("allocate", (*allocate(), "--patience=9"), "--patience would be ignored without --hosts"),
         ("allocate", allocate(fit_context=9), "--fit_context belongs to --fit_memory"),
-        ("pretrain", ("--report=ref-llama", "--workdir=x"), "--workdir is not for --report"),
-        ("pretrain", (small, "--output=x", "--json=y"), "--json belongs to --report"),
+        ("pretrain", ("--report=ref-llama", "--workdir=x"), "--workdir would be ignored with --report"),
+        ("pretrain", (small, "--output=x", "--json=y"), "--json would be ignored without --report"),
         ("pretrain", (small, "--output=x", "--workdir=./x"), "--workdir and --output are one folder"),
     ):
         assert sentence in fails(name, *arguments)
