@@ -95,8 +95,6 @@ def gate(path: str | Path, what: str, way_out: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is no file, where {what} was expected; {way_out}.") from error
-    except PermissionError:
-        raise
     except Exception as error:
         raise ValueError(f"{path} is not {what} ({cause_of(error)}); {way_out}.") from error
 
