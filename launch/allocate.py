@@ -21,6 +21,7 @@ from absl import flags
 from ramp_jax import cli, workflow
 from ramp_jax.allocation import costs
 from ramp_jax.config import WindowsConfig
+from ramp_jax.data import is_inside
 from ramp_jax.formats import LEVELS
 from ramp_jax.policy.inference import POLICY_FILE, find_allocator
 
@@ -77,6 +78,8 @@ def main() -> None:
     )
     if allocation.fallback:
         print(allocation.fallback)
+    if not is_inside(_DATA.value):
+        print(f"Calibrated on {_DATA.value}; whoever reads it again for this allocation passes --trust_calibration.")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ flags.mark_flags_as_required(["model"])
 
 def main() -> None:
     if not _ALLOCATION.value:
-        cli.refuse_flags(["encoder", "trust_calibration"], "belongs to --allocation; give that, or leave it out")
+        cli.refuse_flags(["encoder", "trust_calibration"], "without --allocation")
     if _JSON.value:
         text = workflow.calibrated_on(_ALLOCATION.value) if _ALLOCATION.value else None
         files = (_ALLOCATION.value, text, _DATA.value, _TOKENIZER.value)
@@ -68,9 +68,9 @@ def main() -> None:
 
 
 def _perplexity() -> tuple[dict[str, Any], str]:
-    cli.refuse_flags(["task_path", "limit"], "belongs to --tasks; give that, or leave it out")
+    cli.refuse_flags(["task_path", "limit"], "without --tasks")
     if _BACKEND.value == "llama.cpp" and not _REFERENCE.value:
-        cli.refuse_flags(["dtype", "mesh"], "is of JAX, and without --reference llama.cpp computes alone; leave it out")
+        cli.refuse_flags(["dtype", "mesh"], "by llama.cpp, without --reference")
     found = workflow.evaluate(
         _MODEL.value,
         reference=_REFERENCE.value,
@@ -92,7 +92,7 @@ def _perplexity() -> tuple[dict[str, Any], str]:
 def _tasks() -> tuple[dict[str, Any], str]:
     if _BACKEND.value == "llama.cpp":
         raise ValueError("--tasks runs in JAX only; leave --backend out.")
-    cli.refuse_flags(["data", "split", "protocol", "context", "count"], "is not for --tasks; leave it out")
+    cli.refuse_flags(["data", "split", "protocol", "context", "count"], "with --tasks")
     found = workflow.evaluate_tasks(
         _MODEL.value,
         _TASKS.value,

@@ -34,12 +34,12 @@ _JSON = flags.DEFINE_string("json", None, "Also write the numbers of --report to
 
 def main() -> None:
     if _REPORT.value:
-        cli.refuse_flags(["config", "output", "workdir"], "is not for --report; leave it out")
+        cli.refuse_flags(["config", "output", "workdir"], "with --report")
         _report()
     elif _CONFIG.value is None or _OUTPUT.value is None:
         raise ValueError("pass --config and --output to train, or --report=MODEL.")
     else:
-        cli.refuse_flags(["count", "context", "json"], "belongs to --report; leave it out")
+        cli.refuse_flags(["count", "context", "json"], "without --report")
         _train()
 
 

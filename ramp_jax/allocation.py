@@ -72,7 +72,7 @@ class Calibration(TypedDict):
 class Saved(TypedDict):
     """What the file of an allocation holds: formats, folding as base64 of f32, how both were found, a summary.
 
-    `sha256` is that of all other fields.
+    `sha256` is that of all other fields but `seconds`, so that runs which find the same differ in nothing else.
     """
 
     model: NotRequired[schema.Name]
@@ -219,8 +219,8 @@ def read_saved(path: str | Path) -> Saved:
 
 
 def _sha256(content: Mapping[str, Any]) -> str:
-    """Of an allocation's fields but this one, in whatever order they stand."""
-    fields = {name: value for name, value in content.items() if name != "sha256"}
+    """As `Saved` describes it, in whatever order fields stand."""
+    fields = {name: value for name, value in content.items() if name not in ("sha256", "seconds")}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -109,7 +109,7 @@ def _hosts() -> contextlib.AbstractContextManager[Any]:
     if "hosts" not in values:
         return contextlib.nullcontext()
     if values.hosts is None:
-        refuse_flags(["patience"], "belongs to --hosts; give that, or leave it out")
+        refuse_flags(["patience"], "without --hosts")
         return contextlib.nullcontext()
     if values.output is None:
         raise ValueError("--output is missing; its folder is where the processes of --hosts exchange what they find.")
@@ -223,10 +223,10 @@ def define_config(cls: type) -> flags.FlagHolder[Any]:
     return config_flags.DEFINE_config_file("config", None, text)
 
 
-def refuse_flags(names: Iterable[str], why: str) -> None:
-    """Raise `ValueError` where one of these flags was given, which would be ignored; `why` ends the sentence."""
+def refuse_flags(names: Iterable[str], where: str) -> None:
+    """Raise `ValueError` where flags were given that would be ignored: `where`, as in "without --tasks"."""
     if given := [f"--{name}" for name in names if flags.FLAGS[name].present]:
-        raise ValueError(f"{' and '.join(given)} {why}.")
+        raise ValueError(f"{' and '.join(given)} would be ignored {where}; leave it out.")
 
 
 def define_dtype(default: Dtype, help_text: str) -> flags.FlagHolder[str]:

@@ -54,12 +54,10 @@ def read_text(source: str) -> str:
 
 
 def is_inside(source: str) -> bool:
-    """Whether `source` is a text that every machine has, or a file in the working folder that is named from there."""
+    """Whether `source` is a text that every machine has, or a file that truly lies in the working folder."""
     if source in ("builtin", "stdlib") or source.startswith("stdlib:"):
         return True
-    path = Path(source)
-    named_from_here = not (source.startswith(("hf:", "~")) or path.is_absolute() or ".." in path.parts)
-    return named_from_here and path.resolve().is_relative_to(Path.cwd().resolve())
+    return not source.startswith("hf:") and Path(source).resolve().is_relative_to(Path.cwd().resolve())
 
 
 def windows(

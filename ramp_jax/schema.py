@@ -95,8 +95,6 @@ def gate(path: str | Path, what: str, way_out: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is no file, where {what} was expected; {way_out}.") from error
-    except PermissionError:
-        raise
     except Exception as error:
         raise ValueError(f"{path} is not {what} ({cause_of(error)}); {way_out}.") from error
 
@@ -112,10 +110,11 @@ def read_json(path: str | Path) -> Any:
     """What a JSON file holds; raises `ValueError` also for repeated keys and for numbers that JSON does not have."""
 
     def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise ValueError(f"{twice!r} is there twice")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"{_shown(key)} is there twice")
+            found[key] = value
         return found
 
     def refuse(constant: str) -> None:

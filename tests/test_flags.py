@@ -43,16 +43,16 @@ def test_flags_that_would_be_ignored(fails, allocate):
     """Each is refused before any work: no model is looked for."""
     model, small = "--model=nowhere", f"--config={ROOT / 'configs' / 'ref_llama.py'}"
     for name, arguments, sentence in (
-        ("evaluate", (model, "--encoder=best"), "--encoder belongs to --allocation"),
-        ("evaluate", (model, "--trust_calibration"), "--trust_calibration belongs to --allocation"),
-        ("evaluate", (model, "--limit=4", "--task_path=x"), "--task_path and --limit belongs to --tasks"),
-        ("evaluate", (model, "--tasks=passages", "--split=all"), "--split is not for --tasks"),
-        ("evaluate", (model, "--tasks=passages", "--context=24"), "--context is not for --tasks"),
-        ("evaluate", (model, "--backend=llama.cpp", "--dtype=bfloat16"), "--dtype is of JAX"),
-        ("allocate", (*allocate(), "--patience=9"), "--patience belongs to --hosts"),
+        ("evaluate", (model, "--encoder=best"), "--encoder would be ignored without --allocation"),
+        ("evaluate", (model, "--trust_calibration"), "--trust_calibration would be ignored without --all"),
+        ("evaluate", (model, "--limit=4", "--task_path=x"), "--task_path and --limit would be ignored without --tasks"),
+        ("evaluate", (model, "--tasks=passages", "--split=all"), "--split would be ignored with --tasks"),
+        ("evaluate", (model, "--tasks=passages", "--context=24"), "--context would be ignored with --tasks"),
+        ("evaluate", (model, "--backend=llama.cpp", "--dtype=bfloat16"), "ignored by llama.cpp, without --reference"),
+        ("allocate", (*allocate(), "--patience=9"), "--patience would be ignored without --hosts"),
         ("allocate", allocate(fit_context=9), "--fit_context belongs to --fit_memory"),
-        ("pretrain", ("--report=ref-llama", "--workdir=x"), "--workdir is not for --report"),
-        ("pretrain", (small, "--output=x", "--json=y"), "--json belongs to --report"),
+        ("pretrain", ("--report=ref-llama", "--workdir=x"), "--workdir would be ignored with --report"),
+        ("pretrain", (small, "--output=x", "--json=y"), "--json would be ignored without --report"),
         ("pretrain", (small, "--output=x", "--workdir=./x"), "--workdir and --output are one folder"),
     ):
         assert sentence in fails(name, *arguments)
@@ -118,10 +118,12 @@ def test_windows_longer_than_the_model(fails, allocate, untied_directory, export
 def test_text_that_only_the_allocation_names(call, fails, untied, untied_directory, tmp_path, monkeypatch):
     """A file outside is read only where that is allowed; one in the working folder, and what was named, without."""
     (tmp_path / "here").mkdir()
-    text, allocation = tmp_path / "here" / "text.txt", tmp_path / "alloc.json"
-    text.write_text(data.read_text("builtin")[:20_000], encoding="utf-8")
-    windows = data.windows(str(text), untied.tokenizer, context=24, count=2)
-    how = {"context": 24, "count": 2, "text": data.fingerprint(str(text)), "tokens": digest(windows)}
+    outside, inside = tmp_path / "outside.txt", tmp_path / "here" / "text.txt"
+    for text in (outside, inside):
+        text.write_text(data.read_text("builtin")[:20_000], encoding="utf-8")
+    (tmp_path / "here" / "link.txt").symlink_to(outside)
+    windows, allocation = data.windows(str(outside), untied.tokenizer, context=24, count=2), tmp_path / "alloc.json"
+    how = {"context": 24, "count": 2, "text": data.fingerprint(str(outside)), "tokens": digest(windows)}
 
     def calibrated_on(name):
         made = dataclasses.replace(Allocation.uniform(untied, "Q5_0"), calibration={"data": str(name), **how})
@@ -130,23 +132,25 @@ def test_text_that_only_the_allocation_names(call, fails, untied, untied_directo
 
     output = f"--output={tmp_path / 'out.gguf'}"
     monkeypatch.chdir(tmp_path / "here")
-    for name in (text, "../here/text.txt", "~/text.txt", "hf:a:b:c"):
-        assert f"its calibration text '{name}', which lies outside" in fails(
-            "export_gguf", *calibrated_on(name), output
-        )
+    for name in (outside, "../outside.txt", "link.txt", "/dev/zero", "hf:a:b:c"):
+        error = fails("export_gguf", *calibrated_on(name), output)
+        assert f"its calibration text '{name}', which lies outside" in error
+        assert "pass --trust_calibration where that may be read, else --imatrix=FILE or --encoder=reference" in error
     assert not (tmp_path / "out.gguf").exists()
-    assert "lies outside" in fails("evaluate", *calibrated_on(text), *WINDOWS)
-    for more in (("export_gguf", output, "--trust_calibration"), ("evaluate", f"--data={text}", *WINDOWS)):
-        code, printed, errors = call(more[0], *calibrated_on(text), *more[1:])
+    assert "lies outside" in fails("evaluate", *calibrated_on(outside), *WINDOWS)
+    for name, script, *more in (
+        (outside, "export_gguf", output, "--trust_calibration"),
+        (outside, "evaluate", f"--data={outside}", *WINDOWS),
+        ("text.txt", "export_gguf", output),
+        (inside, "export_gguf", output),
+    ):
+        code, printed, errors = call(script, *calibrated_on(name), *more)
         assert code == 0, errors
-        assert f"Calibration text, as the allocation says: {text}" in printed
-    code, printed, errors = call("export_gguf", *calibrated_on("text.txt"), output)
+        assert f"Calibration text, as the allocation says: {name}\n" in printed
+    code, printed, errors = call("export_gguf", *calibrated_on(outside), output, "--encoder=reference")
     assert code == 0, errors
-    assert "Calibration text, as the allocation says: text.txt" in printed
-    assert "text.txt is the input" in fails("export_gguf", *calibrated_on("text.txt"), f"--output={text}")
-    assert "pass --trust_calibration" in fails("export_gguf", *calibrated_on(text), output)
-    code, _, errors = call("export_gguf", *calibrated_on(text), output, "--encoder=reference")
-    assert code == 0, errors
+    assert "Calibration text" not in printed
+    assert "text.txt is the input" in fails("export_gguf", *calibrated_on("text.txt"), f"--output={inside}")
 
 
 def test_outputs_that_are_inputs_of_an_allocation(fails, allocate, tmp_path):

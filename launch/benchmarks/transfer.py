@@ -13,7 +13,6 @@ mean over budgets. A plot over budgets is written beside --json.
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from matplotlib.figure import Figure
 from ramp_jax import workflow
 from ramp_jax.allocators import simple
 from ramp_jax.allocators.knapsack import knapsack
-from ramp_jax.config import RunConfig, from_dict
+from ramp_jax.config import RunConfig, read_config
 from ramp_jax.models import load_model
 from ramp_jax.policy import embedding, inference, train
 from ramp_jax.policy.inference import Policy
@@ -88,7 +87,7 @@ def transfer(repeats: int) -> Numbers:
 
 def read_run() -> tuple[RunConfig, Tasks]:
     """Config and tasks of `--suite_run`, whose tables judge here, whatever judged there."""
-    config = from_dict(json.loads((Path(_RUN.value) / workflow.CONFIG).read_text(encoding="utf-8")))
+    config = read_config(Path(_RUN.value) / workflow.CONFIG)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluator="surrogate", soft=False))
     return config, {name: _task(name, config) for name in config.models}
 

@@ -106,7 +106,8 @@ def _from_gguf(path: Path) -> dict[str, Float[np.ndarray, " I"]]:
         sums, counts = (source.read(name + part, np.float32).ravel() for part in (_SUMS, _COUNTS))
         if not 0 <= counts[0] < np.inf:
             raise ValueError(f"it has {counts[0]} tokens for {name}")
-        found[name] = sums / counts[0] if counts[0] > 0 else np.ones(width, np.float32)
+        with np.errstate(over="ignore"):  # what is not finite is refused
+            found[name] = sums / counts[0] if counts[0] > 0 else np.ones(width, np.float32)
     return found
 
 

@@ -69,7 +69,8 @@ def load(path: Path) -> Loaded:
 def right(path: Path, result: Loaded) -> bool:
     """What `json` and `base64` find in the file; where it has a digest, nothing but what was written."""
     content = json.loads(path.read_bytes())
-    if "sha256" in content and content != json.loads((path.parent / _GOOD).read_bytes()):
+    good = json.loads((path.parent / _GOOD).read_bytes())
+    if "sha256" in content and content | {"seconds": 0} != good | {"seconds": 0}:
         return False
     found, scales = result.allocation, {n: _scales(text) for n, text in content["folding"].items()}
     return (
