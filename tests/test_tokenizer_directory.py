@@ -10,6 +10,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from ramp_jax.models import load_model
 from ramp_jax.models.metadata import plain, typed
 from ramp_jax.models.tokenizers import pre, tokenizer_from_directory, tokenizer_from_gguf
 
@@ -115,6 +116,22 @@ def test_every_name_cuts_as_llama_cpp_does(tmp_path, pairs_of_bytes, name):
         ("GPT-2", lambda b: Tokenizer(models.WordPiece({"a": 0})), VOCABULARY, "no vocabulary of type WordPiece"),
         ("GPT-2", lambda b: Tokenizer(models.BPE({"a": 0}, [])), VOCABULARY, "it has no merges"),
         ("Llama-2", lambda b: setattr(b, "normalizer", normalizers.NFKC()), VOCABULARY, "it changes texts in a way"),
+        (
+            "Llama-2",
+            lambda b: setattr(b, "normalizer", normalizers.Sequence([b.normalizer, normalizers.Replace("king", "q")])),
+            VOCABULARY,
+            "it changes texts in a way",
+        ),
+        (
+            "GPT-2",
+            lambda b: setattr(
+                b,
+                "pre_tokenizer",
+                pre_tokenizers.Sequence([pre_tokenizers.Split("king", behavior="isolated"), b.pre_tokenizer]),
+            ),
+            VOCABULARY,
+            "no pre-tokenizer that cuts",
+        ),
         (
             "Llama-3",
             lambda b: setattr(
@@ -285,6 +302,46 @@ def pieces_alone(folder, change, config=None):
     change(model.pieces)
     path.write_bytes(model.SerializeToString())
     return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": float("nan")}, r"has type 1 and score nan, which do not fit"),
+        ({"type": 6}, "has type 6 and score .*, which do not fit"),
+        ({"type": 2}, "has two pieces for what is unknown"),
+        ({"piece": "ab" * 300}, "has 600 characters, of which 512 can merge"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_named(tmp_path, change, message):
+    def set_one(pieces):
+        for key, value in change.items():
+            setattr(pieces[600], key, value)
+
+    with pytest.raises(ValueError, match=message):
+        tokenizer_from_directory(pieces_alone(tmp_path, set_one), VOCABULARY)
+
+
+def test_token_that_llama_cpp_would_make_and_no_merge_does(tmp_path):
+    path = directory(tmp_path, "Llama-2") / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    last = "".join(saved["model"]["merges"][-1])
+    saved["model"]["merges"] = [merge for merge in saved["model"]["merges"] if "".join(merge) != last]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=f"no merge makes '{last}', which llama.cpp would make of its parts; take"):
+        read(tmp_path)
+
+
+def test_error_of_a_library_in_rust_is_one_of_the_file(untied_directory, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panics(*_):
+        raise PanicException("range end index 12 out of range")
+
+    monkeypatch.setattr("ramp_jax.models.load.tokenizer_from_directory", panics)
+    with pytest.raises(ValueError, match=r"its tokenizer cannot be read \(range end index 12 out of range\); download"):
+        load_model(untied_directory)
 
 
 def test_types_of_pieces_are_kept(tmp_path):

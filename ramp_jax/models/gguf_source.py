@@ -122,11 +122,11 @@ def _is_whole(header: Header) -> bool:
 
 def _parts(path: Path, header: Header) -> list[Path]:
     """The files of a split model, in order."""
-    count, held, total = (_split(header, "count"), len(header.tensors), _split(header, "tensors.count"))
+    count, held = _split(header, "count"), len(header.tensors)
     match = _PART.fullmatch(path.name)
     if match is None or int(match[3]) != count:
         raise ValueError(
-            f"{path} holds {held} of the {total} tensors of a model in {count} files; give them their names again, "
+            f"{path} holds {held} tensors of a model in {count} files; give them their names again, "
             f"which end in -00001-of-{count:05d}.gguf and so on."
         )
     parts = parts_beside(path)

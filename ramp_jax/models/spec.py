@@ -140,7 +140,9 @@ def make_spec(model_type: str, *, rope_theta: float | None = None, **fields: Any
         fields["rope"] = Rope(rope_theta, fields["head_size"])
     spec = DecoderSpec(model_type=model_type, **fields)
     if spec.n_heads % spec.n_kv_heads:
-        raise ValueError(f"{spec.n_heads} query heads cannot share {spec.n_kv_heads} key/value heads evenly.")
+        raise ValueError(
+            f"{spec.n_heads} query heads cannot share {spec.n_kv_heads} key/value heads evenly; download it again."
+        )
     if (reason := spec.family.limits(spec)) is not None:
         raise ValueError(f"llama.cpp cannot run a {spec.architecture} model with {reason}; use another checkpoint.")
     return spec

@@ -496,8 +496,8 @@ def _same_tokenizer(path: Path, config: Any, model: Model) -> bool:
 
 def _listed(path: Path) -> list[AddedToken]:
     config = path / "tokenizer_config.json"
-    listed = json.loads(config.read_text()).get("added_tokens_decoder", {}) if config.is_file() else {}
-    texts = [token["content"] if isinstance(token, dict) else token for token in listed.values()]
+    listed = json.loads(config.read_text()).get("added_tokens_decoder") if config.is_file() else None
+    texts = [token["content"] if isinstance(token, dict) else token for token in (listed or {}).values()]
     return [AddedToken(text, normalized=False) for text in texts]
 
 

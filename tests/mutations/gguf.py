@@ -286,6 +286,53 @@ def retype(path: Path, rng: np.random.Generator) -> str:
     return f"{record.name} is {value!r:.40} of type {kind}" + ("" if count is None else f", {count} times in an array")
 
 
+_U32, _I32, _F32, _BOOL, _U16 = 4, 5, 6, 7, 2
+_KNOWN: dict[str, tuple[int, list[Any]]] = {
+    "llama.attention.key_length": (_U32, [0, 8, 16, 17, 2**31, 2**32 - 1]),
+    "llama.attention.value_length": (_U32, [0, 8, 16]),
+    "llama.attention.sliding_window": (_U32, [0, 16, 2**31, 2**32 - 1]),
+    "llama.attention.causal": (_BOOL, [0, 1]),
+    "llama.rope.scaling.type": (_STRING, ["none", "linear", "yarn", "longrope", "x"]),
+    "llama.rope.scaling.factor": (_F32, [0.0, 1.0, 2.0, -2.0, 1e30, 1e-30, float("nan"), float("inf")]),
+    "llama.rope.scale_linear": (_F32, [0.0, 4.0, float("nan")]),
+    "llama.rope.scaling.original_context_length": (_U32, [0, 1, 64, 2**31]),
+    "llama.rope.scaling.attn_factor": (_F32, [0.0, 1.0, 2.0, float("nan")]),
+    "llama.rope.scaling.yarn_log_multiplier": (_F32, [0.0, 0.1, float("nan")]),
+    "llama.expert_count": (_U32, [0, 8]),
+    "llama.vocab_size": (_U32, [0, 5, 265, 2**31]),
+    "llama.logit_scale": (_F32, [0.0, 1.0, 2.0, float("nan")]),
+    "general.alignment": (_U32, [0, 1, 16, 32, 33, 64, 2**31]),
+    "general.file_type": (_U32, [0, 2**31]),
+    "split.count": (_U16, [0, 1, 2, 65_535]),
+    "split.tensors.count": (_I32, [-1, 0, 5, 2**31 - 1]),
+    "tokenizer.ggml.padding_token_id": (_U32, [0, 3, 265, 5000, 2**32 - 1]),
+    "tokenizer.ggml.eot_token_id": (_I32, [-1, 0, 5000]),
+    "tokenizer.ggml.add_eos_token": (_BOOL, [0, 1, 2]),
+}
+
+
+def known_keys(path: Path, rng: np.random.Generator) -> str:
+    """Pairs that some files have, with a sound or an odd value."""
+    content = path.read_bytes()
+    header = _header(content)
+    keys = rng.choice(list(_KNOWN), rng.integers(1, 4), replace=False).tolist()
+    pairs, chosen = b"", {}
+    for key in keys:
+        kind, values = _KNOWN[key]
+        chosen[key] = values[rng.integers(len(values))]
+        pairs += _packed(key) + struct.pack("<I", kind)
+        pairs += _packed(chosen[key]) if kind == _STRING else struct.pack(_FORMS[kind], chosen[key])
+    counts = struct.pack("<QQ", len(header.tensors), len(header.pairs) + len(keys))
+    at = header.tensors[0].start
+    start = content[:8] + counts + content[24:at] + pairs + content[at : header.end]
+    path.write_bytes(start + b"\0" * (-len(start) % GGUF_DEFAULT_ALIGNMENT) + content[_data(header) :])
+    return f"{chosen}"
+
+
+def _packed(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
 def elements(path: Path, rng: np.random.Generator) -> str:
     """An array one element shorter or longer, its length adjusted."""
     content = path.read_bytes()
@@ -349,7 +396,28 @@ def right(path: Path, model: Model) -> bool:
         value = value[0] if isinstance(value, list) else value
         if found(model) != (np.float32(value) if isinstance(value, float) else value):
             return False
-    return _same_weights(reader, model) and _same_vocabulary(fields, model)
+    return _same_positions(fields, model) and _same_weights(reader, model) and _same_vocabulary(fields, model)
+
+
+def _same_positions(fields: dict[str, Any], model: Model) -> bool:
+    rope = {key.removeprefix("llama.rope."): value for key, value in fields.items() if key.startswith("llama.rope.")}
+    kind, spec = rope.get("scaling.type", "linear"), model.spec
+    factor = 1.0 if kind == "none" else rope.get("scaling.factor", rope.get("scale_linear")) or 1.0
+    magnitude = rope.get("scaling.attn_factor", 1.0) * (
+        1 + 0.1 * np.log(factor) if kind == "yarn" and factor > 1 else 1
+    )
+    window = fields.get("llama.attention.sliding_window") or None
+    length = rope.get("scaling.original_context_length", spec.context_length)
+    return (
+        np.isclose(spec.rope.factor, factor)
+        and np.isclose(spec.rope.magnitude, magnitude)
+        and (spec.rope.yarn.original_context == length if kind == "yarn" else spec.rope.yarn is None)
+        and np.isfinite(spec.rope.frequencies(100)).all()
+        and spec.window == window
+        and fields.get("llama.attention.causal", True)
+        and spec.head_size == fields.get("llama.attention.key_length", spec.head_size)
+        and spec.head_size == fields.get("llama.attention.value_length", spec.head_size)
+    )
 
 
 def _same_weights(reader: GGUFReader, model: Model) -> bool:
@@ -394,7 +462,14 @@ def _same_vocabulary(fields: dict[str, Any], model: Model) -> bool:
 
 _MUTATIONS: dict[str, Mutation] = {
     **{which: _numbers(which) for which in ("counts", "types", "values", "elements", "sizes", "offsets")},
-    **{"text": text, "retype": retype, "pairs": _records("pairs"), "tensors": _records("tensors")},
+    **{
+        "known keys": known_keys,
+        "known keys again": known_keys,
+        "text": text,
+        "retype": retype,
+        "pairs": _records("pairs"),
+        "tensors": _records("tensors"),
+    },
     **{"array": elements, "weights": weights},
     **raw.of_file(),
     **{f"header {name}": change for name, change in raw.of_file(first=1024).items()},
