@@ -104,7 +104,7 @@ def kills(repeats: int) -> dict[str, list[Numbers]]:
 def _jobs(folder: Path, settings: Mapping[str, str]) -> list[Job]:
     """All five on one model; the allocation to export is made here."""
     model = save(hf_model("llama"), folder / "model")
-    sizes = {"train": (20, (4, 5, 8), 1), "sensitivity": (1, (4, 5, 6, 8), 4)}
+    sizes = {"train": (8, (4, 5, 8), 1), "sensitivity": (1, (4, 5, 6, 8), 4)}
     for name, (iterations, levels, windows) in sizes.items():
         text = _CONFIG.format(model=str(model), iterations=iterations, levels=levels, windows=windows)
         (folder / f"{name}.py").write_text(text)
