@@ -289,6 +289,7 @@ def scripts(monkeypatch, untied_directory):
     for suite in (memory_suite, end_to_end_suite):
         monkeypatch.setattr(suite, "_MODELS", SimpleNamespace(value=[str(untied_directory)]))
         monkeypatch.setattr(suite, "_POLICY", SimpleNamespace(value="uniform"))
+    monkeypatch.setattr(memory_suite, "_ENCODERS", SimpleNamespace(value=["best", "compensated"]))
     monkeypatch.setattr(synthetic, "_FOLDER", SimpleNamespace(value=None))
     return lambda run: monkeypatch.setattr(watched, "run", run)
 
@@ -351,7 +352,8 @@ def test_devices_suite_compares_every_mesh_with_the_first(scripts, monkeypatch):
         forced.append((flags["mesh"], settings["XLA_FLAGS"].split("=")[-1]))
         other = flags["mesh"] == "4x2"
         if name == "allocate":
-            Path(flags["output"]).write_text(json.dumps({"formats": {"a": "Q8_0"}, "folding": {}}))
+            sizes = {"file_bytes": 100, "linear_bpw": 8.5, "file_bpw": 9.0, "code_bits": 8.0}
+            Path(flags["output"]).write_text(json.dumps(sizes | {"formats": {"a": "Q8_0"}, "folding": {}}))
         elif name == "export_gguf":
             Path(flags["output"]).write_bytes(b"other" if other else b"one")
         else:
