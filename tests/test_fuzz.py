@@ -21,7 +21,8 @@ def test_damaged_files_are_refused_or_right():
     rows = table(found)
     assert [row["kind"] for row in rows] == sorted(runner.kinds())
     assert sum(row["refused"] + row["right"] for row in rows) == 200
-    assert all(row["refused"] and row["right"] for row in rows)
+    assert all(row["refused"] for row in rows)
+    assert sum(row["right"] for row in rows) > 20
 
 
 def test_a_runner_calls_every_failure_by_its_name():

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 import ramp_jax
 from ramp_jax import workflow
 from ramp_jax.allocation import costs
+from ramp_jax.files import read_rows
 from ramp_jax.halo.footprint import runtime_bytes
 from ramp_jax.models import tensors
 from ramp_jax.models.spec import make_spec
