@@ -68,7 +68,7 @@ def test_bits_per_weight(name: str, bits: float) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_best_is_never_worse_and_coarse_little(name: str) -> None:
+def test_best_is_never_worse(name: str) -> None:
     w = _weights(0, (32, 256))
     importance = np.random.default_rng(1).chisquare(1, 256).astype(np.float32) + np.float32(0.05)
     fmt = get_format(name)
@@ -79,10 +79,21 @@ def test_best_is_never_worse_and_coarse_little(name: str) -> None:
         off = np.asarray(fmt.decode(codes), np.float64) - w
         return (off * off * importance).reshape(-1, fmt.block_size).sum(-1)
 
-    best, reference, coarse = errors("best"), errors("reference"), errors("coarse")
+    best, reference = errors("best"), errors("reference")
     assert (best <= reference * (1 + 1e-5)).all()
-    assert coarse.sum() <= reference.sum() * 1.06
     assert best.sum() < reference.sum() * {"Q2_K": 0.95, "Q4_K": 0.96, "Q3_K": 0.98}.get(name, 1.0)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q5_0", "IQ4_XS"])
+def test_coarse_is_little_worse(name: str) -> None:
+    w = _weights(0, (32, 256))
+    importance = np.random.default_rng(1).chisquare(1, 256).astype(np.float32) + np.float32(0.05)
+
+    def error(effort: str) -> float:
+        off = np.asarray(round_trip(w, name, importance, effort), np.float64) - w
+        return (off * off * importance).sum()
+
+    assert error("coarse") < error("reference") * 1.06
 
 
 @hypothesis.settings(max_examples=10, deadline=None)
