@@ -7,6 +7,7 @@ for the `seconds` that tables and allocations record. `sensitivity` is a trainin
 """
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -128,9 +129,11 @@ def _row(job: Job, count: int, folder: Path, settings: Mapping[str, str], rng: n
         (folder / name).mkdir()
         seconds, _ = timed(lambda name=name: job.finish(folder / name, settings))
     found: Counter[str] = Counter()
-    while found["kills"] < count:
+    for turn in itertools.count():
+        if found["kills"] >= count:
+            break
         moments = rng.uniform(0, seconds, min(rng.integers(1, _IN_A_ROW + 1), count - found["kills"]))
-        again = folder / f"after {found['kills']}"
+        again = folder / f"turn {turn}"
         again.mkdir()
         found += trial(job, folder / "undisturbed", again, settings, moments)
     columns = ("kills", "with work begun", "resumed", "equal", "half-written", "left over")
@@ -149,6 +152,8 @@ def trial(
         found["with work begun"] += any(folder.iterdir())
         pairs = ((path, undisturbed / path.relative_to(folder)) for path in _final(folder))
         found["half-written"] += sum(not _whole(*pair) for pair in pairs)
+    if not found["kills"]:
+        return found  # it ended before the first moment
     job.finish(folder, settings)
     there, expected = contents(folder), contents(undisturbed)
     found["resumed"] += 1
