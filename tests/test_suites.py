@@ -162,7 +162,7 @@ def test_sac_suite_ends_near_the_optimum(monkeypatch):
     """On two layers: speeds are positive, and a short run loses hardly more than the estimate's exact optimum."""
     monkeypatch.setattr(sac_suite, "_LAYERS", 2)
     monkeypatch.setattr(sac_suite, "_EPISODES", 4)
-    short = TrainConfig(iterations=60, updates=16, log_every=20, sac=SacConfig(hidden=(32,), batch_size=128))
+    short = TrainConfig(iterations=30, updates=8, log_every=10, sac=SacConfig(hidden=(32,), batch_size=128))
     monkeypatch.setattr(sac_suite, "TrainConfig", lambda **changed: dataclasses.replace(short, **changed))
     with jax.numpy_dtype_promotion("standard"):
         numbers = sac_suite.sac(1)
