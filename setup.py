@@ -24,7 +24,13 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=find_packages(include=["ramp_jax", "ramp_jax.*"]),
+    packages=[*find_packages(include=["ramp_jax", "ramp_jax.*"]), "ramp_jax.launch"],
+    package_dir={"ramp_jax.launch": "launch"},
+    entry_points={
+        "console_scripts": [
+            f"ramp-{name} = ramp_jax.cli.commands:{name}" for name in ("train", "allocate", "export", "evaluate")
+        ]
+    },
     package_data={"ramp_jax": ["refs/*/*.json", "refs/*/*.safetensors", "policy/pretrained/*"]},
     python_requires=">=3.11",
     install_requires=[

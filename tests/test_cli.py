@@ -1,12 +1,18 @@
 """What all scripts share: how they are stopped, and what their logs say."""
 
 import re
+import shlex
 import signal
+import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from ramp_jax import cli, files, progress
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -112,3 +118,18 @@ def test_a_bar_is_for_terminals_that_want_it(said, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setenv(name, value)
             assert "\r" not in said([20.0] * 3, terminal=True)
+
+
+def test_installed_commands_are_the_scripts():
+    """`ramp-export --help` says what `python launch/export_gguf.py --help` says, and takes no offence at `head`."""
+    commands = {
+        point.name: point for point in metadata.entry_points(group="console_scripts", module="ramp_jax.cli.commands")
+    }
+    assert {"ramp-train", "ramp-allocate", "ramp-export", "ramp-evaluate"} == commands.keys()
+    assert all(callable(point.load()) for point in commands.values())
+    script, command = ROOT / "launch/export_gguf.py", Path(sys.executable).with_name("ramp-export")
+    said = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
+    piped = f"set -o pipefail; {shlex.quote(str(command))} --help | head -1"
+    early = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=True)
+    assert "--allocation=..." in said
+    assert (early.stdout.strip(), early.stderr) == (said.splitlines()[0], "")

@@ -94,7 +94,7 @@ def test_docstring_holds_commands_and_sizes(stem):
     assert scripts[:3] == ["train", "allocate", "export_gguf"]
     assert f"--config=configs/{stem}.py" in commands[0]
     for script, (_, *arguments) in zip(scripts, commands, strict=True):
-        source = (ROOT / f"launch/{script}.py").read_text() + (ROOT / "ramp_jax/cli.py").read_text()
+        source = "".join(p.read_text() for p in (ROOT / f"launch/{script}.py", *(ROOT / "ramp_jax/cli").glob("*.py")))
         defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | set(re.findall(r'"(budget_\w+)"', source))
         assert {argument.split("=")[0].removeprefix("--") for argument in arguments} <= defined
     assert f"--model={ref}" in commands[1]
