@@ -11,6 +11,8 @@ ramp_jax.export_gguf(model, allocation, "model.gguf", encoder)
 ramp_jax.evaluate("model.gguf", reference="smollm2-135m", data="builtin")  # {"ppl": ..., "kld": ..., ...}
 """
 
+__version__ = "0.2.0"
+
 from ramp_jax import xla  # noqa: F401, I001  (before JAX meets its first device)
 
 from ramp_jax import data
@@ -31,7 +33,6 @@ from ramp_jax.quantization import (
 )
 from ramp_jax.workflow import evaluate
 
-__version__ = "0.2.0"
 
 __all__ = [
     "Allocation",

@@ -21,17 +21,18 @@ import gguf
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ramp_jax import schema
+from ramp_jax import __version__, schema
 from ramp_jax.files import write_bytes
 from ramp_jax.formats import LEVELS, format_for, get_format
-from ramp_jax.formats.registry import EXPORTABLE
+from ramp_jax.formats.registry import EXPORTABLE, Format
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, matrices, tensors
 from ramp_jax.models.layout import SMALLEST_BLOCK, foldable
 from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _CALIBRATION_TEXT = "ramp.calibration_text"
-_UNKNOWN_TEXT = 64 * "0"  # as long as a fingerprint, so that sizes do not depend on it
+_UNKNOWN = 64 * "0"  # as long as a fingerprint, so that sizes do not depend on it
+_NAME_BYTES = 64  # of names in an exported file, cut or filled with spaces for the same reason
 STORED, FALLBACK = "F32", "F16"
 """Formats of what is never allocated: gains, biases and tables; matrices whose rows blocks cannot hold."""
 _NAMED = 3  # such matrices in a summary's sentence
@@ -72,14 +73,19 @@ class Calibration(TypedDict):
 class Saved(TypedDict):
     """What the file of an allocation holds: formats, folding as base64 of f32, how both were found, a summary.
 
-    `sha256` is that of all other fields but `seconds`, so that runs which find the same differ in nothing else.
+    `allocator_sha256` is that of the policy or table that chose, `predicted_kld` what the estimate expects the file to
+    lose in nats per token. `sha256` is that of all other fields but `seconds`, so that runs which find the same differ
+    in nothing else.
     """
 
     model: NotRequired[schema.Name]
     budget_bytes: NotRequired[schema.Bytes]
     encoder: NotRequired[EncoderName]
     allocator: NotRequired[schema.Name]
+    allocator_sha256: NotRequired[schema.Sha256]
+    fold_level: NotRequired[FoldLevel]
     refine_evals: NotRequired[Annotated[int, schema.within(0, 2**31 - 1)]]
+    predicted_kld: NotRequired[schema.NotNegative]
     seconds: NotRequired[schema.NotNegative]
     file_bytes: schema.Bytes
     linear_bpw: schema.Positive
@@ -92,6 +98,10 @@ class Saved(TypedDict):
     sha256: NotRequired[schema.Sha256]
 
 
+_MADE = Saved.__annotations__.keys() - {"formats", "folding", "calibration", "file_bytes", "linear_bpw", "file_bpw"}
+_MADE -= {"code_bits", "fallback"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Allocation:
     """Tensor name → format name for every matrix of `spec`; `metadata` is the source model's.
@@ -99,7 +109,7 @@ class Allocation:
     A matrix that is not allocatable has a plain float format, `FALLBACK` unless a uniform float format was asked for.
     `folding` are the scales of Scale Folding with which the weights are meant to be quantized (see `Model.folding`),
     `calibration` says on which windows of which text they were found (`data`, `context`, `count`, and as `text` its
-    `data.fingerprint`); equality leaves both out.
+    `data.fingerprint`), `made` whatever else `Saved` tells of how it was made; equality leaves all three out.
     """
 
     spec: DecoderSpec
@@ -107,6 +117,7 @@ class Allocation:
     formats: Mapping[str, str]
     folding: Mapping[str, Float[np.ndarray, " C"]] = dataclasses.field(default_factory=dict, compare=False)
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    made: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         expected = {tensor.name for tensor in matrices(self.spec)}
@@ -130,7 +141,7 @@ class Allocation:
         """Size of the exported GGUF."""
         data = sum(tensor_bytes(tensor, self.format_of(tensor)) for tensor in tensors(self.spec))
         tables = sum(padded(table.nbytes) for table in self.spec.tables.values())
-        return header_bytes(self.spec, export_metadata(self)) + data + tables
+        return header_bytes(self.spec, _pairs(self, file_bpw=0.0)) + data + tables
 
     @property
     def linear_bpw(self) -> float:
@@ -182,11 +193,12 @@ class Allocation:
         }
 
     def save(self, path: str | Path, **notes: Any) -> None:
-        """Write JSON, the fields of `Saved`, of which `notes` are some."""
+        """Write JSON, the fields of `Saved`, of which `notes` are some beside `made`."""
         folding = {name: np.asarray(scales, "<f4") for name, scales in self.folding.items()}
         encoded = {name: base64.b64encode(scales.tobytes()).decode() for name, scales in folding.items()}
         calibration = {"calibration": dict(self.calibration)} if self.calibration else {}
-        content = {**notes, **self.summary(), **calibration, "folding": encoded}
+        made = {name: value for name, value in self.made.items() if name != "sha256"}
+        content = {**made, **notes, **self.summary(), **calibration, "folding": encoded}
         write_bytes(path, (json.dumps(content | {"sha256": _sha256(content)}, indent=1) + "\n").encode())
 
     @classmethod
@@ -203,14 +215,16 @@ class Allocation:
                     f"{model.spec.context_length}"
                 )
             folding = {name: _scales(name, text, known[name].width) for name, text in saved["folding"].items()}
-            return cls(model.spec, model.metadata, saved["formats"], folding, calibration)
+            made = {name: value for name, value in saved.items() if name in _MADE}
+            return cls(model.spec, model.metadata, saved["formats"], folding, calibration, made)
 
 
 def read_saved(path: str | Path) -> Saved:
     """The JSON that `Allocation.save` wrote; raises `ValueError` for any other file, and one that was changed since."""
     with schema.gate(path, "an allocation", _MAKE_IT):
         saved: Saved = schema.read(Saved, schema.read_json(path))
-    if saved.get("sha256", found := _sha256(saved)) != found:
+    found = _sha256(saved)
+    if saved.setdefault("sha256", found) != found:
         raise ValueError(
             f"{path} is not as it was written, its sha256 is another; restore it or make it again with "
             f"launch/allocate.py, or delete the line of its sha256 where you changed it yourself."
@@ -347,35 +361,71 @@ def header_bytes(spec: DecoderSpec, metadata: Metadata) -> int:
 
 
 def export_metadata(allocation: Allocation) -> Metadata:
-    """The pairs of the exported file: the source's, the file's type, and the recipe in `ramp.*`.
+    """The pairs of the exported file: the source's, the file's type, and in `ramp.*` all that makes it again.
 
-    The type is that of the format with most bytes. The size of the pairs does not depend on which formats were chosen.
+    The type is that of the format with most bytes. The size of the pairs depends neither on which formats were chosen
+    nor on how.
     """
-    bytes_of = collections.Counter()
-    for tensor in matrices(allocation.spec):
-        bytes_of[allocation.format_of(tensor)] += tensor_bytes(tensor, allocation.format_of(tensor))
-    dominant = get_format(bytes_of.most_common(1)[0][0])
+    return _pairs(allocation, allocation.file_bpw)
+
+
+def _pairs(allocation: Allocation, file_bpw: float) -> Metadata:
     kept = {
         name: pair
         for name, pair in allocation.metadata.items()
         if not name.startswith(("ramp.", "quantize.")) and name != "general.alignment"
     }
-    types = [int(get_format(allocation.format_of(tensor)).ggml_type) for tensor in allocatable(allocation.spec)]
     return kept | typed(
         {
-            "general.file_type": np.uint32(dominant.llama_ftype),
+            "general.file_type": np.uint32(_dominant(allocation).llama_ftype),
             "general.quantization_version": np.uint32(gguf.GGML_QUANT_VERSION),
             "general.quantized_by": "RAMP-JAX",
-            "ramp.recipe": np.asarray(types, np.int32),
-            _CALIBRATION_TEXT: allocation.calibration.get("text", _UNKNOWN_TEXT),
         }
+        | _provenance(allocation)
+        | {"ramp.file_bpw": file_bpw}
     )
+
+
+def _dominant(allocation: Allocation) -> Format:
+    """The format with most bytes."""
+    bytes_of = collections.Counter()
+    for tensor in matrices(allocation.spec):
+        bytes_of[allocation.format_of(tensor)] += tensor_bytes(tensor, allocation.format_of(tensor))
+    return get_format(bytes_of.most_common(1)[0][0])
+
+
+def _provenance(allocation: Allocation) -> dict[str, Any]:
+    """What `ramp.*` says: program, allocation, who chose, folding, rounding, calibration, budget, bits."""
+    made, how = allocation.made, allocation.calibration
+    types = [int(get_format(allocation.format_of(tensor)).ggml_type) for tensor in allocatable(allocation.spec)]
+    return {
+        "ramp.version": _name(__version__),
+        "ramp.recipe": np.asarray(types, np.int32),
+        "ramp.allocation_sha256": made.get("sha256", _UNKNOWN),
+        "ramp.allocator": _name(made.get("allocator", "")),
+        "ramp.allocator_sha256": made.get("allocator_sha256", _UNKNOWN),
+        "ramp.fold_level": float(made.get("fold_level", 0) if allocation.folding else 0),
+        "ramp.encoder": _name(made.get("encoder", "")),
+        "ramp.calibration_data": _name(how.get("data", "")),
+        _CALIBRATION_TEXT: how.get("text", _UNKNOWN),
+        "ramp.calibration_context": np.uint32(how.get("context", 0)),
+        "ramp.calibration_count": np.uint32(how.get("count", 0)),
+        "ramp.budget_bytes": np.uint64(made.get("budget_bytes", 0)),
+        "ramp.code_bits": allocation.code_bits,
+        "ramp.linear_bpw": allocation.linear_bpw,
+    }
+
+
+def _name(text: str) -> str:
+    """A text of `_NAME_BYTES` bytes that begins with this one."""
+    kept = text.encode()[:_NAME_BYTES].decode(errors="ignore")
+    return kept + " " * (_NAME_BYTES - len(kept.encode()))
 
 
 def calibration_text(metadata: Metadata) -> str | None:
     """Fingerprint of the text that an exported file was calibrated on, None where it does not say."""
     pair = metadata.get(_CALIBRATION_TEXT)
-    return None if pair is None or pair.value == _UNKNOWN_TEXT else str(pair.value)
+    return None if pair is None or pair.value == _UNKNOWN else str(pair.value)
 
 
 def padded(size: int) -> int:

@@ -326,6 +326,8 @@ def allocate(
                 budget_bytes=budget_bytes,
                 encoder=encoder,
                 allocator=allocator.name,
+                **({"allocator_sha256": allocator.sha256} if allocator.sha256 else {}),
+                fold_level=allocator.fold_level,
                 refine_evals=allocator.evaluations,
                 seconds=allocator.seconds + time.monotonic() - started,
             )
@@ -370,6 +372,8 @@ def export(
     `ValueError` where that had other inputs.
     """
     loaded = Allocation.load(allocation, model)
+    used = encoder or ("best" if imatrix else loaded.made.get("encoder", "reference"))
+    loaded = dataclasses.replace(loaded, made={**loaded.made, "encoder": used})
     rounding = recorded_encoder(allocation, model, encoder, imatrix, trust_calibration=trust_calibration)
     inputs = job_inputs(model) | {
         "allocation": digest(np.frombuffer(Path(allocation).read_bytes(), np.uint8)),

@@ -12,6 +12,7 @@ from ramp_jax.allocators.evolution import evolution
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.simple import greedy, random, uniform
 from ramp_jax.allocators.tables import Actions, Cost, Loss, Pairs, exchange, total_loss
+from ramp_jax.checkpoint import digest
 from ramp_jax.models import Model, allocatable
 from ramp_jax.sensitivity.table import Sensitivity
 
@@ -56,7 +57,8 @@ class Allocator:
 
     The model is folded for `fold_level` first. `evaluations` counts the calls of `Problem.evaluate` that a choice may
     make, `seconds` what it needed of the model beforehand (a measured table). `draw` proposes allocations that a
-    search may start from beside the choice. A level may be a format's name.
+    search may start from beside the choice. A level may be a format's name. `sha256` is that of the policy or the table
+    that chooses, where there is one.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Allocator:
     evaluations: int = 0
     seconds: float = 0.0
     draw: Callable[[Problem, int, int], list[Actions]] = _draw_none
+    sha256: str | None = None
 
 
 def estimated_optimum(problem: Problem, budget: int) -> Actions:
@@ -111,7 +114,9 @@ def by_table(table: Sensitivity) -> Allocator:
             check_measured_on(table, ("",) * len(cost))
         return knapsack(cost, table.kld, budget)
 
-    return Allocator("knapsack", table.levels, FOLD_LEVEL, choose, sees="sizes", seconds=table.seconds)
+    return Allocator(
+        "knapsack", table.levels, FOLD_LEVEL, choose, sees="sizes", seconds=table.seconds, sha256=digest(table.kld)
+    )
 
 
 def check_measured_on(table: Sensitivity, names: tuple[str, ...]) -> None:

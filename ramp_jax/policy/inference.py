@@ -62,15 +62,18 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write `policy.msgpack` into `folder`, the fields of `_Saved`."""
+        content = self._plain()
+        write_bytes(Path(folder) / POLICY_FILE, serialization.msgpack_serialize(content | {"sha256": digest(content)}))
+
+    def _plain(self) -> dict[str, Any]:
         content = {**vars(self), "actor": jax.tree.map(np.asarray, self.actor)}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
-        write_bytes(Path(folder) / POLICY_FILE, serialization.msgpack_serialize(plain | {"sha256": digest(plain)}))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
 
     def allocator(self) -> Allocator:
         """The policy as one way of choosing among others."""
         name = f"policy trained on {' '.join(self.trained_on)}"
         chosen, drawn = functools.partial(choose, self), functools.partial(draw, self)
-        return Allocator(name, self.levels, self.fold_level, chosen, draw=drawn)
+        return Allocator(name, self.levels, self.fold_level, chosen, draw=drawn, sha256=digest(self._plain()))
 
 
 class _Saved(TypedDict):
@@ -221,7 +224,11 @@ def allocate(
     check_budget(table, budget_bytes)
     known = problem(model, stats, allocator.levels, table, sees=allocator.sees, journal=journal)
     known = known._replace(evaluate=evaluate, model=model, importance=importance_of(model.spec, stats))
-    return from_levels(model, [allocator.levels[a] for a in allocator.choose(known, table.units(budget_bytes))])
+    actions = allocator.choose(known, table.units(budget_bytes))
+    found = from_levels(model, [allocator.levels[a] for a in actions])
+    if allocator.sees == "sizes":
+        return found
+    return dataclasses.replace(found, made={"predicted_kld": max(0.0, expected_loss(known, actions))})
 
 
 def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -> Actions:
