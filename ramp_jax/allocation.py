@@ -28,6 +28,7 @@ from ramp_jax.formats.registry import EXPORTABLE, Format
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, matrices, tensors
 from ramp_jax.models.layout import SMALLEST_BLOCK, foldable
 from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
+from ramp_jax.models.sketch import same, sketch
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _CALIBRATION_TEXT = "ramp.calibration_text"
@@ -73,12 +74,13 @@ class Calibration(TypedDict):
 class Saved(TypedDict):
     """What the file of an allocation holds: formats, folding as base64 of f32, how both were found, a summary.
 
-    `allocator_sha256` is that of the policy or table that chose, `predicted_kld` what the estimate expects the file to
-    lose in nats per token. `sha256` is that of all other fields but `seconds`, so that runs which find the same differ
-    in nothing else.
+    `weights` is the model's `sketch`, `allocator_sha256` that of the policy or table that chose, `predicted_kld` what
+    the estimate expects the file to lose in nats per token. `sha256` is that of all other fields but `seconds`, so that
+    runs which find the same differ in nothing else.
     """
 
     model: NotRequired[schema.Name]
+    weights: NotRequired[tuple[float, ...]]
     budget_bytes: NotRequired[schema.Bytes]
     encoder: NotRequired[EncoderName]
     allocator: NotRequired[schema.Name]
@@ -206,6 +208,8 @@ class Allocation:
         """Read what `save` wrote; raises `ValueError` where it is not an allocation of `model`."""
         saved = read_saved(path)
         with schema.gate(path, "an allocation of this model", _MAKE_IT):
+            if "weights" in saved and not model.folding and not same(saved["weights"], sketch(model)):
+                raise ValueError("the weights that it was made for are others")
             known, calibration = foldable(model.spec), saved.get("calibration", {})
             if unknown := saved["folding"].keys() - known.keys():
                 raise ValueError(f"the folding names {min(unknown)}, which the model has not")

@@ -30,6 +30,7 @@ from ramp_jax.models.gguf_source import parts_beside
 from ramp_jax.models.load import read_description
 from ramp_jax.models.metadata import Metadata, plain
 from ramp_jax.models.references import resolve
+from ramp_jax.models.sketch import sketch
 from ramp_jax.policy import inference, train
 from ramp_jax.policy.inference import Policy, load_policy
 from ramp_jax.quantization import (
@@ -323,6 +324,7 @@ def allocate(
             allocation.save(
                 output,
                 model=ref,
+                weights=sketch(model),
                 budget_bytes=budget_bytes,
                 encoder=encoder,
                 allocator=allocator.name,

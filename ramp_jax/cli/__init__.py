@@ -1,6 +1,7 @@
 """What every script in `launch/` shares: how it runs and fails, flags, budgets in the units that people think in."""
 
-from ramp_jax.cli.budget import budget, check_budget_flags, define_budget, parse_bytes
+from ramp_jax.cli.budget import parse_bytes
+from ramp_jax.cli.choice import Choice, choice, choice_files, define_choice, refuse_choice
 from ramp_jax.cli.flags import (
     define_config,
     define_dtype,
@@ -15,11 +16,12 @@ from ramp_jax.cli.inputs import announce, check_output_path, load
 from ramp_jax.cli.running import run
 
 __all__ = [
+    "Choice",
     "announce",
-    "budget",
-    "check_budget_flags",
     "check_output_path",
-    "define_budget",
+    "choice",
+    "choice_files",
+    "define_choice",
     "define_config",
     "define_dtype",
     "define_encoder",
@@ -29,6 +31,7 @@ __all__ = [
     "define_trust_calibration",
     "load",
     "parse_bytes",
+    "refuse_choice",
     "refuse_flags",
     "run",
 ]

@@ -10,6 +10,7 @@ from ramp_jax.halo.footprint import bytes_that_fit, runtime_bytes
 from ramp_jax.models import Model
 
 _BUDGETS = ("budget_bytes", "budget_gb", "budget_bits", "fit_memory")
+BUDGET_FLAGS = (*_BUDGETS, "fit_context")
 _MOST_BYTES = 10**15
 _MEMORY = "must be a size, as in 8GiB (2^30 bytes) or 8GB (10^9)."
 

@@ -1,0 +1,78 @@
+"""How formats are chosen, for the scripts that choose: flags, and what they ask for."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+from ramp_jax.allocation import Costs, costs
+from ramp_jax.allocators import Allocator
+from ramp_jax.cli.budget import BUDGET_FLAGS, budget, check_budget_flags, define_budget
+from ramp_jax.cli.flags import define_dtype, refuse_flags
+from ramp_jax.cli.inputs import load
+from ramp_jax.config import WindowsConfig
+from ramp_jax.formats import LEVELS
+from ramp_jax.models import Model
+from ramp_jax.policy.inference import POLICY_FILE, find_allocator
+from ramp_jax.workflow import check_context
+
+_FLAGS = ("source_policy", "levels", "data", "context", "count", "dtype", "refine_evals", *BUDGET_FLAGS)
+
+
+class Choice(NamedTuple):
+    """Who chooses for which model, and on which windows that one is calibrated; `size` is the budget in bytes."""
+
+    allocator: Allocator
+    windows: WindowsConfig
+    model: Model
+    size: int | None
+
+
+def define_choice() -> None:
+    """`--source_policy`, `--levels`, budgets, calibration windows, `--dtype` and `--refine_evals`."""
+    flags.DEFINE_string("source_policy", None, "Workdir of a training run, or a name of those above.")
+    flags.DEFINE_list("levels", None, "Levels to choose among; a policy's and a table's must be these.")
+    flags.register_validator(
+        "levels",
+        lambda levels: levels is None or (bool(levels) and all(level in map(str, LEVELS) for level in levels)),
+        f"must be some of {','.join(f'{level:g}' for level in LEVELS)}.",
+    )
+    flags.DEFINE_string("data", "builtin", "Calibration text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
+    flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
+    flags.DEFINE_integer("count", 8, "Calibration windows.", lower_bound=1)
+    define_dtype(
+        "auto", "Data type of the matrices while calibrating: auto is the fastest here, stored the checkpoint's."
+    )
+    flags.DEFINE_integer("refine_evals", 0, "True evaluations that refine the allocation.", lower_bound=0)
+    define_budget()
+
+
+def refuse_choice(where: str) -> None:
+    """Raise `ValueError` where a flag of `define_choice` was given that would be ignored."""
+    refuse_flags(_FLAGS, where)
+
+
+def choice_files() -> list[str]:
+    """The files that the choice reads beside the model."""
+    policy = Path(flags.FLAGS.source_policy)
+    return [flags.FLAGS.data, str(policy / POLICY_FILE if policy.is_dir() else policy)]
+
+
+def choice(ref: str, tokenizer_from: str | None = None, *, required: bool = True) -> Choice:
+    """What the flags ask for, with the model loaded; says which sizes can be reached.
+
+    Without a `required` budget, its size may be None. Raises `ValueError` where the flags contradict each other, the
+    model or what can be reached.
+    """
+    values = flags.FLAGS
+    levels = tuple(map(float, values.levels)) if values.levels else None
+    allocator = find_allocator(values.source_policy, levels=levels, evaluations=values.refine_evals)
+    check_budget_flags(required=required)
+    model = load(ref, values.dtype, tokenizer_from)
+    check_context(values.context, model.spec.context_length)
+    table: Costs = costs(model, allocator.levels)
+    print(f"Reachable files of {ref}: {table.smallest:,} to {table.largest:,} bytes")
+    size = budget(model, table)
+    if size is not None:
+        print(f"Budget: {size:,} bytes")
+    return Choice(allocator, WindowsConfig(values.data, values.context, values.count), model, size)
