@@ -32,17 +32,33 @@ def replacing(path: Path, needed: int = 0, *, folder: bool = False, durable: boo
     not hold it, of which `needed` bytes are known before.
     """
     check_disk(path, needed)
+    with _temporary(path, folder=folder) as begun, finishing(begun, path, needed, durable=durable):
+        yield begun
+
+
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A folder to work in beside `path`, removed at the end; what dead processes left of one is removed first.
+
+    Raises `OSError` where it cannot be made.
+    """
+    with _temporary(path, folder=True) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
+    """A locked name of its own beside `path`, where in the end nothing is left."""
     _clear(path.parent, glob.escape(path.name))
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    begun = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        lock = _held(temporary, folder=folder, wait=True)
+        lock = _held(begun, folder=folder, wait=True)
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror}); choose another output.") from error
     try:
-        with finishing(temporary, path, needed, durable=durable):
-            yield temporary
+        yield begun
     finally:
-        _remove(temporary)
+        _remove(begun)
         os.close(lock)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from ramp_jax.checkpoint import digest
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, read_config
 from ramp_jax.files import alone_in, rows_to, write_bytes
 from ramp_jax.halo.export import check_writable, export_gguf
+from ramp_jax.halo.guard import Check, Guard, check
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.journal import NOWHERE, Followed, Journal, beside, code_version
 from ramp_jax.models import Model, load_model, store
@@ -30,7 +31,7 @@ from ramp_jax.models.gguf_source import parts_beside
 from ramp_jax.models.load import read_description
 from ramp_jax.models.metadata import Metadata, plain
 from ramp_jax.models.references import resolve
-from ramp_jax.models.sketch import sketch
+from ramp_jax.models.sketch import same, sketch
 from ramp_jax.policy import inference, train
 from ramp_jax.policy.inference import Policy, load_policy
 from ramp_jax.quantization import (
@@ -47,7 +48,8 @@ from ramp_jax.quantization import (
     refold,
     write_imatrix,
 )
-from ramp_jax.quantization.importance import Importance
+from ramp_jax.quantization.encoder_factory import calibration_windows
+from ramp_jax.quantization.importance import Importance, read_imatrix
 from ramp_jax.scoring import perplexity, variants
 from ramp_jax.scoring.perplexity import Protocol
 from ramp_jax.scoring.scores import numbers
@@ -308,6 +310,7 @@ def allocate(
     check_writable(output)
     started = time.monotonic()
     seen = {"text": texts.fingerprint(calibration.data), "tokens": digest(tokens(model, calibration, "calibration"))}
+    made = _made(allocator, model, ref, budget_bytes, encoder)
     inputs = job_inputs(model) | {
         "calibration tokens": seen["tokens"],
         "level of folding": f"{allocator.fold_level:g}",
@@ -321,19 +324,34 @@ def allocate(
         )
         allocation = dataclasses.replace(allocation, calibration=as_dict(calibration) | seen)
         if hosts.index() == 0:
-            allocation.save(
-                output,
-                model=ref,
-                weights=sketch(model),
-                budget_bytes=budget_bytes,
-                encoder=encoder,
-                allocator=allocator.name,
-                **({"allocator_sha256": allocator.sha256} if allocator.sha256 else {}),
-                fold_level=allocator.fold_level,
-                refine_evals=allocator.evaluations,
-                seconds=allocator.seconds + time.monotonic() - started,
-            )
+            allocation.save(output, **made, seconds=allocator.seconds + time.monotonic() - started)
     return allocation
+
+
+def _made(allocator: Allocator, model: Model, ref: str, budget_bytes: int, encoder: EncoderName) -> dict[str, Any]:
+    """How an allocation is made, as its file says it."""
+    return {
+        "model": ref,
+        "weights": sketch(model),
+        "budget_bytes": budget_bytes,
+        "encoder": encoder,
+        "allocator": allocator.name,
+        **({"allocator_sha256": allocator.sha256} if allocator.sha256 else {}),
+        "fold_level": allocator.fold_level,
+        "refine_evals": allocator.evaluations,
+    }
+
+
+def is_made(
+    path: Path, allocator: Allocator, model: Model, budget_bytes: int, calibration: WindowsConfig, encoder: EncoderName
+) -> bool:
+    """Whether a file holds the allocation that `allocate` would make of the same arguments."""
+    saved: Mapping[str, Any] = read_saved(path)
+    wanted = _made(allocator, model, "", budget_bytes, encoder)
+    found = {name: saved.get(name) for name in wanted} | {"model": ""}
+    seen = as_dict(calibration) | {"tokens": digest(tokens(model, calibration, "calibration"))}
+    alike = same(found.pop("weights") or (), wanted.pop("weights"))
+    return alike and found == wanted and seen.items() <= dict(saved.get("calibration", {})).items()
 
 
 def calibrated_on(allocation: str | Path) -> str | None:
@@ -384,6 +402,27 @@ def export(
     }
     with _journal(output, inputs) as journal:
         return export_gguf(model, loaded, output, rounding, journal)
+
+
+def check_export(
+    model: Model,
+    allocation: str | Path,
+    output: Path,
+    heldout: WindowsConfig,
+    guard: Guard = "check",
+    imatrix: str | Path | None = None,
+    trust_calibration: bool = False,
+) -> Check:
+    """Score an exported file on held-out text, beside llama.cpp's largest mix that fits: `halo.guard.check`."""
+    loaded = Allocation.load(allocation, model)
+
+    def importance() -> Importance:
+        if imatrix is not None:
+            return read_imatrix(imatrix, model.spec)
+        windows = calibration_windows(loaded, model, trust_calibration=trust_calibration)
+        return importance_of(model.spec, calibrate(model, windows))
+
+    return check(model, loaded, output, tokens(model, heldout, "heldout"), importance, guard)
 
 
 def job_inputs(model: Model) -> dict[str, str]:

@@ -141,13 +141,13 @@ def test_text_that_only_the_allocation_names(call, fails, untied, untied_directo
     for name, script, *more in (
         (outside, "export_gguf", output, "--trust_calibration"),
         (outside, "evaluate", f"--data={outside}", *WINDOWS),
-        ("text.txt", "export_gguf", output),
-        (inside, "export_gguf", output),
+        ("text.txt", "export_gguf", output, "--overwrite"),
+        (inside, "export_gguf", output, "--overwrite"),
     ):
         code, printed, errors = call(script, *calibrated_on(name), *more)
         assert code == 0, errors
         assert f"Calibration text, as the allocation says: {name}\n" in printed
-    code, printed, errors = call("export_gguf", *calibrated_on(outside), output, "--encoder=reference")
+    code, printed, errors = call("export_gguf", *calibrated_on(outside), output, "--encoder=reference", "--overwrite")
     assert code == 0, errors
     assert "Calibration text" not in printed
     assert "text.txt is the input" in fails("export_gguf", *calibrated_on("text.txt"), f"--output={inside}")

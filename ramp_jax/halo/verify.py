@@ -6,9 +6,10 @@ Needs the `verify` extra (llama-cpp-python).
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import jax
@@ -78,11 +79,38 @@ def _scores(
     return token_scores(logits.T, targets, None if hidden is None else head.vocabulary_first(hidden))
 
 
+class Generation(NamedTuple):
+    """What a file writes after a prompt, the likeliest token each time, and how many tokens it reads and writes in a
+    second."""
+
+    tokens: list[int]
+    read_per_second: float
+    written_per_second: float
+
+
+def generate(path: str | Path, prompt: Int[np.ndarray, " T"], count: int) -> Generation:
+    """`count` tokens after `prompt`, however many of them end the text; the prompt is read twice and timed then.
+
+    Raises `RuntimeError` where llama.cpp cannot load or run the file.
+    """
+    with session(path, len(prompt) + count) as (run, _):
+        run(prompt, range(len(prompt) - 1, len(prompt)))
+        started = time.monotonic()
+        (logits,) = run(prompt, range(len(prompt) - 1, len(prompt)))
+        read, tokens = time.monotonic(), [int(np.argmax(logits))]
+        for position in range(len(prompt), len(prompt) + count - 1):
+            (logits,) = run(np.asarray(tokens[-1:]), range(1), position)
+            tokens.append(int(np.argmax(logits)))
+        written = time.monotonic()
+    return Generation(tokens, len(prompt) / (read - started), (count - 1) / (written - read))
+
+
 @contextlib.contextmanager
 def session(path: str | Path, context: int, exact: bool = False) -> Iterator[tuple[Any, int]]:
-    """A function (ids `[T]`, positions wanted) → their logits `[S, V]`; V. `exact` keeps keys and values in f32.
+    """A function (ids `[T]`, which of them are wanted, position of the first) → their logits `[S, V]`; V.
 
-    Both raise `RuntimeError` where llama.cpp cannot load or run the file.
+    At position 0 a new text begins. `exact` keeps keys and values in f32. Both raise `RuntimeError` where llama.cpp
+    cannot load or run the file.
     """
     require()
     import llama_cpp
@@ -108,12 +136,13 @@ def session(path: str | Path, context: int, exact: bool = False) -> Iterator[tup
         stack.callback(llama_cpp.llama_batch_free, batch)
         vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
-        def run(ids: Int[np.ndarray, " T"], wanted: range) -> Float[np.ndarray, "S V"]:
+        def run(ids: Int[np.ndarray, " T"], wanted: range, first: int = 0) -> Float[np.ndarray, "S V"]:
             batch.n_tokens = len(ids)
             for t, token in enumerate(ids):
-                batch.token[t], batch.pos[t], batch.n_seq_id[t], batch.seq_id[t][0] = int(token), t, 1, 0
+                batch.token[t], batch.pos[t], batch.n_seq_id[t], batch.seq_id[t][0] = int(token), first + t, 1, 0
                 batch.logits[t] = t in wanted
-            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(session), True)
+            if first == 0:
+                llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(session), True)
             if llama_cpp.llama_decode(session, batch):
                 raise RuntimeError(f"llama.cpp failed to run {path}: {last_line(log)}.")
             logits = ctypes.cast(llama_cpp.llama_get_logits(session), ctypes.POINTER(ctypes.c_float))

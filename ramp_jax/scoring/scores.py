@@ -80,6 +80,12 @@ def numbers(scored: Evaluation) -> dict[str, Any]:
     }
 
 
+def paired(scored: Evaluation, other: Evaluation) -> tuple[float, float]:
+    """How much more KL divergence the one has than the other on the same tokens, and the standard error of that."""
+    difference = scored.kld.astype(np.float64) - other.kld
+    return _mean(difference), _stderr(difference)
+
+
 def text_table(found: dict[str, Any]) -> str:
     """The result of `numbers`, one line each, aligned."""
     lines = [("tokens scored", f"{found['tokens']:,}"), ("perplexity", _pair(found, "ppl", "10.4f"))]
