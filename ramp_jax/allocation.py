@@ -61,13 +61,14 @@ FoldLevel = Annotated[float, schema.within(LEVELS[0], LEVELS[-1])]
 class Calibration(TypedDict):
     """On which windows an allocation was calibrated: `count` of `context` tokens of the text that `data` names.
 
-    `text` is the text's fingerprint, `tokens` the digest of the windows.
+    `text` is the text's fingerprint, `texts` those of a mixture's parts, `tokens` the digest of the windows.
     """
 
     data: schema.Name
     context: Annotated[int, schema.within(2, 2**31 - 1)]
     count: schema.Count
     text: schema.Sha256
+    texts: NotRequired[tuple[schema.Sha256, ...]]
     tokens: schema.Sha256
 
 

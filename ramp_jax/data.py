@@ -1,11 +1,18 @@
 """Text to token windows: deterministic, and calibration never overlaps held-out text."""
 
+import encodings.aliases
 import functools
 import hashlib
+import html.entities
+import http
+import json
+import math
+import mimetypes
 import pydoc_data.topics
+import re
 import sysconfig
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -27,25 +34,69 @@ _OF_THE_MACHINE = ("config-", "_sysconfigdata")  # how a name begins that differ
 _TOPICS_SHARE = 0.75  # of the characters of `builtin` that `stdlib` holds: nothing of what `builtin` holds out
 
 
+MIXTURE = "mixture"
+"""The name of a mixture of what is there wherever Python is, and free."""
+
+_MIXED = (
+    "builtin:0.4,"  # English prose with examples: Python's language reference (PSF licence)
+    "code:0.4,"  # Python: the standard library's own sources (PSF licence)
+    "lists:0.1,"  # tables of names and numbers: HTML entities, HTTP statuses, media types, encodings (PSF licence)
+    "languages:0.1"  # one article in 16 languages: the Universal Declaration of Human Rights (public domain)
+)
+_WEIGHED = re.compile(r"(.+):(\d+(?:\.\d+)?)")
+
+
+class Part(NamedTuple):
+    """One text of a mixture and its share of the windows."""
+
+    source: str
+    share: float
+
+
+def parts_of(source: str) -> list[Part]:
+    """The texts that `source` names: several with weights, as in `builtin:0.5,notes.txt:0.5`, or one.
+
+    Raises `ValueError` where a weight is 0 or a text is named twice.
+    """
+    found = [_WEIGHED.fullmatch(part) for part in (_MIXED if source == MIXTURE else source).split(",")]
+    if not all(found) or Path(source).is_file():
+        return [Part(source, 1.0)]
+    parts = [Part(part[1], float(part[2])) for part in found]
+    total = sum(part.share for part in parts)
+    if not all(part.share > 0 and math.isfinite(part.share) for part in parts):
+        raise ValueError(f"data {source!r} gives a text no weight above 0; leave it out or give it one.")
+    if len({part.source for part in parts}) < len(parts):
+        raise ValueError(f"data {source!r} names a text twice; add its weights up.")
+    return [Part(part.source, part.share / total) for part in parts]
+
+
 def read_text(source: str) -> str:
     """The text of `builtin` (the standard library's language topics), a file, or `hf:NAME:CONFIG:SPLIT`.
 
     `stdlib` is what `builtin` does not hold out and the standard library's source files in the order of their paths;
-    `stdlib:NAME,NAME` only those modules and packages of it, e.g. `stdlib:json,abc`. Raises `FileNotFoundError` for
-    anything else or for a data set that the hub does not deliver.
+    `stdlib:NAME,NAME` only those modules and packages of it, e.g. `stdlib:json,abc`. `code`, `lists` and `languages`
+    are the other texts of `mixture`. Raises `FileNotFoundError` for anything else or for a data set that the hub does
+    not deliver.
     """
     if source == "builtin":
         topics = pydoc_data.topics.topics
         return "\n\n".join(topics[name] for name in sorted(topics))
     if source == "stdlib":
         return _topics_to_learn() + "\n\n" + _read_stdlib(None)
+    if source == "code":
+        return _read_stdlib(None)
+    if source == "lists":
+        return _lists()
+    if source == "languages":
+        return Path(__file__).with_name("languages.txt").read_text(encoding="utf-8")
     if source.startswith("stdlib:"):
         return _read_stdlib(source.removeprefix("stdlib:").split(","))
     if source.startswith("hf:"):
         return _read_hub(source)
     if not Path(source).is_file():
         raise FileNotFoundError(
-            f"data {source!r} is not a file; pass a text file, builtin, stdlib, or hf:NAME:CONFIG:SPLIT."
+            f"data {source!r} is not a file; pass a text file, builtin, stdlib, mixture, hf:NAME:CONFIG:SPLIT, or "
+            f"several of them with weights, as in builtin:0.5,notes.txt:0.5."
         )
     try:
         return Path(source).read_text(encoding="utf-8")
@@ -55,7 +106,11 @@ def read_text(source: str) -> str:
 
 def is_inside(source: str) -> bool:
     """Whether `source` is a text that every machine has, or a file that truly lies in the working folder."""
-    if source in ("builtin", "stdlib") or source.startswith("stdlib:"):
+    return all(_is_inside(part.source) for part in parts_of(source))
+
+
+def _is_inside(source: str) -> bool:
+    if source in ("builtin", "stdlib", "code", "lists", "languages") or source.startswith("stdlib:"):
         return True
     return not source.startswith("hf:") and Path(source).resolve().is_relative_to(Path.cwd().resolve())
 
@@ -72,11 +127,21 @@ def windows(
     """`count` disjoint windows of `context` tokens, spread evenly over one split of the text; None takes all.
 
     `calibration` is the first four fifths of the tokens and `heldout` the rest, so that they never overlap; `all` is
-    for texts that are a test set as a whole. A tokenizer that begins texts with BOS begins the text with it; with
+    for texts that are a test set as a whole. Of several texts each gives its share, one window at least, and any first
+    windows are mixed alike. Files of JSON Lines with `messages` are conversations, which the tokenizer's chat template
+    writes out. A tokenizer that begins texts with BOS begins the text with it; with
     `bos="window"` it also replaces each window's first token, as in llama.cpp, and with `"text"` it does not, as in
     GPTQ's evaluation and those after it. Raises `ValueError` for a count below 1 or where the split is too short.
     """
-    tokens = _encode(read_text(source), tokenizer)
+    if len(parts := parts_of(source)) > 1:
+        counts = [None] * len(parts) if count is None else _apportioned(source, parts, count)
+        each = [
+            windows(part.source, tokenizer, context=context, count=n, split=split, bos=bos)
+            for part, n in zip(parts, counts, strict=True)
+        ]
+        order = np.argsort(np.concatenate([(np.arange(len(one)) + 0.5) / len(one) for one in each]), kind="stable")
+        return np.concatenate(each)[order]
+    tokens = _encode(_written_out(parts[0].source, tokenizer), tokenizer)
     border = int(len(tokens) * _CALIBRATION_SHARE)
     tokens = {"calibration": tokens[:border], "heldout": tokens[border:], "all": tokens}[split]
     available = len(tokens) // context
@@ -100,8 +165,55 @@ def windows(
 
 
 def fingerprint(source: str) -> str:
-    """SHA-256 of the text that `source` names, whatever its name and the white space around it."""
-    return hashlib.sha256(read_text(source).strip().encode()).hexdigest()
+    """SHA-256 of the text that `source` names, whatever its name and the white space around it.
+
+    Of several texts, of theirs and their shares.
+    """
+    parts = [(part, hashlib.sha256(read_text(part.source).strip().encode()).hexdigest()) for part in parts_of(source)]
+    if len(parts) == 1:
+        return parts[0][1]
+    return hashlib.sha256(" ".join(f"{part.share:.6f} {found}" for part, found in parts).encode()).hexdigest()
+
+
+def _apportioned(source: str, parts: list[Part], count: int) -> list[int]:
+    """Windows of each part: its share rounded, so that they add up to `count`, and one at least."""
+    if count < len(parts):
+        raise ValueError(f"data {source!r} names {len(parts)} texts and {count} windows were asked for; ask for more.")
+    counts = [max(1, math.floor(part.share * count)) for part in parts]
+    while sum(counts) != count:
+        short = [part.share * count - n for part, n in zip(parts, counts, strict=True)]
+        if sum(counts) < count:
+            counts[int(np.argmax(short))] += 1
+        else:
+            counts[int(np.argmin([s if n > 1 else math.inf for s, n in zip(short, counts, strict=True)]))] -= 1
+    return counts
+
+
+def _written_out(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a source; conversations as the model is used to read them."""
+    text = read_text(source)
+    talks = _conversations(text) if source.endswith(".jsonl") else None
+    if talks is None:
+        return text
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"data {source!r} holds conversations, and the model has no chat template; pass plain text.")
+    try:
+        return "\n".join(str(tokenizer.apply_chat_template(talk, tokenize=False)) for talk in talks)
+    except Exception as error:  # of any class, from the template
+        raise ValueError(
+            f"the model's chat template cannot write out the conversations of {source!r} ({error}); mend them or pass "
+            f"plain text."
+        ) from error
+
+
+def _conversations(text: str) -> list[Any] | None:
+    """What JSON Lines hold as `messages`, None where a line holds something else."""
+    try:
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        return None
+    talks = [row.get("messages") if isinstance(row, dict) else None for row in rows]
+    return talks if talks and all(isinstance(talk, list) and talk for talk in talks) else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -113,6 +225,18 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+
+
+def _lists() -> str:
+    """Tables of the standard library, a line each."""
+    tables = {
+        "HTML entities": {name: f"{code} {chr(code)}" for name, code in sorted(html.entities.name2codepoint.items())},
+        "HTTP status codes": {str(s.value): f"{s.phrase}. {s.description}".strip() for s in http.HTTPStatus},
+        "Media types by file name extension": dict(sorted(mimetypes.MimeTypes().types_map[True].items())),
+        "Names of character encodings": dict(sorted(encodings.aliases.aliases.items())),
+    }
+    lines = {title: [f"- {key}: {value}" for key, value in rows.items()] for title, rows in tables.items()}
+    return "\n\n".join("\n".join([f"{title}:", *items]) for title, items in lines.items())
 
 
 def _topics_to_learn() -> str:

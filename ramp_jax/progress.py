@@ -33,9 +33,17 @@ def _in_lines(items: Iterable[T], doing: str) -> Iterator[T]:
         yield item
         if time.monotonic() - said >= _PAUSE and done != total:
             said = time.monotonic()
-            _say(f"{doing}: {done}{'' if total is None else f' of {total}'} after {said - begun:.0f} s")
+            _say(f"{doing}: {_how_far(done, total, said - begun)}")
     if (took := time.monotonic() - begun) >= _WORTH_SAYING:
         _say(f"{doing}: all {done} in {took:.0f} s")
+
+
+def _how_far(done: int, total: int | None, seconds: float) -> str:
+    """Items and seconds so far and, where it is known how many there are, the time of day at which they end."""
+    if total is None:
+        return f"{done} after {seconds:.0f} s"
+    ends = time.localtime(time.time() + seconds / done * (total - done))
+    return f"{done} of {total} after {seconds:.0f} s, ends about {time.strftime('%H:%M', ends)}"
 
 
 def _say(line: str) -> None:

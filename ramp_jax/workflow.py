@@ -193,12 +193,14 @@ def _check_unseen(metadata: Metadata, allocation: str | Path | None, data: str, 
     """Raise `ValueError` where a model would be scored on the text that it was calibrated on, whatever its name."""
     if split == "heldout":
         return
-    seen = {"the file": calibration_text(metadata)}
+    known: dict[str, set[str]] = {}
+    if (text := calibration_text(metadata)) is not None:
+        known["the file"] = {text}
     if allocation and (how := read_saved(allocation).get("calibration")):
-        seen[str(allocation)] = how["text"]
-    known = {name: text for name, text in seen.items() if text is not None}
-    found = texts.fingerprint(data) if known else None  # a text that nobody was calibrated on is not read for this
-    if named := [name for name, text in known.items() if text == found]:
+        known[str(allocation)] = {how["text"], *how.get("texts", ())}
+    # A text that nobody was calibrated on is not read for this.
+    found = {texts.fingerprint(name) for name in (data, *(p.source for p in texts.parts_of(data)))} if known else set()
+    if named := [name for name, seen in known.items() if seen & found]:
         raise ValueError(
             f"{named[-1]} was calibrated on the first four fifths of {data!r}; score it with --split=heldout or on "
             f"another text."
@@ -309,7 +311,10 @@ def allocate(
     """
     check_writable(output)
     started = time.monotonic()
-    seen = {"text": texts.fingerprint(calibration.data), "tokens": digest(tokens(model, calibration, "calibration"))}
+    seen: dict[str, Any] = {"text": texts.fingerprint(calibration.data)}
+    seen["tokens"] = digest(tokens(model, calibration, "calibration"))
+    if len(parts := texts.parts_of(calibration.data)) > 1:
+        seen["texts"] = [texts.fingerprint(part.source) for part in parts]
     made = _made(allocator, model, ref, budget_bytes, encoder)
     inputs = job_inputs(model) | {
         "calibration tokens": seen["tokens"],
@@ -350,7 +355,8 @@ def is_made(
     wanted = _made(allocator, model, "", budget_bytes, encoder)
     found = {name: saved.get(name) for name in wanted} | {"model": ""}
     seen = as_dict(calibration) | {"tokens": digest(tokens(model, calibration, "calibration"))}
-    alike = same(found.pop("weights") or (), wanted.pop("weights"))
+    alike = same(saved.get("weights", ()), wanted.pop("weights"))
+    del found["weights"]
     return alike and found == wanted and seen.items() <= dict(saved.get("calibration", {})).items()
 
 

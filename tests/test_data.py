@@ -2,6 +2,7 @@
 
 import abc
 import argparse
+import copy
 import json
 import re
 import zipfile
@@ -100,7 +101,7 @@ def test_text_that_is_too_short_says_what_it_holds(split, available):
 
 
 def test_missing_file(tmp_path, tokenizer):
-    with pytest.raises(FileNotFoundError, match=r"absent\.txt' is not a file; pass a text file, builtin, stdlib, or"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt' is not a file; pass a text file, builtin, stdlib, mixture,"):
         data.windows(str(tmp_path / "absent.txt"), tokenizer, context=CONTEXT, count=1)
 
 
@@ -214,3 +215,62 @@ def test_fingerprints_are_of_the_text_whatever_its_name(tmp_path):
     (tmp_path / "c.txt").write_text("some text\nand less")
     a, b, c = (data.fingerprint(str(tmp_path / name)) for name in ("a.txt", "b.txt", "c.txt"))
     assert a == b == data.fingerprint(f"{tmp_path}/./a.txt") != c
+
+
+def test_a_mixture_gives_every_text_its_share(tmp_path, tokenizer):
+    """Windows of each part are its own, mixed alike from the beginning, and held-out windows are of no calibration."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("".join(f"{name}{i} " for i in range(8000)), encoding="utf-8")
+    source = f"{tmp_path / 'a'}:3,{tmp_path / 'b'}:1"
+    assert [(Path(part.source).name, part.share) for part in data.parts_of(source)] == [("a", 0.75), ("b", 0.25)]
+    chosen = data.windows(source, tokenizer, context=CONTEXT, count=8)
+    whose = ["".join(sorted(set("ab") & set(tokenizer.decode(window)))) for window in chosen]
+    assert sorted(whose) == ["a"] * 6 + ["b"] * 2
+    assert sorted(whose[:4]) == ["a"] * 3 + ["b"]
+    alone = data.windows(str(tmp_path / "b"), tokenizer, context=CONTEXT, count=2)
+    np.testing.assert_array_equal(chosen[[who == "b" for who in whose]], alone)
+    held = data.windows(source, tokenizer, context=CONTEXT, count=None, split="heldout")
+    every = data.windows(source, tokenizer, context=CONTEXT, count=None)
+    assert not {window.tobytes() for window in held} & {window.tobytes() for window in every}
+    assert len({data.fingerprint(name) for name in (source, source.replace(":3", ":4"), str(tmp_path / "a"))}) == 3
+    assert data.windows(source, tokenizer, context=CONTEXT, count=2).shape == (2, CONTEXT)
+
+
+def test_the_mixture_that_is_always_there(tokenizer):
+    names = [part.source for part in data.parts_of("mixture")]
+    assert names == ["builtin", "code", "lists", "languages"]
+    assert data.is_inside("mixture")
+    assert data.windows("mixture", tokenizer, context=256, count=8).shape == (8, 256)
+    assert "- 404: Not Found" in data.read_text("lists")
+    assert len(data.read_text("languages").split("\n\n")) == 16
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("builtin:0,code:1", "gives a text no weight above 0"),
+        ("builtin:1,builtin:2", "names a text twice"),
+        ("builtin:1,code", "is not a file; pass a text file, builtin"),
+        ("builtin:1,code:1,lists:1", "names 3 texts and 2 windows were asked for"),
+    ],
+)
+def test_mixtures_that_are_none(tokenizer, source, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        data.windows(source, tokenizer, context=CONTEXT, count=2)
+
+
+def test_conversations_are_written_out_by_the_chat_template(tmp_path, tokenizer):
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because. " * 60}]
+    path = tmp_path / "talks.jsonl"
+    path.write_text((json.dumps({"messages": talk}) + "\n") * 20, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"holds conversations, and the model has no chat template"):
+        data.windows(str(path), tokenizer, context=CONTEXT, count=2)
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    (window,) = data.windows(str(path), talking, context=64, count=1)
+    assert talking.decode(window).startswith("[user] Why?[assistant] Because.")
+    talking.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"cannot write out the conversations .*roles must alternate"):
+        data.windows(str(path), talking, context=64, count=1)
+    path.write_text('{"text": 1}\n' * 300, encoding="utf-8")
+    assert '{"text": 1}' in tokenizer.decode(data.windows(str(path), tokenizer, context=CONTEXT, count=1)[0])

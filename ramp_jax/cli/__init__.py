@@ -3,6 +3,7 @@
 from ramp_jax.cli.budget import parse_bytes
 from ramp_jax.cli.choice import Choice, choice, choice_files, define_choice, refuse_choice
 from ramp_jax.cli.flags import (
+    TEXTS,
     define_config,
     define_dtype,
     define_encoder,
@@ -16,6 +17,7 @@ from ramp_jax.cli.inputs import announce, check_output_path, load
 from ramp_jax.cli.running import run
 
 __all__ = [
+    "TEXTS",
     "Choice",
     "announce",
     "check_output_path",

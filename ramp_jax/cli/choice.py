@@ -8,9 +8,10 @@ from absl import flags
 from ramp_jax.allocation import Costs, costs
 from ramp_jax.allocators import Allocator
 from ramp_jax.cli.budget import BUDGET_FLAGS, budget, check_budget_flags, define_budget
-from ramp_jax.cli.flags import define_dtype, refuse_flags
+from ramp_jax.cli.flags import TEXTS, define_dtype, refuse_flags
 from ramp_jax.cli.inputs import load
 from ramp_jax.config import WindowsConfig
+from ramp_jax.data import parts_of
 from ramp_jax.formats import LEVELS
 from ramp_jax.models import Model
 from ramp_jax.policy.inference import POLICY_FILE, find_allocator
@@ -37,7 +38,7 @@ def define_choice() -> None:
         lambda levels: levels is None or (bool(levels) and all(level in map(str, LEVELS) for level in levels)),
         f"must be some of {','.join(f'{level:g}' for level in LEVELS)}.",
     )
-    flags.DEFINE_string("data", "builtin", "Calibration text: builtin, a text file, or hf:NAME:CONFIG:SPLIT.")
+    flags.DEFINE_string("data", "builtin", TEXTS)
     flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
     flags.DEFINE_integer("count", 8, "Calibration windows.", lower_bound=1)
     define_dtype(
@@ -55,7 +56,10 @@ def refuse_choice(where: str) -> None:
 def choice_files() -> list[str]:
     """The files that the choice reads beside the model."""
     policy = Path(flags.FLAGS.source_policy)
-    return [flags.FLAGS.data, str(policy / POLICY_FILE if policy.is_dir() else policy)]
+    return [
+        *(part.source for part in parts_of(flags.FLAGS.data)),
+        str(policy / POLICY_FILE if policy.is_dir() else policy),
+    ]
 
 
 def choice(ref: str, tokenizer_from: str | None = None, *, required: bool = True) -> Choice:

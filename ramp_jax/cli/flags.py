@@ -12,6 +12,11 @@ from ramp_jax.config import field_names
 from ramp_jax.models.load import Dtype
 from ramp_jax.quantization import DEFAULT_ENCODER, EncoderName
 
+TEXTS = (
+    "Calibration text: builtin, mixture (prose, code, lists, languages), a text file, conversations as JSON Lines with "
+    "messages, hf:NAME:CONFIG:SPLIT, or several with weights, as in builtin:0.5,notes.txt:0.5."
+)
+
 
 def refuse_flags(names: Iterable[str], where: str) -> None:
     """Raise `ValueError` where flags were given that would be ignored: `where`, as in "without --tasks"."""
