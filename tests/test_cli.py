@@ -93,6 +93,8 @@ def said(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         with monkeypatch.context() as patched:
             patched.setattr(progress.time, "monotonic", lambda: clock[0])
+            patched.setattr(progress.time, "time", lambda: clock[0])
+            patched.setattr(progress.time, "localtime", progress.time.gmtime)
             patched.setattr(progress, "_WORTH_SAYING", 0.0 if terminal else progress._WORTH_SAYING)
             for took in progress.track(seconds, "working", "block"):
                 clock[0] += took
@@ -104,7 +106,11 @@ def said(monkeypatch):
 def test_a_log_has_a_line_at_the_end_and_one_per_minute(said):
     assert said([0.3, 0.3]) == ""
     assert said([20.0, 20.0]) == "working: all 2 in 40 s\n"
-    lines = ["working: 3 of 7 after 75 s", "working: 6 of 7 after 150 s", "working: all 7 in 175 s"]
+    lines = [
+        "working: 3 of 7 after 75 s, ends about 00:02",
+        "working: 6 of 7 after 150 s, ends about 00:02",
+        "working: all 7 in 175 s",
+    ]
     assert said([25.0] * 7).splitlines() == lines
     assert said([30.0] * 2) == "working: all 2 in 60 s\n"
     assert said(x for x in (61.0, 1.0)).splitlines() == ["working: 1 after 61 s", "working: all 2 in 62 s"]

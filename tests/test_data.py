@@ -101,7 +101,9 @@ def test_text_that_is_too_short_says_what_it_holds(split, available):
 
 
 def test_missing_file(tmp_path, tokenizer):
-    with pytest.raises(FileNotFoundError, match=r"absent\.txt' is not a file; pass a text file, builtin, stdlib, mixture,"):
+    with pytest.raises(
+        FileNotFoundError, match=r"absent\.txt' is not a file; pass a text file, builtin, stdlib, mixture,"
+    ):
         data.windows(str(tmp_path / "absent.txt"), tokenizer, context=CONTEXT, count=1)
 
 
