@@ -8,6 +8,7 @@
 `quantize`, `errors`, `bytes`: the block formats beside ggml's.
 `sensitivity`: the two estimates beside each other and the truth.
 `policy`: what each way of choosing formats loses, at the sizes of llama.cpp's mixes.
+`guard`: whether a file is ever worse than the largest of llama.cpp's mixes that fits.
 `sac`: steps per second of the decision process, seeds side by side, a whole run.
 `transfer`: policies on models that they were not trained on, and without each number.
 `reward`: what rewards are made of, and how training converges under them.
@@ -40,6 +41,7 @@ from benchmarks.end_to_end import end_to_end
 from benchmarks.families import families
 from benchmarks.forward import forward
 from benchmarks.fuzz import fuzz
+from benchmarks.guard import guard
 from benchmarks.kills import kills
 from benchmarks.loading import loading
 from benchmarks.measuring import RESULTS, plots_go_to, record
@@ -75,6 +77,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "transfer": transfer,
     "reward": reward,
     "policy": policy,
+    "guard": guard,
     "memory": memory,
     "end_to_end": end_to_end,
     "devices": devices,

@@ -14,6 +14,7 @@ import torch
 
 from ramp_jax import workflow
 from ramp_jax.config import RunConfig, as_dict
+from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.llama_quantize import mix_types
 from ramp_jax.halo.torch_model import token_losses, torch_model
 from ramp_jax.models import load_model, lookup, tensors
@@ -31,6 +32,7 @@ from benchmarks import accelerator as accelerator_suite
 from benchmarks import devices as devices_suite
 from benchmarks import end_to_end as end_to_end_suite
 from benchmarks import forward as forward_suite
+from benchmarks import guard as guard_suite
 from benchmarks import measuring, synthetic, watched
 from benchmarks import memory as memory_suite
 from benchmarks import parity as parity_suite
@@ -156,6 +158,26 @@ def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untie
     assert by["Q5_0", "estimate, knapsack"] < by["Q5_0", "random 0"]
     shown = methods - {"random 0"} | {"random", "llama.cpp's mixes"}
     assert {line.get_label() for line in drawn["policy"].axes[0].get_lines()} == shown
+
+
+def test_guard_suite_has_a_row_per_budget_and_counts_regressions(monkeypatch, untied_directory):
+    """A choice at random loses against llama.cpp's mixes, and that is said."""
+    for name, value in {
+        "_CALIBRATION": {"context": 24, "count": 2},
+        "_HELDOUT": {"context": 24, "count": 2},
+        "_MODELS": SimpleNamespace(value=[str(untied_directory)]),
+        "_TEXTS": SimpleNamespace(value=["builtin"]),
+        "_POLICY": SimpleNamespace(value="random"),
+    }.items():
+        monkeypatch.setattr(guard_suite, name, value)
+    known = llama_quantize.MIXES
+    monkeypatch.setattr(llama_quantize, "MIXES", {name: known[name] for name in ("IQ4_NL", "Q5_0", "Q8_0")})
+    found = guard_suite.guard(1)
+    assert found["pairs"] == len(found["rows"]) >= 2
+    for row in found["rows"]:
+        assert row["bytes"] <= row["budget"]
+        assert row["beyond"] == pytest.approx(row["kld"] - row["mix_kld"], abs=1e-6)
+    assert found["regressions"] == sum(row["beyond"] > row["stderr"] for row in found["rows"]) > 0
 
 
 def test_sac_suite_ends_near_the_optimum(monkeypatch):

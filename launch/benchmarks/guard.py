@@ -1,0 +1,87 @@
+"""The suite `guard` of launch/benchmark.py: is a file ever worse than the largest of llama.cpp's mixes that fits?
+
+The sizes of llama.cpp's mixes are the budgets. Every model of `--guard_models` is calibrated on every text of
+`--guard_texts`, allocated by `--guard_policy`, rounded as `best` does, and scored on the part of the text that
+calibration does not see, beside the mix with an importance matrix of the same windows. `beyond` is how much more KL
+divergence our file has, `stderr` the standard error of that over tokens; a regression is more than one of it.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from benchmarks.measuring import Numbers
+from jaxtyping import Int
+
+from ramp_jax import data
+from ramp_jax.allocation import Allocation, costs, from_levels
+from ramp_jax.formats.check import EncodeCache
+from ramp_jax.halo import llama_quantize
+from ramp_jax.halo.export import export_gguf
+from ramp_jax.models import Model, load_model
+from ramp_jax.policy import inference
+from ramp_jax.policy.inference import find_allocator
+from ramp_jax.quantization import Encoder, calibrate_and_fold, fake_quantize, importance_of
+from ramp_jax.quantization.importance import Importance
+from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
+from ramp_jax.scoring.scores import Evaluation, paired
+
+_MODELS = flags.DEFINE_list("guard_models", ["smollm2-135m", "ref-llama"], "Models of the suite `guard`.")
+_TEXTS = flags.DEFINE_list("guard_texts", ["builtin", "code", "mixture"], "Texts that it calibrates and scores on.")
+_POLICY = flags.DEFINE_string("guard_policy", "pretrained", "Who allocates, as --source_policy.")
+
+_CALIBRATION, _HELDOUT = {"context": 512, "count": 8}, {"context": 512, "count": 4}
+
+
+def guard(repeats: int) -> Numbers:
+    """A row per model, text and budget, printed as they come; `repeats` is not used, nothing is timed."""
+    del repeats
+    rows = [row for ref in _MODELS.value for text in _TEXTS.value for row in _rows(ref, text)]
+    worse = sum(row["beyond"] > row["stderr"] for row in rows)
+    return {"policy": _POLICY.value, "pairs": len(rows), "regressions": worse, "rows": rows}
+
+
+def _rows(ref: str, text: str) -> Iterator[Numbers]:
+    allocator, model = find_allocator(_POLICY.value), load_model(ref)
+    heldout = data.windows(text, model.tokenizer, split="heldout", **_HELDOUT)
+    reference = reference_of(model, heldout)
+    folded, stats = calibrate_and_fold(model, data.windows(text, model.tokenizer, **_CALIBRATION), allocator.fold_level)
+    importance = importance_of(model.spec, stats)
+    sizes = costs(folded, allocator.levels)
+    known = inference.problem(folded, stats, allocator.levels, sizes)
+    encoder = Encoder("best", importance, EncodeCache(1 << 33))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "F16.gguf"
+        export_gguf(model, Allocation.uniform(model, "F16"), source)
+        budgets = llama_quantize.predicted_bytes(source, importance)
+        for budget in sorted({size for size in budgets.values() if sizes.smallest <= size <= sizes.largest}):
+            mix = llama_quantize.mix_below(source, budget, importance)
+            theirs = _mix(source, mix, importance, heldout, reference)
+            actions = allocator.choose(known, sizes.units(budget))
+            allocation = from_levels(folded, [allocator.levels[action] for action in actions])
+            params = fake_quantize(folded, allocation, encoder)
+            ours = evaluate(folded, heldout, params=params, reference=reference, doing="scoring")
+            yield _said(ref, text, budget, mix, allocation.file_bytes, ours, theirs)
+
+
+def _mix(
+    source: Path, mix: str, importance: Importance, heldout: Int[np.ndarray, "W T"], reference: Reference
+) -> Evaluation:
+    path = source.with_name("mix.gguf")
+    llama_quantize.quantize(source, path, mix, importance)
+    loaded: Model = load_model(str(path))
+    return evaluate(loaded, heldout, reference=reference, doing=f"scoring {mix}")
+
+
+def _said(ref: str, text: str, budget: int, mix: str, size: int, ours: Evaluation, theirs: Evaluation) -> Numbers:
+    beyond, stderr = paired(ours, theirs)
+    row = {"model": ref, "text": text, "budget": budget, "bytes": size, "kld": ours.mean_kld, "mix": mix}
+    row |= {"mix_kld": theirs.mean_kld, "beyond": beyond, "stderr": stderr}
+    print(
+        f"{ref} {text:8} {size:>12,} of {budget:>12,}  KL {ours.mean_kld:.5f}  {mix} {theirs.mean_kld:.5f}  "
+        f"{beyond:+.5f} ± {stderr:.5f}{'  WORSE' if beyond > stderr else ''}",
+        flush=True,
+    )
+    return row
