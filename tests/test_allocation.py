@@ -336,9 +336,9 @@ def test_levels_nobody_serves_cost_nothing_and_are_invalid(untied):
 def test_budget_outside_the_range_prints_it(untied):
     table = costs(untied, LEVELS)
     smallest, largest = table.smallest, table.largest
-    check_budget(table, smallest)
-    check_budget(table, largest)
+    check_budget((smallest, largest), smallest)
+    check_budget((smallest, largest), largest)
     with pytest.raises(ValueError, match=f"below the smallest .* between {smallest:,} and {largest:,} bytes"):
-        check_budget(table, smallest - 1)
+        check_budget((smallest, largest), smallest - 1)
     with pytest.raises(ValueError, match=f"above the largest .* between {smallest:,} and {largest:,} bytes"):
-        check_budget(table, largest + 1)
+        check_budget((smallest, largest), largest + 1)

@@ -14,6 +14,7 @@ from ramp_jax.cli.flags import (
     refuse_flags,
 )
 from ramp_jax.cli.inputs import announce, check_output_path, load
+from ramp_jax.cli.overrides import define_overrides, overrides
 from ramp_jax.cli.running import run
 
 __all__ = [
@@ -29,9 +30,11 @@ __all__ = [
     "define_encoder",
     "define_hosts",
     "define_mesh",
+    "define_overrides",
     "define_tokenizer_from",
     "define_trust_calibration",
     "load",
+    "overrides",
     "parse_bytes",
     "refuse_choice",
     "refuse_flags",

@@ -60,8 +60,8 @@ def check_budget_flags(*, required: bool = True) -> None:
         refuse_flags(_RUNTIME, "without --fit_memory")
 
 
-def budget(model: Model, table: Costs) -> int | None:
-    """The budget in bytes, None where none was given.
+def budget(model: Model, table: Costs, reach: tuple[int, int] | None = None) -> int | None:
+    """The budget in bytes, None where none was given; `reach` is what is reachable where that is less than `table`.
 
     Raises `ValueError` with the reachable range where no file of that size exists.
     """
@@ -73,12 +73,12 @@ def budget(model: Model, table: Costs) -> int | None:
         beside = footprint(model.spec, how)
         sizes = f"KV cache {beside.cache:,}, compute buffer {beside.compute:,}, output buffer {beside.output:,} bytes"
         print(f"Beside the weights, for {how.parallel} x {how.context:,} tokens: {sizes}")
-        return bytes_that_fit(model.spec, table, parse_bytes(values.fit_memory) or 0, how)
-    if values.budget_bits is not None:
+        size = bytes_that_fit(model.spec, table, parse_bytes(values.fit_memory) or 0, how)
+    elif values.budget_bits is not None:
         size = bytes_for_bits(model.spec, table, values.budget_bits)
     else:
         size = values.budget_bytes if values.budget_bytes is not None else int(values.budget_gb * 1e9)
-    check_budget(table, size)
+    check_budget(reach or (table.smallest, table.largest), size)
     return size
 
 
