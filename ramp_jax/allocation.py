@@ -295,6 +295,12 @@ class Costs(NamedTuple):
         """Units that a file of `budget_bytes` leaves for allocated tensors, at most what they can use."""
         return (min(budget_bytes, self.largest) - self.fixed) // self.unit
 
+    def fallback(self, spec: DecoderSpec, budget_bytes: int) -> str | None:
+        """What matrices that blocks cannot hold cost in a file of that size, before anybody has chosen."""
+        weights = sum(tensor.size for tensor in allocatable(spec))
+        fixed = {name: row[0] for name, row in self.formats.items() if row[0] is not None}
+        return fallback(spec, fixed, 8 * (budget_bytes - self.fixed) / weights)
+
     def _in(self, unit: int) -> Int[np.ndarray, "T A"]:
         return -(-self.per_level // unit)
 

@@ -1,6 +1,6 @@
 """What every script in `launch/` shares: how it runs and fails, flags, budgets in the units that people think in."""
 
-from ramp_jax.cli.budget import parse_bytes
+from ramp_jax.cli.budget import parse_bytes, runtime
 from ramp_jax.cli.choice import Choice, choice, choice_files, define_choice, refuse_choice
 from ramp_jax.cli.flags import (
     TEXTS,
@@ -14,7 +14,6 @@ from ramp_jax.cli.flags import (
     refuse_flags,
 )
 from ramp_jax.cli.inputs import announce, check_output_path, load
-from ramp_jax.cli.overrides import define_overrides, overrides
 from ramp_jax.cli.running import run
 
 __all__ = [
@@ -30,13 +29,12 @@ __all__ = [
     "define_encoder",
     "define_hosts",
     "define_mesh",
-    "define_overrides",
     "define_tokenizer_from",
     "define_trust_calibration",
     "load",
-    "overrides",
     "parse_bytes",
     "refuse_choice",
     "refuse_flags",
     "run",
+    "runtime",
 ]

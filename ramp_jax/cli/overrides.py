@@ -6,6 +6,7 @@ from absl import flags
 
 from ramp_jax.overrides import Kind, Override, parse_override
 
+OVERRIDE_FLAGS = get_args(Kind)
 _HELP = {
     "keep": "Give all matrices whose GGUF name matches exactly this format, as in blk.*.attn_v.weight=Q6_K",
     "floor": "Give them no fewer bits per weight than this format has, which is one of what they are chosen among",
@@ -21,4 +22,4 @@ def define_overrides() -> None:
 
 def overrides() -> tuple[Override, ...]:
     """What the flags decide; raises `ValueError` for what is no PATTERN=FORMAT."""
-    return tuple(parse_override(kind, text) for kind in get_args(Kind) for text in flags.FLAGS[kind].value)
+    return tuple(parse_override(kind, text) for kind in OVERRIDE_FLAGS for text in flags.FLAGS[kind].value)

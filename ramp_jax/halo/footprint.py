@@ -17,10 +17,10 @@ import dataclasses
 import math
 from typing import Literal, NamedTuple
 
-from ramp_jax.allocation import Costs
+from ramp_jax.allocation import Allocation, Costs, tensor_bytes
 from ramp_jax.formats import get_format
-from ramp_jax.models import DecoderSpec, allocatable
-from ramp_jax.models.layout import SubBlock
+from ramp_jax.models import DecoderSpec, allocatable, matrices
+from ramp_jax.models.layout import LOOKED_UP, SubBlock
 
 _BATCH = 512
 _STEP = 256  # llama.cpp rounds contexts and windows up to a multiple
@@ -57,6 +57,10 @@ class Runtime:
             raise ValueError(
                 f"llama.cpp keeps values in {self.values} with flash attention alone; turn it on or keep them in f16."
             )
+
+    def of(self, context: int) -> "Runtime":
+        """The same for another context."""
+        return dataclasses.replace(self, context=context)
 
     @property
     def batch(self) -> int:
@@ -288,26 +292,29 @@ class _Batch:
         return mixed
 
 
+def weight_bytes(allocation: Allocation, device: Device) -> int:
+    """Bytes of a file that lie on the device: on a GPU all but an embedding that is not the head as well."""
+    beside = [tensor for tensor in matrices(allocation.spec) if device == "gpu" and tensor.reads == LOOKED_UP]
+    return allocation.file_bytes - sum(tensor_bytes(tensor, allocation.format_of(tensor)) for tensor in beside)
+
+
 def bytes_that_fit(spec: DecoderSpec, table: Costs, memory: int, runtime: Runtime) -> int:
     """Bytes of the largest file that `memory` bytes hold beside what it takes to run, at most the largest of `table`.
 
-    On a GPU that is the GPU's memory, where an embedding that is not the head as well does not lie: its smallest level
-    is left out. Raises `ValueError` where they do not hold the smallest.
+    On a GPU that is the GPU's memory, to which an embedding that is not the head as well does not go: the bytes of its
+    smallest level come on top. Raises `ValueError` where the memory does not hold the smallest file.
     """
-    beside = runtime_bytes(spec, runtime)
-    if runtime.device == "gpu" and not spec.tied:
-        beside -= _smallest_embedding(spec, table)
-    if memory - beside < table.smallest:
+    beside, elsewhere = runtime_bytes(spec, runtime), _smallest_embedding(spec, table, runtime.device)
+    if memory - beside + elsewhere < table.smallest:
         raise ValueError(
-            f"{memory:,} bytes of memory cannot hold the smallest file, {table.smallest:,} bytes, and {beside:,} more "
-            f"for {runtime.parallel} x {runtime.context:,} tokens of context; choose more memory or a shorter context."
+            f"{memory:,} bytes of memory cannot hold the smallest file, of which {table.smallest - elsewhere:,} bytes "
+            f"lie there, and {beside:,} more for {runtime.parallel} x {runtime.context:,} tokens of context; choose "
+            f"more memory or a shorter context."
         )
-    return min(memory - beside, table.largest)
+    return min(memory - beside + elsewhere, table.largest)
 
 
-def _smallest_embedding(spec: DecoderSpec, table: Costs) -> int:
-    """Bytes that the embedding takes at least."""
-    costs = [
-        row[row > 0].min() for t, row in zip(allocatable(spec), table.per_level, strict=True) if t.reads == "token"
-    ]
-    return int(sum(costs))
+def _smallest_embedding(spec: DecoderSpec, table: Costs, device: Device) -> int:
+    """Bytes that an embedding takes at least which does not lie on the device."""
+    rows = zip(allocatable(spec), table.per_level, strict=True)
+    return sum(int(row[row > 0].min()) for t, row in rows if device == "gpu" and t.reads == LOOKED_UP)
