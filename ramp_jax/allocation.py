@@ -343,9 +343,11 @@ def costs(model: Model, levels: tuple[float | str, ...], overrides: Sequence[Ove
 def from_actions(model: Model, table: Costs, actions: Iterable[int]) -> Allocation:
     """Allocation of one level index per allocatable tensor of `table`; raises `ValueError` for a masked level."""
     levels = {tensor.name: int(a) for tensor, a in zip(allocatable(model.spec), actions, strict=True)}
-    formats = {name: row[levels.get(name, 0)] for name, row in table.formats.items()}
-    if masked := [name for name, fmt in formats.items() if fmt is None]:
-        raise ValueError(f"{masked[0]} cannot have level {levels[masked[0]]} of {table.formats[masked[0]]}.")
+    formats: dict[str, str] = {}
+    for name, row in table.formats.items():
+        if (fmt := row[levels.get(name, 0)]) is None:
+            raise ValueError(f"{name} cannot have level {levels[name]} of {row}.")
+        formats[name] = fmt
     made = {"overrides": table.overrides} if table.overrides else {}
     return dataclasses.replace(_completed(model, formats, FALLBACK), made=made)
 

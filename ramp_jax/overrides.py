@@ -6,7 +6,7 @@ of overrides.
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 from ramp_jax.formats import EXPORTABLE, format_for, get_format
@@ -117,5 +117,5 @@ def _examples(names: Sequence[str]) -> list[str]:
     return [name for name in names if not name.startswith("blk.") or name.startswith("blk.0.")]
 
 
-def _said(override: Mapping[str, str]) -> str:
+def _said(override: Override) -> str:
     return f"--{override['kind']}={override['pattern']}={override['format']}"

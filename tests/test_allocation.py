@@ -157,7 +157,7 @@ def written(tmp_path, untied):
         ("encoder", "worst", "encoder is 'worst', expected reference or best or compensated"),
         ("budget_bytes", -1, "budget_bytes is -1, expected a number from 1 to"),
         ("model", "a\x1b[2J", "expected a text that can be printed"),
-        ("more", 1, "it has no field 'more', there are model, budget_bytes, encoder, "),
+        ("more", 1, "it has no field 'more', there are model, weights, budget_bytes, encoder, "),
         ("calibration", {}, "calibration lacks the field 'data'"),
         ("calibration", "builtin", "calibration is 'builtin', expected an object"),
         ("calibration count", 0, "calibration.count is 0, expected a number from 1 to"),

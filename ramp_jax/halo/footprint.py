@@ -203,7 +203,7 @@ class _Batch:
                 give(positions)
             if sub.mixes:
                 window = _window(self.spec, sub)
-                mixed = self._attended(sub, *products, caches[window], done=last[window] == index)
+                mixed = self._attended(sub, products, caches[window], done=last[window] == index)
             else:
                 mixed = self._rows(sub.inner)
                 give(*products)
@@ -277,8 +277,9 @@ class _Batch:
             self.buffer.give(together)
         return [q, self._moved(k, half) if keys_rotated else k, v]
 
-    def _attended(self, sub: SubBlock, q: int, k: int, v: int, cache: _Cache, *, done: bool) -> int:
+    def _attended(self, sub: SubBlock, products: list[int], cache: _Cache, *, done: bool) -> int:
         """What attention makes of queries, after keys and values are in the cache; `done`: nobody reads that later."""
+        q, k, v = products
         give, moved, flash = self.buffer.give, self._moved, self.runtime.flash_attention
         give(k, *[cache.keys] * done)
         give(v, *[cache.values] * done)

@@ -113,9 +113,10 @@ def make_plan(
     )
     contexts = sorted({*(c for c in _CONTEXTS if c < runtime.context), runtime.context})
     memory = tuple(_memory(found, runtime.of(context)) for context in contexts)
-    plan |= {"budget_bytes": budget_bytes, "example": example, "memory": memory}
-    said = fallback(model.spec, found.formats, found.linear_bpw)
-    return plan | {"fallback": said} if said else plan
+    plan["budget_bytes"], plan["example"], plan["memory"] = budget_bytes, example, memory
+    if said := fallback(model.spec, found.formats, found.linear_bpw):
+        plan["fallback"] = said
+    return plan
 
 
 def read_plan(path: str | Path) -> Plan:
