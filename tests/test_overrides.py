@@ -151,3 +151,14 @@ def test_rows_that_no_block_divides(untied):
     with pytest.raises(ValueError, match=r"BF16 is no bound for blk\.0\.ffn_down\.weight, which is chosen among F16"):
         formats_of(spec, (4, 8), [parse_override("ceiling", "*.ffn_down.*=BF16")])
     assert len(found) == len(matrices(spec))
+
+
+def test_cost_of_a_fallback_is_known_before_anybody_chooses(untied):
+    """At the smallest file it is what the finished allocation says of itself."""
+    model = dataclasses.replace(untied, spec=dataclasses.replace(untied.spec, d_ff=40))
+    for decided, kept in ((), "F16"), ((parse_override("keep", "blk.0.ffn_down.*=F32"),), "F32 and F16"):
+        table = costs(model, (4, 8), decided)
+        said = table.fallback(model.spec, table.smallest)
+        assert said == from_actions(model, table, [0] * len(allocatable(model.spec))).fallback
+        assert f"3 of 23 matrices stay in {kept}, since their rows are no multiple of 32 weights" in said
+    assert costs(untied, (4, 8)).fallback(untied.spec, 10**6) is None

@@ -71,8 +71,10 @@ def budget(model: Model, table: Costs, reach: tuple[int, int] | None = None) -> 
     if values.fit_memory is not None:
         how = runtime(model.spec)
         beside = footprint(model.spec, how)
-        sizes = f"KV cache {beside.cache:,}, compute buffer {beside.compute:,}, output buffer {beside.output:,} bytes"
-        print(f"Beside the weights, for {how.parallel} x {how.context:,} tokens: {sizes}")
+        sizes = f"KV cache {beside.cache:,}, compute buffer {beside.compute:,}"
+        if how.device == "cpu":
+            sizes += f", output buffer {beside.output:,}"
+        print(f"Beside the weights, for {how.parallel} x {how.context:,} tokens: {sizes} bytes")
         size = bytes_that_fit(model.spec, table, parse_bytes(values.fit_memory) or 0, how)
     elif values.budget_bits is not None:
         size = bytes_for_bits(model.spec, table, values.budget_bits)

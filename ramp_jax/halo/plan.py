@@ -139,7 +139,7 @@ def described(plan: Plan) -> str:
         return lines[0]
     whose = f"as {example['chosen_by']} would choose"
     if example["chosen_by"] != plan["allocator"]:
-        whose += f", {plan['allocator']} mixes once it is calibrated"
+        whose += f"; {plan['allocator']} needs calibration to choose"
     shares = ", ".join(f"{fmt} {share:.1%}" for fmt, share in example["share"].items())
     lines.append(
         f"File: {example['file_bytes']:,} bytes, {example['linear_bpw']:.3f} bits per weight ({whose}): {shares}"
