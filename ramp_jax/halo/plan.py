@@ -63,8 +63,11 @@ class Example(TypedDict):
 
 
 class Plan(TypedDict):
-    """What `Allocator` would do with a model: sizes in bytes, `share` of the allocated weights by format, `seconds` and
-    `work_memory` of the job on this machine, each within a factor of about two."""
+    """What an allocator would do with a model: sizes in bytes, `seconds` and `work_memory` of the job.
+
+    These two are scaled from jobs that were measured on CPUs, by weights, tokens and usable cores: within a factor of
+    about two there, and not measured on accelerators.
+    """
 
     version: Literal[1]
     model: schema.Name
