@@ -100,10 +100,10 @@ def _chosen(output: Path) -> Path:
     path, encoder = output.with_suffix(".json"), _ENCODER.value or DEFAULT_ENCODER
     _check_outputs(*cli.choice_files())
     cli.check_output_path(path, models=[_MODEL.value], files=[*cli.choice_files(), _JSON.value])
-    allocator, windows, model, size = cli.choice(_MODEL.value, _TOKENIZER.value)
+    allocator, windows, model, size, table = cli.choice(_MODEL.value, _TOKENIZER.value)
     if not path.exists() or _OVERWRITE.value:
-        workflow.allocate(model, allocator, size, windows, path, _MODEL.value, encoder)
-    elif workflow.is_made(path, allocator, model, size, windows, encoder):
+        workflow.allocate(model, allocator, size, windows, path, _MODEL.value, encoder, table.overrides)
+    elif workflow.is_made(path, allocator, model, size, windows, encoder, table.overrides):
         print(f"{path} already holds this allocation.")
     else:
         raise FileExistsError(f"{path} holds another allocation; choose another --output or pass --overwrite.")

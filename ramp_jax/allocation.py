@@ -13,7 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -29,13 +29,14 @@ from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, matrices, t
 from ramp_jax.models.layout import SMALLEST_BLOCK, foldable
 from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
 from ramp_jax.models.sketch import same, sketch
+from ramp_jax.overrides import FALLBACK, Override, formats_of
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _CALIBRATION_TEXT = "ramp.calibration_text"
 _UNKNOWN = 64 * "0"  # as long as a fingerprint, so that sizes do not depend on it
 _NAME_BYTES = 64  # of names in an exported file, cut or filled with spaces for the same reason
-STORED, FALLBACK = "F32", "F16"
-"""Formats of what is never allocated: gains, biases and tables; matrices whose rows blocks cannot hold."""
+STORED = "F32"
+"""Format of gains, biases and tables."""
 _NAMED = 3  # such matrices in a summary's sentence
 _LARGEST_SCALE = 2.0**16  # of folding, and the smallest's inverse: beyond, float16 holds nothing of a weight
 _MAKE_IT = "make one with launch/allocate.py"
@@ -95,6 +96,7 @@ class Saved(TypedDict):
     file_bpw: schema.Positive
     code_bits: schema.Positive
     fallback: NotRequired[str]
+    overrides: NotRequired[tuple[Override, ...]]
     formats: Mapping[str, Annotated[str, schema.Check(EXPORTABLE.__contains__, f"one of {', '.join(EXPORTABLE)}")]]
     calibration: NotRequired[Calibration]
     folding: Mapping[str, str]
@@ -171,18 +173,7 @@ class Allocation:
     @property
     def fallback(self) -> str | None:
         """One sentence on the matrices that blocks cannot hold, None where there is none."""
-        members = [tensor for tensor in matrices(self.spec) if not tensor.allocatable]
-        if not members:
-            return None
-        size = sum(tensor_bytes(tensor, self.format_of(tensor)) for tensor in members)
-        beyond = size - self.linear_bpw * sum(tensor.size for tensor in members) / 8
-        named = ", ".join(tensor.name for tensor in members[:_NAMED])
-        rest = f" and {len(members) - _NAMED} more" if len(members) > _NAMED else ""
-        return (
-            f"{len(members)} of {len(matrices(self.spec))} matrices stay in {self.format_of(members[0])}, since their "
-            f"rows are no multiple of {SMALLEST_BLOCK} weights: {named}{rest}; they take {size:,} bytes, {beyond:,.0f} "
-            f"beyond the {self.linear_bpw:.3f} bits per weight of the others."
-        )
+        return fallback(self.spec, self.formats, self.linear_bpw)
 
     def summary(self) -> dict[str, Any]:
         """Sizes and formats as plain values; `fallback` where there is something to say."""
@@ -262,10 +253,14 @@ class Costs(NamedTuple):
 
     Searches count in units, so that every sum over tensors is an int32: costs are rounded up to whole units and budgets
     down, so nothing that fits in units exceeds its budget in bytes. Below 64 GiB a unit is the alignment, and exact.
+
+    `formats` are what levels mean for every matrix by name, None where masked, and `overrides` what they follow.
     """
 
     fixed: int
     per_level: Int[np.ndarray, "T A"]
+    formats: Mapping[str, tuple[str | None, ...]] = {}
+    overrides: tuple[Override, ...] = ()
 
     @property
     def valid(self) -> Bool[np.ndarray, "T A"]:
@@ -300,6 +295,12 @@ class Costs(NamedTuple):
         """Units that a file of `budget_bytes` leaves for allocated tensors, at most what they can use."""
         return (min(budget_bytes, self.largest) - self.fixed) // self.unit
 
+    def fallback(self, spec: DecoderSpec, budget_bytes: int) -> str | None:
+        """What matrices that blocks cannot hold cost in a file of that size, before anybody has chosen."""
+        weights = sum(tensor.size for tensor in allocatable(spec))
+        fixed = {name: row[0] for name, row in self.formats.items() if row[0] is not None}
+        return fallback(spec, fixed, 8 * (budget_bytes - self.fixed) / weights)
+
     def _in(self, unit: int) -> Int[np.ndarray, "T A"]:
         return -(-self.per_level // unit)
 
@@ -321,34 +322,67 @@ def _completed(model: Model, formats: Mapping[str, str], fallback: str) -> Alloc
     return Allocation(model.spec, model.metadata, every, {name: np.asarray(s) for name, s in model.folding.items()})
 
 
-def costs(model: Model, levels: tuple[float | str, ...]) -> Costs:
-    """Byte costs of every allocatable tensor at every level."""
-    members = allocatable(model.spec)
+def costs(model: Model, levels: tuple[float | str, ...], overrides: Sequence[Override] = ()) -> Costs:
+    """Byte costs of every allocatable tensor at every level that overrides leave.
+
+    Raises `ValueError` where no level can hold a tensor, and as `overrides.formats_of`.
+    """
+    members, formats = allocatable(model.spec), formats_of(model.spec, levels, overrides)
     table = np.zeros((len(members), len(levels)), np.int64)
-    for i, tensor in enumerate(members):
-        for a, level in enumerate(levels):
-            fmt = format_for(level, tensor.shape[-1])
-            table[i, a] = tensor_bytes(tensor, fmt.name) if fmt else 0
-        if not table[i].any():
+    for tensor, row in zip(members, table, strict=True):
+        row[:] = [tensor_bytes(tensor, fmt) if fmt else 0 for fmt in formats[tensor.name]]
+        if not row.any():
             raise ValueError(f"no level of {levels} can hold {tensor.name} with rows of {tensor.shape[-1]} weights.")
-    cheapest = from_levels(model, [levels[int(np.argmax(row > 0))] for row in table])
-    chosen = sum(tensor_bytes(tensor, cheapest.formats[tensor.name]) for tensor in members)
-    return Costs(cheapest.file_bytes - chosen, table)
+    found = Costs(0, table, formats, tuple(overrides))
+    cheapest = np.argmax(table > 0, axis=1)
+    return found._replace(
+        fixed=from_actions(model, found, cheapest).file_bytes - int(table[range(len(table)), cheapest].sum())
+    )
 
 
-def check_budget(table: Costs, budget_bytes: int) -> None:
-    """Raise `ValueError` with the reachable range where no allocation is that small or that large."""
-    if not table.smallest <= budget_bytes <= table.largest:
-        side = "below the smallest" if budget_bytes < table.smallest else "above the largest"
+def from_actions(model: Model, table: Costs, actions: Iterable[int]) -> Allocation:
+    """Allocation of one level index per allocatable tensor of `table`; raises `ValueError` for a masked level."""
+    levels = {tensor.name: int(a) for tensor, a in zip(allocatable(model.spec), actions, strict=True)}
+    formats: dict[str, str] = {}
+    for name, row in table.formats.items():
+        if (fmt := row[levels.get(name, 0)]) is None:
+            raise ValueError(f"{name} cannot have level {levels[name]} of {row}.")
+        formats[name] = fmt
+    made = {"overrides": table.overrides} if table.overrides else {}
+    return dataclasses.replace(_completed(model, formats, FALLBACK), made=made)
+
+
+def check_budget(reach: tuple[int, int], budget_bytes: int) -> None:
+    """Raise `ValueError` where no allocation is as small or as large: `reach` are the bytes of smallest and largest."""
+    smallest, largest = reach
+    if not smallest <= budget_bytes <= largest:
+        side = "below the smallest" if budget_bytes < smallest else "above the largest"
         raise ValueError(
             f"a budget of {budget_bytes:,} bytes is {side} reachable file; "
-            f"choose between {table.smallest:,} and {table.largest:,} bytes."
+            f"choose between {smallest:,} and {largest:,} bytes."
         )
 
 
 def bytes_for_bits(spec: DecoderSpec, table: Costs, linear_bpw: float) -> int:
     """Size of a file whose allocated weights take `linear_bpw` bits each, scales included."""
     return table.fixed + int(linear_bpw * sum(tensor.size for tensor in allocatable(spec)) / 8)
+
+
+def fallback(spec: DecoderSpec, formats: Mapping[str, str], linear_bpw: float) -> str | None:
+    """One sentence on the matrices that blocks cannot hold, beside others at `linear_bpw`; None where there is none."""
+    members = [tensor for tensor in matrices(spec) if not tensor.allocatable]
+    if not members:
+        return None
+    size = sum(tensor_bytes(tensor, formats[tensor.name]) for tensor in members)
+    beyond = size - linear_bpw * sum(tensor.size for tensor in members) / 8
+    named = ", ".join(tensor.name for tensor in members[:_NAMED])
+    rest = f" and {len(members) - _NAMED} more" if len(members) > _NAMED else ""
+    return (
+        f"{len(members)} of {len(matrices(spec))} matrices stay in "
+        f"{' and '.join(dict.fromkeys(formats[tensor.name] for tensor in members))}, since their rows are no multiple "
+        f"of {SMALLEST_BLOCK} weights: {named}{rest}; they take {size:,} bytes, {beyond:,.0f} beyond the "
+        f"{linear_bpw:.3f} bits per weight of the others."
+    )
 
 
 def tensor_bytes(tensor: Tensor, fmt: str) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ramp_jax import data as texts
 from ramp_jax import hosts
-from ramp_jax.allocation import Allocation, calibration_text, read_saved
+from ramp_jax.allocation import Allocation, Costs, calibration_text, costs, read_saved
 from ramp_jax.allocators import Actions, Allocator
 from ramp_jax.checkpoint import digest
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, read_config
@@ -32,6 +32,7 @@ from ramp_jax.models.load import read_description
 from ramp_jax.models.metadata import Metadata, plain
 from ramp_jax.models.references import resolve
 from ramp_jax.models.sketch import same, sketch
+from ramp_jax.overrides import Override
 from ramp_jax.policy import inference, train
 from ramp_jax.policy.inference import Policy, load_policy
 from ramp_jax.quantization import (
@@ -256,7 +257,8 @@ def prepare_task(ref: str, model: Model, config: RunConfig, workdir: Path, say: 
     if config.train.evaluator == "surrogate":
         return task
     windows = tokens(model, config.sensitivity, "calibration")
-    choices = variants.prepare(folded, model, windows, config.levels, "sliding", encoder)
+    table = costs(folded, config.levels)
+    choices = variants.prepare(folded, model, windows, table, "sliding", encoder)
     return task._replace(true_loss=jax.tree_util.Partial(variants.mean_kld, choices))
 
 
@@ -303,11 +305,12 @@ def allocate(
     output: Path,
     ref: str,
     encoder: EncoderName = DEFAULT_ENCODER,
+    overrides: Sequence[Override] = (),
 ) -> Allocation:
     """Calibrate, fold, allocate, and save the allocation; a job that was killed goes on where it was.
 
-    No quantized model is run, but for as many of them on calibration text as the allocator evaluates. Raises
-    `ValueError` where a killed job had other inputs.
+    `overrides` decide about single tensors before. No quantized model is run, but for as many of them on calibration
+    text as the allocator evaluates. Raises `ValueError` where a killed job had other inputs.
     """
     check_writable(output)
     started = time.monotonic()
@@ -323,9 +326,11 @@ def allocate(
     }
     with _journal(output, inputs) as journal:
         folded, stats = prepare(model, calibration, allocator.fold_level, journal)
-        evaluate = _true_loss(model, folded, stats, calibration, allocator.levels) if allocator.evaluations else None
+        evaluate = None
+        if allocator.evaluations:
+            evaluate = _true_loss(model, folded, stats, calibration, costs(folded, allocator.levels, overrides))
         allocation = inference.allocate(
-            allocator, folded, stats, budget_bytes=budget_bytes, evaluate=evaluate, journal=journal
+            allocator, folded, stats, budget_bytes=budget_bytes, overrides=overrides, evaluate=evaluate, journal=journal
         )
         allocation = dataclasses.replace(allocation, calibration=as_dict(calibration) | seen)
         if hosts.index() == 0:
@@ -348,11 +353,17 @@ def _made(allocator: Allocator, model: Model, ref: str, budget_bytes: int, encod
 
 
 def is_made(
-    path: Path, allocator: Allocator, model: Model, budget_bytes: int, calibration: WindowsConfig, encoder: EncoderName
+    path: Path,
+    allocator: Allocator,
+    model: Model,
+    budget_bytes: int,
+    calibration: WindowsConfig,
+    encoder: EncoderName,
+    overrides: Sequence[Override] = (),
 ) -> bool:
     """Whether a file holds the allocation that `allocate` would make of the same arguments."""
     saved: Mapping[str, Any] = read_saved(path)
-    wanted = _made(allocator, model, "", budget_bytes, encoder)
+    wanted = _made(allocator, model, "", budget_bytes, encoder) | {"overrides": tuple(overrides) or None}
     found = {name: saved.get(name) for name in wanted} | {"model": ""}
     seen = as_dict(calibration) | {"tokens": digest(tokens(model, calibration, "calibration"))}
     alike = same(saved.get("weights", ()), wanted.pop("weights"))
@@ -442,10 +453,10 @@ def job_inputs(model: Model) -> dict[str, str]:
 
 
 def _true_loss(
-    model: Model, folded: Model, stats: Stats, calibration: WindowsConfig, levels: tuple[float | str, ...]
+    model: Model, folded: Model, stats: Stats, calibration: WindowsConfig, table: Costs
 ) -> Callable[[Actions], float]:
     """Mean KL divergence of level indices on the first calibration windows, rounded with importance."""
     few = dataclasses.replace(calibration, count=min(calibration.count, _REFINE_WINDOWS))
     encoder = Encoder("reference", importance_of(model.spec, stats))
-    choices = variants.prepare(folded, model, tokens(model, few, "calibration"), levels, encoder=encoder)
+    choices = variants.prepare(folded, model, tokens(model, few, "calibration"), table, encoder=encoder)
     return variants.measuring(choices)

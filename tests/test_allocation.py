@@ -157,7 +157,7 @@ def written(tmp_path, untied):
         ("encoder", "worst", "encoder is 'worst', expected reference or best or compensated"),
         ("budget_bytes", -1, "budget_bytes is -1, expected a number from 1 to"),
         ("model", "a\x1b[2J", "expected a text that can be printed"),
-        ("more", 1, "it has no field 'more', there are model, budget_bytes, encoder, "),
+        ("more", 1, "it has no field 'more', there are model, weights, budget_bytes, encoder, "),
         ("calibration", {}, "calibration lacks the field 'data'"),
         ("calibration", "builtin", "calibration is 'builtin', expected an object"),
         ("calibration count", 0, "calibration.count is 0, expected a number from 1 to"),
@@ -336,9 +336,9 @@ def test_levels_nobody_serves_cost_nothing_and_are_invalid(untied):
 def test_budget_outside_the_range_prints_it(untied):
     table = costs(untied, LEVELS)
     smallest, largest = table.smallest, table.largest
-    check_budget(table, smallest)
-    check_budget(table, largest)
+    check_budget((smallest, largest), smallest)
+    check_budget((smallest, largest), largest)
     with pytest.raises(ValueError, match=f"below the smallest .* between {smallest:,} and {largest:,} bytes"):
-        check_budget(table, smallest - 1)
+        check_budget((smallest, largest), smallest - 1)
     with pytest.raises(ValueError, match=f"above the largest .* between {smallest:,} and {largest:,} bytes"):
-        check_budget(table, largest + 1)
+        check_budget((smallest, largest), largest + 1)

@@ -19,7 +19,7 @@ import pytest
 from ramp_jax import cli, data, journal, workflow
 from ramp_jax.allocation import Allocation, costs, read_saved
 from ramp_jax.files import alone_in
-from ramp_jax.halo.footprint import runtime_bytes
+from ramp_jax.halo.footprint import Runtime, runtime_bytes
 from ramp_jax.models import load_model
 from ramp_jax.policy import embedding
 from ramp_jax.policy.inference import load_policy
@@ -254,7 +254,7 @@ def test_budgets_in_every_unit(whole, call, allocate, untied, tmp_path):
 def test_budget_that_memory_leaves(call, fails, allocate, untied, tmp_path):
     """Room for the context goes first, by default all of it; more memory than the largest file needs gives that."""
     output, table = tmp_path / "alloc.json", costs(untied, (4, 5, 8))
-    short, long = runtime_bytes(untied.spec, 100), runtime_bytes(untied.spec, untied.spec.context_length)
+    short, long = (runtime_bytes(untied.spec, Runtime(n)) for n in (100, untied.spec.context_length))
     for memory, context, beside, limit in (
         (f"{table.smallest + short}B", 100, short, table.smallest),
         ("2MiB", None, long, min(table.largest, (2 << 20) - long)),
@@ -263,7 +263,9 @@ def test_budget_that_memory_leaves(call, fails, allocate, untied, tmp_path):
         arguments = allocate(budget_bytes=None, fit_memory=memory, fit_context=context, output=output)
         code, printed, errors = call("allocate", *arguments)
         assert code == 0, errors
-        assert f"compute buffer: {beside:,} bytes\nBudget: {limit:,} bytes" in printed
+        assert f"Budget: {limit:,} bytes" in printed
+        parts = re.search(r"KV cache ([\d,]+), compute buffer ([\d,]+), output buffer ([\d,]+) bytes", printed).groups()
+        assert sum(int(part.replace(",", "")) for part in parts) == beside
         assert limit - 5000 <= Allocation.load(output, untied).file_bytes <= limit
     output.unlink()
     common = {"budget_bytes": None, "fit_context": 100, "output": output}
@@ -272,7 +274,7 @@ def test_budget_that_memory_leaves(call, fails, allocate, untied, tmp_path):
         ({"fit_memory": "lots"}, "as in 8GiB"),
         ({"fit_memory": "8GiB", "fit_context": 1000}, "between 1 and the 256 that the model was made for"),
         ({"fit_memory": "8GiB", "fit_context": 0}, "fit_context=0"),
-        ({"budget_gb": 0.001}, "--fit_context belongs to --fit_memory"),
+        ({"budget_gb": 0.001}, "--fit_context would be ignored without --fit_memory"),
     ):
         assert said in fails("allocate", *allocate(**(common | wrong)))
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import ramp_jax
 from ramp_jax import workflow
 from ramp_jax.allocation import costs
 from ramp_jax.files import read_rows
-from ramp_jax.halo.footprint import runtime_bytes
+from ramp_jax.halo.footprint import Runtime, runtime_bytes
 from ramp_jax.models import tensors
 from ramp_jax.models.spec import make_spec
 
@@ -49,13 +49,13 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_gguf_that_fits_memory(run, untied_directory, untied, tmp_path):
-    memory = (costs(untied, (4, 5, 8)).smallest * 5 // 4) + runtime_bytes(untied.spec, 100)
+    memory = (costs(untied, (4, 5, 8)).smallest * 5 // 4) + runtime_bytes(untied.spec, Runtime(100))
     calibration = {"source": "builtin", **SHORT}
     sizes = {"MEMORY": memory, "CONTEXT": 100, "CALIBRATION": calibration, "HELDOUT": SHORT}
     variables, shown = run("allocate.ipynb", MODEL=str(untied_directory), **sizes)
     size = (tmp_path / "model.gguf").stat().st_size
     assert size == variables["size"] == variables["allocation"].file_bytes
-    assert 0 <= memory - runtime_bytes(untied.spec, 100) - size < 5000
+    assert 0 <= memory - runtime_bytes(untied.spec, Runtime(100)) - size < 5000
     assert any(isinstance(value, Figure) for value in shown)
     assert 0 < shown[-1]["kld"] < 1
 
@@ -83,5 +83,5 @@ def test_the_memory_that_the_notebook_asks_for_leaves_five_bits():
     width = {"n_layers": 28, "d_model": 1024, "n_heads": 16, "n_kv_heads": 8, "head_size": 128, "d_ff": 3072}
     rest = {"vocab_size": 151936, "context_length": 40960, "rope_theta": 1e6, "norm_eps": 1e-6, "tied": True}
     spec = make_spec("qwen3", **width, **rest)
-    left = chosen["MEMORY"] - runtime_bytes(spec, chosen["CONTEXT"])
+    left = chosen["MEMORY"] - runtime_bytes(spec, Runtime(chosen["CONTEXT"]))
     assert 4 < 8 * left / sum(tensor.size for tensor in tensors(spec)) < 7

@@ -231,7 +231,7 @@ def test_what_is_evaluated_is_what_is_exported(toy, folded, stats, windows, allo
 
 
 def test_variants_agree_with_the_forward_pass(toy, folded, windows):
-    choices = variants.prepare(folded, toy, windows, LEVELS)
+    choices = variants.prepare(folded, toy, windows, costs(folded, LEVELS))
     actions = np.arange(len(allocatable(toy.spec))) % 3
     params = fake_quantize(folded, from_levels(folded, [LEVELS[a] for a in actions]))
     found = evaluate(folded, windows, params=params, reference=toy).mean_kld

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ramp_jax.allocation import from_levels
+from ramp_jax.allocation import costs, from_levels
 from ramp_jax.formats import format_for
 from ramp_jax.models import allocatable
 from ramp_jax.quantization import fake_quantize
@@ -25,7 +25,7 @@ def test_matrices_that_no_block_can_hold_are_rounded_to_f16(odd, windows, rng):
 def test_true_losses_are_those_of_fake_quantized_models(model, windows, rng, protocol):
     """Every tensor at its own level, in two models, of which one has a head of its own."""
     other = dataclasses.replace(model, params=jax.tree.map(lambda w: 1.01 * w, model.params))
-    prepared = variants.prepare(model, other, windows, LEVELS, protocol)
+    prepared = variants.prepare(model, other, windows, costs(model, LEVELS), protocol)
     members = allocatable(model.spec)
     valid = [[i for i, level in enumerate(LEVELS) if format_for(level, t.shape[-1])] for t in members]
     actions = np.array([[rng.choice(row) for row in valid] for _ in range(4)], np.int32)
@@ -38,7 +38,7 @@ def test_true_losses_are_those_of_fake_quantized_models(model, windows, rng, pro
 
 
 def test_what_is_not_a_number_is_infinite(model, windows):
-    prepared = variants.prepare(model, model, windows, LEVELS)
+    prepared = variants.prepare(model, model, windows, costs(model, LEVELS))
     action = jnp.full(len(allocatable(model.spec)), 3, jnp.int32)
     assert np.isfinite(variants.mean_kld(prepared, action))
     for name in ("runs", "others", "top", "output_norm"):

@@ -92,7 +92,7 @@ def policy(repeats: int) -> Numbers:
     estimating, quantizing = time.monotonic() - started, 0.0
     if _EVOLUTION.value:
         started = time.monotonic()
-        choices = variants.prepare(folded, model, calibration[:1], first.levels, encoder=encoder)
+        choices = variants.prepare(folded, model, calibration[:1], bench.sizes, encoder=encoder)
         known, quantizing = known._replace(evaluate=variants.measuring(choices)), time.monotonic() - started
     ways = list(_allocators(first.levels, policies, estimating, quantizing))
     rows = []

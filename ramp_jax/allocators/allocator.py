@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.allocation import ALIGNMENT
+from ramp_jax.allocation import ALIGNMENT, Costs
 from ramp_jax.allocators.evolution import evolution
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.simple import greedy, random, uniform
@@ -58,7 +58,8 @@ class Allocator:
     The model is folded for `fold_level` first. `evaluations` counts the calls of `Problem.evaluate` that a choice may
     make, `seconds` what it needed of the model beforehand (a measured table). `draw` proposes allocations that a
     search may start from beside the choice. A level may be a format's name. `sha256` is that of the policy or the table
-    that chooses, where there is one.
+    that chooses, where there is one. `reach` is the smallest and the largest file in bytes that it can choose, where
+    that is less than its levels allow.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Allocator:
     seconds: float = 0.0
     draw: Callable[[Problem, int, int], list[Actions]] = _draw_none
     sha256: str | None = None
+    reach: Callable[[Model, Costs], tuple[int, int]] = lambda model, table: (table.smallest, table.largest)
 
 
 def estimated_optimum(problem: Problem, budget: int) -> Actions:

@@ -1,6 +1,6 @@
 """What every script in `launch/` shares: how it runs and fails, flags, budgets in the units that people think in."""
 
-from ramp_jax.cli.budget import parse_bytes
+from ramp_jax.cli.budget import parse_bytes, runtime
 from ramp_jax.cli.choice import Choice, choice, choice_files, define_choice, refuse_choice
 from ramp_jax.cli.flags import (
     TEXTS,
@@ -36,4 +36,5 @@ __all__ = [
     "refuse_choice",
     "refuse_flags",
     "run",
+    "runtime",
 ]

@@ -10,6 +10,7 @@ from ramp_jax.allocators import Allocator
 from ramp_jax.cli.budget import BUDGET_FLAGS, budget, check_budget_flags, define_budget
 from ramp_jax.cli.flags import TEXTS, define_dtype, refuse_flags
 from ramp_jax.cli.inputs import load
+from ramp_jax.cli.overrides import OVERRIDE_FLAGS, define_overrides, overrides
 from ramp_jax.config import WindowsConfig
 from ramp_jax.data import parts_of
 from ramp_jax.formats import LEVELS
@@ -17,16 +18,28 @@ from ramp_jax.models import Model
 from ramp_jax.policy.inference import POLICY_FILE, find_allocator
 from ramp_jax.workflow import check_context
 
-_FLAGS = ("source_policy", "levels", "data", "context", "count", "dtype", "refine_evals", *BUDGET_FLAGS)
+_FLAGS = (
+    "source_policy",
+    "levels",
+    "data",
+    "context",
+    "count",
+    "dtype",
+    "refine_evals",
+    *BUDGET_FLAGS,
+    *OVERRIDE_FLAGS,
+)
 
 
 class Choice(NamedTuple):
-    """Who chooses for which model, and on which windows that one is calibrated; `size` is the budget in bytes."""
+    """Who chooses for which model, and on which windows that one is calibrated; `size` is the budget in bytes, `table`
+    what is chosen among, after overrides."""
 
     allocator: Allocator
     windows: WindowsConfig
     model: Model
     size: int | None
+    table: Costs
 
 
 def define_choice() -> None:
@@ -46,6 +59,7 @@ def define_choice() -> None:
     )
     flags.DEFINE_integer("refine_evals", 0, "True evaluations that refine the allocation.", lower_bound=0)
     define_budget()
+    define_overrides()
 
 
 def refuse_choice(where: str) -> None:
@@ -63,7 +77,7 @@ def choice_files() -> list[str]:
 
 
 def choice(ref: str, tokenizer_from: str | None = None, *, required: bool = True) -> Choice:
-    """What the flags ask for, with the model loaded; says which sizes can be reached.
+    """What the flags ask for, with the model loaded; says which sizes can be reached and what fallbacks cost.
 
     Without a `required` budget, its size may be None. Raises `ValueError` where the flags contradict each other, the
     model or what can be reached.
@@ -72,11 +86,15 @@ def choice(ref: str, tokenizer_from: str | None = None, *, required: bool = True
     levels = tuple(map(float, values.levels)) if values.levels else None
     allocator = find_allocator(values.source_policy, levels=levels, evaluations=values.refine_evals)
     check_budget_flags(required=required)
+    decided = overrides()
     model = load(ref, values.dtype, tokenizer_from)
     check_context(values.context, model.spec.context_length)
-    table: Costs = costs(model, allocator.levels)
-    print(f"Reachable files of {ref}: {table.smallest:,} to {table.largest:,} bytes")
-    size = budget(model, table)
+    table = costs(model, allocator.levels, decided)
+    smallest, largest = reach = allocator.reach(model, table)
+    print(f"Reachable files of {ref}: {smallest:,} to {largest:,} bytes")
+    size = budget(model, table, reach)
     if size is not None:
         print(f"Budget: {size:,} bytes")
-    return Choice(allocator, WindowsConfig(values.data, values.context, values.count), model, size)
+        if cost := table.fallback(model.spec, size):
+            print(cost)
+    return Choice(allocator, WindowsConfig(values.data, values.context, values.count), model, size, table)

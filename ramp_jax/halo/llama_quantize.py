@@ -14,15 +14,17 @@ from typing import Any
 
 import gguf
 import numpy as np
+from jaxtyping import Int
 
 from ramp_jax import files
-from ramp_jax.allocation import Allocation, padded
+from ramp_jax.allocation import Allocation, Costs, padded
 from ramp_jax.allocators import Actions, Allocator, Problem
 from ramp_jax.allocators.allocator import FOLD_LEVEL
+from ramp_jax.allocators.tables import Cost, total
 from ramp_jax.cores import cores
-from ramp_jax.formats import EXPORTABLE, get_format
+from ramp_jax.formats import EXPORTABLE, Format, get_format
 from ramp_jax.halo.export import write_skeleton
-from ramp_jax.models import allocatable
+from ramp_jax.models import Model, allocatable
 from ramp_jax.quantization.importance import Importance
 
 _NAMES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M")
@@ -92,27 +94,46 @@ MIX = "llama.cpp"
 def mix_allocator() -> Allocator:
     """The largest of llama.cpp's mixes that fits; what rounds its types is up to the encoder.
 
-    Its choice raises `RuntimeError` where llama.cpp is not installed, `ValueError` where no mix fits.
+    Where a type is masked, the nearest in bytes that is not takes its place. Its choice and its reach raise
+    `RuntimeError` where llama.cpp is not installed, its choice `ValueError` where no mix fits.
     """
-    return Allocator(MIX, EXPORTABLE, FOLD_LEVEL, _largest_mix, sees="sizes")
+    return Allocator(MIX, EXPORTABLE, FOLD_LEVEL, _largest_mix, sees="sizes", reach=_reach)
 
 
 def _largest_mix(problem: Problem, budget: int) -> Actions:
-    cost, rows = np.asarray(problem.cost, np.int64), np.arange(len(problem.cost))
-    model: Any = problem.model
-    members = allocatable(model.spec)
-    choices = []
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "F16.gguf"
-        write_skeleton(model, Allocation.uniform(model, "F16"), source)
-        for mix in MIXES:
-            types = mix_types(source, mix, problem.importance)
-            choices.append(np.asarray([EXPORTABLE.index(types[tensor.name]) for tensor in members]))
-    sizes = [int(cost[rows, actions].sum()) for actions in choices]
+    cost = np.asarray(problem.cost, np.int64)
+    choices = _mixes(problem.model, cost, problem.importance)
+    sizes = [int(total(cost, actions)) for actions in choices]
     fitting = [size for size in sizes if size <= budget]
     if not fitting:
         raise ValueError("none of llama.cpp's mixes fits the budget; choose a larger one.")
     return choices[sizes.index(max(fitting))]
+
+
+def _reach(model: Model, table: Costs) -> tuple[int, int]:
+    """The smallest mix and the largest file: a mix's types depend on whether there is importance, not on its values."""
+    importance = {t.name: np.ones(t.shape[-1], np.float32) for t in allocatable(model.spec)}
+    sizes = [total(table.in_units, actions) for actions in _mixes(model, table.in_units, importance)]
+    return table.fixed + table.unit * int(min(sizes)), table.largest
+
+
+def _mixes(model: Any, cost: Cost, importance: Importance | None) -> list[Actions]:
+    """Of every mix, the place of each tensor's type in `EXPORTABLE`."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "F16.gguf"
+        write_skeleton(model, Allocation.uniform(model, "F16"), source)
+        for mix in MIXES:
+            types = mix_types(source, mix, importance)
+            wanted = [get_format(types[tensor.name]) for tensor in allocatable(model.spec)]
+            found.append(np.asarray([_nearest(row, fmt) for row, fmt in zip(cost, wanted, strict=True)]))
+    return found
+
+
+def _nearest(row: Int[np.ndarray, " A"], wanted: Format) -> int:
+    """The place of a format, or where it is masked that of the unmasked one with as many bits per weight or nearly."""
+    apart = [abs(get_format(name).bits_per_weight - wanted.bits_per_weight) for name in EXPORTABLE]
+    return min(np.flatnonzero(row), key=lambda a: (EXPORTABLE[a] != wanted.name, apart[a]))
 
 
 def mix_types(source: Path, mix: str, importance: Importance | None = None) -> dict[str, str]:

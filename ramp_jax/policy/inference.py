@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -12,7 +12,7 @@ import numpy as np
 from flax import serialization
 
 from ramp_jax import schema
-from ramp_jax.allocation import Allocation, Costs, FoldLevel, Levels, check_budget, costs, from_levels
+from ramp_jax.allocation import Allocation, Costs, FoldLevel, Levels, check_budget, costs, from_actions
 from ramp_jax.allocators import Actions, Allocator, Problem
 from ramp_jax.allocators.allocator import (
     RULES,
@@ -32,6 +32,7 @@ from ramp_jax.formats import LEVELS, get_format
 from ramp_jax.halo import llama_quantize
 from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, allocatable
+from ramp_jax.overrides import Override
 from ramp_jax.policy import embedding, networks
 from ramp_jax.policy.env import CONTEXT, Process
 from ramp_jax.policy.networks import Params
@@ -208,27 +209,29 @@ def allocate(
     stats: Stats,
     *,
     budget_bytes: int,
+    overrides: Sequence[Override] = (),
     evaluate: Callable[[Actions], float] | None = None,
     evaluations: int = 0,
     journal: Journal = NOWHERE,
 ) -> Allocation:
     """What a policy or any other allocator chooses for `model` (folded as it is to be quantized) and `budget_bytes`.
 
-    With `evaluations`, that many calls of `evaluate` refine it, a loss of level indices in forward order (as of
-    `variants.measuring`); else nothing of the model is evaluated, unless the allocator does. Raises `ValueError` with
-    the reachable range where no file of that size exists, and where evaluations are needed and `evaluate` is missing.
+    `overrides` decide about single tensors before. With `evaluations`, that many calls of `evaluate` refine it, a loss
+    of level indices in forward order (as of `variants.measuring`); else nothing of the model is evaluated, unless the
+    allocator does. Raises `ValueError` with the reachable range where no file of that size exists, where evaluations
+    are needed and `evaluate` is missing, and for overrides as `overrides.formats_of`.
     """
     allocator = source.allocator() if isinstance(source, Policy) else source
     allocator = refine(allocator, evaluations) if evaluations else allocator
-    table = costs(model, allocator.levels)
-    check_budget(table, budget_bytes)
+    table = costs(model, allocator.levels, overrides)
+    check_budget(allocator.reach(model, table), budget_bytes)
     known = problem(model, stats, allocator.levels, table, sees=allocator.sees, journal=journal)
     known = known._replace(evaluate=evaluate, model=model, importance=importance_of(model.spec, stats))
     actions = allocator.choose(known, table.units(budget_bytes))
-    found = from_levels(model, [allocator.levels[a] for a in actions])
+    found = from_actions(model, table, actions)
     if allocator.sees == "sizes":
         return found
-    return dataclasses.replace(found, made={"predicted_kld": max(0.0, expected_loss(known, actions))})
+    return dataclasses.replace(found, made={**found.made, "predicted_kld": max(0.0, expected_loss(known, actions))})
 
 
 def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -> Actions:

@@ -14,8 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from ramp_jax.allocation import FALLBACK
-from ramp_jax.formats import format_for, get_format
+from ramp_jax.allocation import Costs
 from ramp_jax.models import DecoderSpec, Model, allocatable, matrices
 from ramp_jax.models.decoder import Head, Params, final_norm, look_up
 from ramp_jax.models.layout import by_run, full_name, of_block, replace_in_block, scan_blocks, stack
@@ -63,11 +62,11 @@ def prepare(
     model: Model,
     reference: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[float | str, ...],
+    table: Costs,
     protocol: Protocol = "llama.cpp",
     encoder: Encoder = REFERENCE,
 ) -> Variants:
-    """Quantize every allocatable tensor of `model` to every level and run the reference once.
+    """Quantize every tensor of `model` to every level that `table` has for it and run the reference once.
 
     Raises `ValueError` where a tensor cannot be encoded or what the reference predicts is not finite.
     """
@@ -76,17 +75,14 @@ def prepare(
     index_of = {tensor.name: index for index, tensor in enumerate(allocatable(spec))}
     at = {}
     for tensor in track(matrices(spec), "quantizing to every level", "tensor"):
-        if tensor.allocatable:
-            formats = [format_for(level, tensor.shape[-1]) for level in levels]
-        else:
-            formats = [get_format(FALLBACK)] + [None] * (len(levels) - 1)
-        values = jnp.stack([decoded(model, tensor, fmt.name, encoder) for fmt in formats if fmt])
+        formats = table.formats[tensor.name]
+        values = jnp.stack([decoded(model, tensor, fmt, encoder) for fmt in formats if fmt])
         places = jnp.cumsum(jnp.asarray([fmt is not None for fmt in formats])) - 1
         at[tensor.name] = Matrix(values, places, jnp.int32(index_of.get(tensor.name, 0)))
 
     def chosen(indices: Sequence[int]) -> dict[str, Matrix]:
         names = [weight.name for weight in spec.blocks[indices[0]].weights if weight.kind == "matrix"]
-        return {name: stack([at.pop(full_name(index, name)) for index in indices]) for name in names}
+        return {name: _side_by_side([at.pop(full_name(index, name)) for index in indices]) for name in names}
 
     def others(indices: Sequence[int]) -> Params:
         names = [weight.name for weight in spec.blocks[indices[0]].weights if weight.kind != "matrix"]
@@ -104,6 +100,13 @@ def prepare(
         spec,
         first_scored(protocol, windows.shape[1]),
     )
+
+
+def _side_by_side(matrices: Sequence[Matrix]) -> Matrix:
+    """Matrices of one place in a run's periods; those with fewer levels have the last one more often."""
+    most = max(len(matrix.values) for matrix in matrices)
+    filled = [jnp.minimum(jnp.arange(most), len(matrix.values) - 1) for matrix in matrices]
+    return stack([m._replace(values=m.values[rows]) for m, rows in zip(matrices, filled, strict=True)])
 
 
 @jax.jit

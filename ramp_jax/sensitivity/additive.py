@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import lsq_linear
 
-from ramp_jax.allocation import FALLBACK
 from ramp_jax.models import Model, Tensor, allocatable, matrices
 from ramp_jax.models.layout import replaced
+from ramp_jax.overrides import FALLBACK
 from ramp_jax.progress import track
 from ramp_jax.quantization import decoded
 from ramp_jax.scoring.perplexity import Protocol, evaluate, reference_of
