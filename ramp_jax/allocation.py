@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
@@ -26,6 +27,7 @@ from ramp_jax.files import write_bytes
 from ramp_jax.formats import LEVELS, format_for, get_format
 from ramp_jax.formats.registry import EXPORTABLE, Format
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, matrices, tensors
+from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.layout import SMALLEST_BLOCK, foldable
 from ramp_jax.models.metadata import Metadata, metadata_bytes, typed
 from ramp_jax.models.sketch import same, sketch
@@ -38,6 +40,8 @@ _NAME_BYTES = 64  # of names in an exported file, cut or filled with spaces for 
 STORED = "F32"
 """Format of gains, biases and tables."""
 _NAMED = 3  # such matrices in a summary's sentence
+PADDING, ROUNDING_ROOM = "ramp.padding", 512
+"""The pair that takes what is left of the bytes kept for pairs that only rounding knows."""
 _LARGEST_SCALE = 2.0**16  # of folding, and the smallest's inverse: beyond, float16 holds nothing of a weight
 _MAKE_IT = "make one with launch/allocate.py"
 
@@ -57,6 +61,10 @@ Levels = Annotated[
 
 FoldLevel = Annotated[float, schema.within(LEVELS[0], LEVELS[-1])]
 """For which Scale Folding moves outliers."""
+
+
+FormatName = Annotated[str, schema.Check(EXPORTABLE.__contains__, f"one of {', '.join(EXPORTABLE)}")]
+"""What a matrix of a file can be."""
 
 
 class Calibration(TypedDict):
@@ -97,7 +105,7 @@ class Saved(TypedDict):
     code_bits: schema.Positive
     fallback: NotRequired[str]
     overrides: NotRequired[tuple[Override, ...]]
-    formats: Mapping[str, Annotated[str, schema.Check(EXPORTABLE.__contains__, f"one of {', '.join(EXPORTABLE)}")]]
+    formats: Mapping[str, FormatName]
     calibration: NotRequired[Calibration]
     folding: Mapping[str, str]
     sha256: NotRequired[schema.Sha256]
@@ -141,12 +149,41 @@ class Allocation:
         chosen = dict.fromkeys((t.name for t in allocatable(model.spec)), fmt)
         return _completed(model, chosen, fmt if get_format(fmt).block_size == 1 else FALLBACK)
 
+    @classmethod
+    def from_gguf(cls, path: str | Path, model: Model) -> "Allocation":
+        """The types of a GGUF of the same model, whoever made it, for `model` folded as it is.
+
+        A part of a split file stands for all. Raises `FileNotFoundError` where there is none, `ValueError` where it is
+        damaged, another model's, or has a type that is not written here.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no file, where a GGUF of this model was expected; name one.")
+        source = open_gguf(path)
+        wrong = f"{path} is a file of another model, name one of this: it"
+        for tensor in tensors(model.spec):
+            if (shape := source.shapes.get(tensor.name)) != tensor.shape:
+                kind = "lacks" if shape is None else f"has shape {shape} for"
+                raise ValueError(f"{wrong} {kind} {tensor.name}, which has shape {tensor.shape} here.")
+        known = {tensor.name for tensor in tensors(model.spec)} | model.spec.tables.keys()
+        if unknown := [name for name in source.shapes if name not in known]:
+            raise ValueError(f"{wrong} has {unknown[0]}, which this model has not.")
+        formats = {tensor.name: source.tensors[tensor.name].type.name for tensor in matrices(model.spec)}
+        if foreign := [name for name, fmt in formats.items() if fmt not in EXPORTABLE]:
+            size = sum(stamp.size for stamp in source.files.values())
+            raise ValueError(
+                f"{path} holds {foreign[0]} as {formats[foreign[0]]} and {len(foreign) - 1} more in types that are not "
+                f"written here, which are {', '.join(EXPORTABLE)}; choose other types of its size with "
+                f"--source_policy=fisher --budget_bytes={size}."
+            )
+        return cls(model.spec, model.metadata, formats, {name: np.asarray(s) for name, s in model.folding.items()})
+
     @functools.cached_property
     def file_bytes(self) -> int:
         """Size of the exported GGUF."""
         data = sum(tensor_bytes(tensor, self.format_of(tensor)) for tensor in tensors(self.spec))
         tables = sum(padded(table.nbytes) for table in self.spec.tables.values())
-        return header_bytes(self.spec, _pairs(self, file_bpw=0.0)) + data + tables
+        return header_bytes(self.spec, _pairs(self, file_bpw=0.0) | _padding({})) + data + tables
 
     @property
     def linear_bpw(self) -> float:
@@ -392,20 +429,35 @@ def tensor_bytes(tensor: Tensor, fmt: str) -> int:
 
 
 def header_bytes(spec: DecoderSpec, metadata: Metadata) -> int:
-    """Bytes before the first tensor's data: magic, version, two counts, pairs, tensor descriptions, padding."""
+    """Bytes before the first tensor's data of a file of the whole model."""
     shapes = {tensor.name: tensor.shape for tensor in tensors(spec)}
     shapes |= {name: table.shape for name, table in spec.tables.items()}
-    infos = sum(8 + len(name) + 4 + 8 * len(shape) + 4 + 8 for name, shape in shapes.items())
-    return padded(4 + 4 + 8 + 8 + metadata_bytes(metadata) + infos)
+    return header_of(metadata_bytes(metadata), sum(info_bytes(name, shape) for name, shape in shapes.items()))
 
 
-def export_metadata(allocation: Allocation) -> Metadata:
-    """The pairs of the exported file: the source's, the file's type, and in `ramp.*` all that makes it again.
+def header_of(pairs: int, infos: int) -> int:
+    """Bytes of a header: magic, version, two counts, so many of pairs and of tensor descriptions, padding."""
+    return padded(4 + 4 + 8 + 8 + pairs + infos)
+
+
+def info_bytes(name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor's description."""
+    return 8 + len(name) + 4 + 8 * len(shape) + 4 + 8
+
+
+def export_metadata(allocation: Allocation, rounding: Mapping[str, Any] = types.MappingProxyType({})) -> Metadata:
+    """The pairs of the exported file: the source's, the file's type, in `ramp.*` all that makes it again, `rounding`'s.
 
     The type is that of the format with most bytes. The size of the pairs depends neither on which formats were chosen
-    nor on how.
+    nor on how, nor on what is only known where they are rounded: `ramp.padding` fills what `rounding` leaves of its
+    room.
     """
-    return _pairs(allocation, allocation.file_bpw)
+    late = typed(dict(rounding))
+    return _pairs(allocation, allocation.file_bpw) | late | _padding(late)
+
+
+def _padding(late: Metadata) -> Metadata:
+    return typed({PADDING: " " * (ROUNDING_ROOM - metadata_bytes(late))})
 
 
 def _pairs(allocation: Allocation, file_bpw: float) -> Metadata:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,7 @@ def replacing(path: Path, needed: int = 0, *, folder: bool = False, durable: boo
     not `durable`, it is on the disk before it is renamed. Raises `OSError` where it cannot be made, or the disk does
     not hold it, of which `needed` bytes are known before.
     """
-    check_disk(path, needed)
-    with _temporary(path, folder=folder) as begun, finishing(begun, path, needed, durable=durable):
+    with replacing_all([path], needed, folder=folder, durable=durable) as (begun,):
         yield begun
 
 
@@ -63,21 +62,43 @@ def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def finishing(begun: Path, path: Path, needed: int, *, durable: bool = True) -> Iterator[None]:
-    """As `replacing`, under a name that is the caller's, where what was written stays if the body raises."""
+def replacing_all(
+    paths: Sequence[Path], needed: int = 0, *, folder: bool = False, durable: bool = True
+) -> Iterator[list[Path]]:
+    """As `replacing`, of several beside each other that take their names when all are whole, the first one last.
+
+    `needed` are the bytes of all.
+    """
+    check_disk(paths[0], needed)
+    with contextlib.ExitStack() as held:
+        begun = {held.enter_context(_temporary(path, folder=folder)): path for path in paths}
+        with finishing(begun, needed, durable=durable):
+            yield list(begun)
+
+
+@contextlib.contextmanager
+def finishing(begun: Mapping[Path, Path], needed: int, *, durable: bool = True) -> Iterator[None]:
+    """As `replacing_all`, under names that are the caller's, where what was written stays if the body raises.
+
+    `begun` maps these names to the final ones.
+    """
     try:
         yield
         if durable:
-            for part in begun.rglob("*") if begun.is_dir() else ():
-                _sync(part)
-            _sync(begun)
-        os.replace(begun, path)
+            for temporary in begun:
+                for part in temporary.rglob("*") if temporary.is_dir() else ():
+                    _sync(part)
+                _sync(temporary)
+        for temporary, path in reversed([*begun.items()]):
+            os.replace(temporary, path)
         if durable:
-            _sync(path.parent)
+            for folder in {path.parent for path in begun.values()}:
+                _sync(folder)
     except Exception as error:
         if getattr(error, "errno", None) not in _FULL and not _FULL_IN_WORDS.search(str(error)):
             raise
-        why, there = getattr(error, "strerror", None) or os.strerror(errno.ENOSPC), size(begun)
+        path = next(iter(begun.values()))
+        why, there = getattr(error, "strerror", None) or os.strerror(errno.ENOSPC), sum(map(size, begun))
         raise OSError(
             f"cannot write {path} ({why}): it needs {f'{needed:,}' if needed else f'more than {there:,}'} bytes, and "
             f"{free_bytes(path) + there:,} are free; free some space there, then run again."

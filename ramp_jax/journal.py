@@ -76,12 +76,14 @@ class Journal:
         return self.folder / (output.name + _BEGUN)
 
     @contextlib.contextmanager
-    def replacing(self, output: Path, needed: int) -> Iterator[Path]:
-        """As `files.replacing`; where the body raises, what it wrote stays for the next run as the steps do."""
-        begun = self.begun(output)
-        check_disk(output, needed - files.size(begun))
-        with files.finishing(begun, output, needed):
-            yield begun
+    def replacing(self, outputs: Mapping[Path, int]) -> Iterator[list[Path]]:
+        """As `files.replacing_all`, of outputs with their bytes; where the body raises, what it wrote stays for the
+        next run as the steps do."""
+        begun = {self.begun(output): output for output in outputs}
+        needed = sum(outputs.values())
+        check_disk(next(iter(outputs)), needed - sum(map(files.size, begun)))
+        with files.finishing(begun, needed):
+            yield list(begun)
 
     def __enter__(self) -> "Journal":
         return self
@@ -130,8 +132,8 @@ class _Nowhere(Journal):
         return None
 
     @contextlib.contextmanager
-    def replacing(self, output: Path, needed: int) -> Iterator[Path]:
-        with files.replacing(output, needed) as temporary:
+    def replacing(self, outputs: Mapping[Path, int]) -> Iterator[list[Path]]:
+        with files.replacing_all(list(outputs), sum(outputs.values())) as temporary:
             yield temporary
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -15,13 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ramp_jax import data as texts
 from ramp_jax import hosts
-from ramp_jax.allocation import Allocation, Costs, calibration_text, costs, read_saved
+from ramp_jax.allocation import Allocation, Costs, calibration_text, costs, export_metadata, read_saved
 from ramp_jax.allocators import Actions, Allocator
+from ramp_jax.allocators.allocator import by_formats
 from ramp_jax.checkpoint import digest
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, read_config
 from ramp_jax.files import alone_in, rows_to, write_bytes
 from ramp_jax.halo.export import check_writable, export_gguf
 from ramp_jax.halo.guard import Check, Guard, check
+from ramp_jax.halo.recipe import write_recipe
+from ramp_jax.halo.shards import plan
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.journal import NOWHERE, Followed, Journal, beside, code_version
 from ramp_jax.models import Model, load_model, store
@@ -35,6 +38,7 @@ from ramp_jax.models.sketch import same, sketch
 from ramp_jax.overrides import Override
 from ramp_jax.policy import inference, train
 from ramp_jax.policy.inference import Policy, load_policy
+from ramp_jax.policy.refinement import refine
 from ramp_jax.quantization import (
     DEFAULT_ENCODER,
     REFERENCE,
@@ -209,10 +213,13 @@ def _check_unseen(metadata: Metadata, allocation: str | Path | None, data: str, 
 
 
 def prepare(
-    model: Model, calibration: WindowsConfig, fold_level: float, journal: Journal = NOWHERE
+    model: Model, calibration: WindowsConfig, fold_level: float | None, journal: Journal = NOWHERE
 ) -> tuple[Model, Stats]:
-    """The model folded for `fold_level`, and the statistics that decided it."""
-    return calibrate_and_fold(model, tokens(model, calibration, "calibration"), fold_level, journal=journal)
+    """The model folded for `fold_level` or, where that is None, as it is, and the statistics that decided it."""
+    windows = tokens(model, calibration, "calibration")
+    if fold_level is None:
+        return model, calibrate(model, windows, journal)
+    return calibrate_and_fold(model, windows, fold_level, journal=journal)
 
 
 def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
@@ -313,15 +320,11 @@ def allocate(
     text as the allocator evaluates. Raises `ValueError` where a killed job had other inputs.
     """
     check_writable(output)
-    started = time.monotonic()
-    seen: dict[str, Any] = {"text": texts.fingerprint(calibration.data)}
-    seen["tokens"] = digest(tokens(model, calibration, "calibration"))
-    if len(parts := texts.parts_of(calibration.data)) > 1:
-        seen["texts"] = [texts.fingerprint(part.source) for part in parts]
+    started, how = time.monotonic(), _seen(model, calibration)
     made = _made(allocator, model, ref, budget_bytes, encoder)
     inputs = job_inputs(model) | {
-        "calibration tokens": seen["tokens"],
-        "level of folding": f"{allocator.fold_level:g}",
+        "calibration tokens": how["tokens"],
+        "level of folding": f"{allocator.fold_level}",
         "levels": " ".join(map(str, allocator.levels)),
     }
     with _journal(output, inputs) as journal:
@@ -332,10 +335,19 @@ def allocate(
         allocation = inference.allocate(
             allocator, folded, stats, budget_bytes=budget_bytes, overrides=overrides, evaluate=evaluate, journal=journal
         )
-        allocation = dataclasses.replace(allocation, calibration=as_dict(calibration) | seen)
+        allocation = dataclasses.replace(allocation, calibration=how, made={**allocation.made, **made})
         if hosts.index() == 0:
-            allocation.save(output, **made, seconds=allocator.seconds + time.monotonic() - started)
+            allocation.save(output, seconds=allocator.seconds + time.monotonic() - started)
     return allocation
+
+
+def _seen(model: Model, calibration: WindowsConfig) -> dict[str, Any]:
+    """What an allocation records of its calibration."""
+    seen: dict[str, Any] = {"text": texts.fingerprint(calibration.data)}
+    seen["tokens"] = digest(tokens(model, calibration, "calibration"))
+    if len(parts := texts.parts_of(calibration.data)) > 1:
+        seen["texts"] = [texts.fingerprint(part.source) for part in parts]
+    return as_dict(calibration) | seen
 
 
 def _made(allocator: Allocator, model: Model, ref: str, budget_bytes: int, encoder: EncoderName) -> dict[str, Any]:
@@ -347,7 +359,7 @@ def _made(allocator: Allocator, model: Model, ref: str, budget_bytes: int, encod
         "encoder": encoder,
         "allocator": allocator.name,
         **({"allocator_sha256": allocator.sha256} if allocator.sha256 else {}),
-        "fold_level": allocator.fold_level,
+        **({} if allocator.fold_level is None else {"fold_level": allocator.fold_level}),
         "refine_evals": allocator.evaluations,
     }
 
@@ -369,6 +381,37 @@ def is_made(
     alike = same(saved.get("weights", ()), wanted.pop("weights"))
     del found["weights"]
     return alike and found == wanted and seen.items() <= dict(saved.get("calibration", {})).items()
+
+
+def allocate_as(
+    model: Model,
+    path: str | Path,
+    levels: tuple[float, ...],
+    calibration: WindowsConfig,
+    output: Path,
+    ref: str,
+    encoder: EncoderName = DEFAULT_ENCODER,
+    *,
+    evaluations: int = 0,
+    fold_level: float | None = None,
+) -> Allocation:
+    """As `allocate`, with the types of a GGUF of the same model, whoever made it; the windows are for the encoder.
+
+    True `evaluations` refine them among `levels` and the file's own types, in as many bytes. Without these and without
+    folding no pass over the model is made. Raises as `Allocation.from_gguf`.
+    """
+    check_writable(output)
+    started, path = time.monotonic(), resolve(path)
+    known = Allocation.from_gguf(path, model)
+    allocator = by_formats(f"types of {path.name}", model.spec, known.formats, levels, fold_level=fold_level)
+    if evaluations or fold_level is not None:
+        allocator = refine(allocator, evaluations) if evaluations else allocator
+        return allocate(model, allocator, known.file_bytes, calibration, output, ref, encoder)
+    made = _made(allocator, model, ref, known.file_bytes, encoder)
+    known = dataclasses.replace(known, calibration=_seen(model, calibration), made=made)
+    if hosts.index() == 0:
+        known.save(output, seconds=time.monotonic() - started)
+    return known
 
 
 def calibrated_on(allocation: str | Path) -> str | None:
@@ -402,10 +445,14 @@ def export(
     encoder: EncoderName | None = None,
     imatrix: str | Path | None = None,
     trust_calibration: bool = False,
+    *,
+    shard_bytes: int | None = None,
+    recipe: Path | None = None,
 ) -> int:
     """Write the GGUF of an allocation file, rounded by `encoder` or as the file records; returns its size in bytes.
 
-    `trust_calibration` lets the file name any text to calibrate on. A job that was killed goes on where it was; raises
+    `trust_calibration` lets the file name any text to calibrate on, `shard_bytes` divides it as `export_gguf` does,
+    `recipe` is a folder for `write_recipe`, which comes first. A job that was killed goes on where it was; raises
     `ValueError` where that had other inputs.
     """
     loaded = Allocation.load(allocation, model)
@@ -416,9 +463,21 @@ def export(
         "allocation": digest(np.frombuffer(Path(allocation).read_bytes(), np.uint8)),
         "encoder": f"{rounding.effort} {rounding.compensated}",
         "calibration": digest((dict(rounding.importance), rounding.windows)),
+        "size of shards": str(shard_bytes),
     }
+    if recipe is not None:
+        write_recipe(model, loaded, recipe, rounding)
     with _journal(output, inputs) as journal:
-        return export_gguf(model, loaded, output, rounding, journal)
+        return export_gguf(model, loaded, output, rounding, journal, shard_bytes=shard_bytes)
+
+
+def exported_files(model: Model, allocation: str | Path, output: Path, shard_bytes: int | None) -> list[Path]:
+    """The files that `export` writes, the first of which programs are given.
+
+    Raises `ValueError` where a tensor is larger than a file may be.
+    """
+    loaded = Allocation.load(allocation, model)
+    return [shard.path for shard in plan(loaded, export_metadata(loaded), output, shard_bytes)]
 
 
 def check_export(

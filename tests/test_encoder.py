@@ -27,6 +27,7 @@ from ramp_jax.quantization import (
     refold,
     write_imatrix,
 )
+from ramp_jax.quantization.importance import Origin, load_imatrix
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,10 @@ def test_imatrix_as_llama_cpp_reads_it(untied, importance, tmp_path):
     for name, values in read_imatrix(path, untied.spec).items():
         np.testing.assert_allclose(values, importance[name], rtol=1e-6)
     assert [p.name for p in tmp_path.iterdir()] == ["imatrix.gguf"]
+    found, origin = load_imatrix(path, untied.spec)
+    assert (origin, set(found)) == (Origin("imatrix.gguf", "builtin", 3, 24), set(importance))
+    write_imatrix(path, importance, "builtin", 3, 24, tokens=1)
+    jax.tree.map(np.testing.assert_array_equal, read_imatrix(path, untied.spec), dict(importance))
 
 
 def test_imatrix_of_the_older_format(untied, importance, tmp_path):
@@ -216,8 +221,15 @@ def test_encoder_of_an_allocation_file(untied, windows, importance, allocation, 
         fake_quantize(untied, allocation, found),
         fake_quantize(untied, allocation, known),
     )
+    assert found.origin == Origin(None, "builtin", 3, 24)
     assert recorded_encoder(path, untied, "reference") == REFERENCE
     imatrix = write_dat(tmp_path / "imatrix.dat", {name: values * 2 for name, values in importance.items()})
+    assert recorded_encoder(path, untied, imatrix=imatrix).imatrix_pairs(untied.spec) == {
+        "quantize.imatrix.file": "imatrix.dat",
+        "quantize.imatrix.dataset": "text",
+        "quantize.imatrix.entries_count": len(importance),
+        "quantize.imatrix.chunks_count": 3,
+    }
     np.testing.assert_allclose(
         recorded_encoder(path, untied, imatrix=imatrix).importance["blk.0.attn_q.weight"],
         2 * importance["blk.0.attn_q.weight"],

@@ -44,6 +44,21 @@ def test_folder_is_made_whole_or_not_at_all(tmp_path):
     assert [*path.parent.rglob("*")] == [path, path / "part"]
 
 
+def test_several_files_take_their_names_when_all_are_whole(tmp_path, monkeypatch):
+    """The first one last; none where the body raises."""
+    paths, named, replace = [tmp_path / name for name in "abc"], [], os.replace
+    with pytest.raises(TypeError), files.replacing_all(paths) as begun:
+        begun[1].write_text(b"no text")
+    assert names(tmp_path) == []
+    monkeypatch.setattr(os, "replace", lambda old, new: (named.append(Path(new)), replace(old, new)))
+    with files.replacing_all(paths) as begun:
+        for part, path in zip(begun, paths, strict=True):
+            part.write_text(path.name)
+        assert names(tmp_path) == sorted(part.name for part in begun)
+    assert named == paths[::-1]
+    assert [path.read_text() for path in paths] == ["a", "b", "c"]
+
+
 def test_two_writers_of_one_file_never_tear_it(tmp_path):
     path, contents = tmp_path / "file", [bytes([i]) * 100_000 for i in (1, 2)]
 

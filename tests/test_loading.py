@@ -27,6 +27,7 @@ from ramp_jax.models import load_model, save_model, source
 from ramp_jax.models.gguf_header import read_header
 from ramp_jax.models.gguf_source import open_gguf
 from ramp_jax.models.metadata import KeyValue, plain, typed
+from ramp_jax.models.spec import describe
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 from benchmarks import loading
@@ -694,8 +695,31 @@ def test_what_is_downloaded_and_how_it_is_called(hub, untied_directory, tmp_path
     snapshot = tmp_path / "models--owner--Tiny-1.5B" / "snapshots" / ("a" * 40)
     shutil.copytree(untied_directory, snapshot)
     calls = hub(str(snapshot))
-    assert load_model("owner/Tiny-1.5B").metadata["general.name"].value == "Tiny-1.5B"
+    assert load_model("owner/Tiny-1.5B").metadata["general.name"].value == "Tiny 1.5B"
     assert list(filter_repo_objects(REPOSITORY, **calls[0])) == list(REPOSITORY[1:12])
+
+
+@pytest.mark.parametrize(
+    ("called", "size"),
+    [
+        ("SmolLM2-135M-Instruct", "135M"),
+        ("Llama-3.2-1B", "1B"),
+        ("Qwen2.5-7b-instruct-v2", "7B"),
+        ("tiny", "130K"),
+        ("Ünïcode model", "130K"),
+    ],
+)
+def test_general_pairs_are_those_of_llama_cpp_s_converter(untied_directory, tmp_path, called, size):
+    """By the rules of gguf's own reader of model folders, for a model that is as large as its name says."""
+    folder = shutil.copytree(untied_directory, tmp_path / called)
+    parameters = {"130K": 130_000, "135M": 134_515_008, "1B": 1_235_814_400, "7B": 7_615_616_512}[size]
+    pairs = plain(describe(load_model(folder).spec, "name", parameters, called))
+    expected = gguf.Metadata.load(None, folder, None, parameters)
+    assert pairs["general.type"] == "model"
+    assert pairs["general.size_label"] == size == (expected.size_label or size)
+    for name in ("basename", "finetune", "version"):
+        assert pairs.get(f"general.{name}") == getattr(expected, name), name
+    assert load_model(folder).metadata["general.name"].value == expected.name
 
 
 def test_cached_snapshot_where_the_hub_is_not_reached(hub, untied_directory):

@@ -28,7 +28,7 @@ def exported(model, path):
 
 
 @pytest.mark.parametrize(
-    ("name", "changed"), [("phi3", "phi 3"), ("my-Phi-3-test", "my-Phi 3-test"), ("phi-2", "phi-2")]
+    ("name", "changed"), [("phi3", "Phi 3"), ("my-Phi-3-test", "My Phi 3 Test"), ("phi-2", "Phi 2")]
 )
 def test_a_model_that_is_called_phi_3_and_lacks_its_tokens_loads_in_llama_cpp(
     tmp_path, untied_directory, name, changed
@@ -53,7 +53,13 @@ def test_a_gguf_that_is_called_phi_3_and_lacks_its_tokens_is_exported_so_that_ll
 
 
 @pytest.mark.parametrize(
-    ("name", "changed"), [("checkpoint-300", "Phi-3 checkpoint-300"), ("tuned-phi3", "tuned-phi3"), ("Phi-3", "Phi-3")]
+    ("name", "changed"),
+    [
+        ("checkpoint-300", "Phi-3 checkpoint-300"),
+        ("tuned-phi3", "tuned-phi3"),
+        ("Phi-3", "Phi-3"),
+        ("Phi 3 Mini", "Phi-3 Mini"),
+    ],
 )
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_tokenizer_that_strips_as_phi_3_s_does_strips_in_llama_cpp(tmp_path, name, changed, alone):

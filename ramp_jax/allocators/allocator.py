@@ -13,7 +13,8 @@ from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.simple import greedy, random, uniform
 from ramp_jax.allocators.tables import Actions, Cost, Loss, Pairs, exchange, total_loss
 from ramp_jax.checkpoint import digest
-from ramp_jax.models import Model, allocatable
+from ramp_jax.formats import format_for
+from ramp_jax.models import DecoderSpec, Model, allocatable
 from ramp_jax.sensitivity.table import Sensitivity
 
 Sees = Literal["sizes", "estimates", "embeddings"]
@@ -55,16 +56,16 @@ def _draw_none(problem: Problem, budget: int, count: int) -> list[Actions]:
 class Allocator:
     """A way of choosing: `choose` maps a problem and a budget in its units to one index into `levels` per tensor.
 
-    The model is folded for `fold_level` first. `evaluations` counts the calls of `Problem.evaluate` that a choice may
-    make, `seconds` what it needed of the model beforehand (a measured table). `draw` proposes allocations that a
-    search may start from beside the choice. A level may be a format's name. `sha256` is that of the policy or the table
-    that chooses, where there is one. `reach` is the smallest and the largest file in bytes that it can choose, where
-    that is less than its levels allow.
+    The model is folded for `fold_level` first, unless that is None. `evaluations` counts the calls of
+    `Problem.evaluate` that a choice may make, `seconds` what it needed of the model beforehand (a measured table).
+    `draw` proposes allocations that a search may start from beside the choice. A level may be a format's name. `sha256`
+    is that of the policy or the table that chooses, where there is one. `reach` is the smallest and the largest file in
+    bytes that it can choose, where that is less than its levels allow.
     """
 
     name: str
     levels: tuple[float | str, ...]
-    fold_level: float
+    fold_level: float | None
     choose: Callable[[Problem, int], Actions]
     sees: Sees = "embeddings"
     evaluations: int = 0
@@ -103,6 +104,27 @@ def by_evolution(levels: tuple[float, ...], evaluations: int) -> Allocator:
         return evolution(*tables(problem), budget, evaluate=true_loss(problem), evaluations=evaluations)
 
     return Allocator("evolution", levels, FOLD_LEVEL, choose, sees="sizes", evaluations=evaluations)
+
+
+def by_formats(
+    name: str,
+    spec: DecoderSpec,
+    formats: Mapping[str, str],
+    levels: tuple[float, ...],
+    *,
+    fold_level: float | None = None,
+) -> Allocator:
+    """The given formats of a model's tensors, whatever the budget; a search goes on from there among `levels` as well.
+
+    A format that no level means for its row is a level of its own.
+    """
+    members = allocatable(spec)
+    meant = [{level: format_for(level, tensor.shape[-1]) for level in levels} for tensor in members]
+    of_level = [{fmt.name: level for level, fmt in by_level.items() if fmt is not None} for by_level in meant]
+    wanted = [known.get(formats[t.name], formats[t.name]) for t, known in zip(members, of_level, strict=True)]
+    every = (*levels, *sorted({level for level in wanted if isinstance(level, str)}))
+    actions = np.asarray([every.index(level) for level in wanted])
+    return Allocator(name, every, fold_level, lambda problem, budget: actions, sees="sizes")
 
 
 def by_table(table: Sensitivity) -> Allocator:

@@ -16,6 +16,7 @@ from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf, generate
 from ramp_jax.models import Model, allocatable, load_model
+from ramp_jax.models.gguf_source import parts_beside
 from ramp_jax.quantization.importance import Importance
 from ramp_jax.resources import free_bytes
 from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
@@ -106,7 +107,7 @@ def check(
                 os.replace(_mix_path(folder, rival["mix"]), path)
                 rival["replaced"] = True
     return {
-        "file_bytes": path.stat().st_size,
+        "file_bytes": sum(part.stat().st_size for part in parts_beside(path)),
         "budget_bytes": allocation.made.get("budget_bytes"),
         "code_bits": allocation.code_bits,
         "linear_bpw": allocation.linear_bpw,

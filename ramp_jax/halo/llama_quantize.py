@@ -184,13 +184,18 @@ def _imatrix(importance: Importance) -> Any:
     return entries
 
 
+def pattern(name: str) -> str:
+    """A regular expression that fits the tensor of this name and no other."""
+    return f"^{re.escape(name)}$"
+
+
 def _overrides(types: Mapping[str, str]) -> Any:
     """A C array of patterns, one per tensor, that ends with an empty one."""
     import llama_cpp
 
     entries = (llama_cpp.llama_model_tensor_override * (len(types) + 1))()
     for entry, (name, fmt) in zip(entries, types.items(), strict=False):
-        entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), int(get_format(fmt).ggml_type)
+        entry.pattern, entry.type = pattern(name).encode(), int(get_format(fmt).ggml_type)
     return entries
 
 

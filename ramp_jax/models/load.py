@@ -225,8 +225,9 @@ def _open_directory(folder: Path, tokenizer_from: str | Path | None) -> _Checkpo
         return spec.family.from_checkpoint(spec, tensor, value)
 
     tokenizer, pairs = _vocabulary(tokenizer_from, spec, lambda: _vocabulary_of_directory(folder, spec.vocab_size))
-    name = name_for_llama_cpp(model_name(folder), tokenizer, pairs)
-    metadata = describe(spec, name, sum(tensor.size for tensor in tensors(spec)))
+    called = model_name(folder)
+    name = name_for_llama_cpp(gguf.Metadata.id_to_title(called) or called, tokenizer, pairs)
+    metadata = describe(spec, name, sum(tensor.size for tensor in tensors(spec)), called)
     return _Checkpoint(spec, source, stored, finish, metadata | pairs, tokenizer)
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import gguf
 import numpy as np
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -205,15 +206,23 @@ def spec_from_gguf(
     return _read_pairs(name, pairs, {"tensors": shapes, "tables": tables})
 
 
-def describe(spec: DecoderSpec, name: str, parameters: int) -> Metadata:
-    """The `general.*` and `<architecture>.*` pairs that llama.cpp needs to run `spec`."""
+def describe(spec: DecoderSpec, name: str, parameters: int, folder: str = "") -> Metadata:
+    """The `general.*` and `<architecture>.*` pairs that llama.cpp needs to run `spec`, as its converter writes them.
+
+    What a model's `folder` or repository is called says its base, version, size and what it was tuned for.
+    """
     arch = spec.architecture
+    _, _, base, tuned, version, size = gguf.Metadata.get_model_id_components(folder, parameters)
     pairs: dict[str, Any] = {
         "general.architecture": arch,
         "general.type": "model",
         "general.name": name,
-        "general.size_label": f"{parameters / 1e6:.0f}M" if parameters < 1e9 else f"{parameters / 1e9:.1f}B",
+        "general.version": version,
+        "general.finetune": tuned,
+        "general.basename": base,
+        "general.size_label": size or gguf.size_label(parameters, parameters, 0, 0),
     }
+    pairs = {key: value for key, value in pairs.items() if value is not None}
     for part in spec.family.all_properties:
         pairs |= {f"{arch}.{key}": value for key, value in part.to_gguf(spec).items()}
     return typed(pairs)

@@ -66,7 +66,7 @@ _TINY = 1e-12
 _VOCABULARY_ROWS = 1 << 12  # read at one time
 
 
-def estimated(model: Model, stats: Stats, levels: tuple[float, ...], journal: Journal = NOWHERE) -> Estimate:
+def estimated(model: Model, stats: Stats, levels: tuple[float | str, ...], journal: Journal = NOWHERE) -> Estimate:
     """What allocatable tensors lose at each level by the Fisher estimate, alone and in pairs.
 
     Weights are rounded by a coarse search, weighted by importance: finer ones take longer and choose no better. Blocks

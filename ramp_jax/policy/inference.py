@@ -160,7 +160,7 @@ def problem(
     )
     if sees == "sizes":
         return found
-    measured = tuple(sorted({*levels, embedding.LOSS_LEVEL}))
+    measured = tuple(sorted({*levels, embedding.LOSS_LEVEL}, key=lambda level: (isinstance(level, str), level)))
     estimate = embedding.estimated(model, stats, measured, journal)
     loss, mine = estimate.loss, [measured.index(level) for level in levels]
     if sees == "embeddings":

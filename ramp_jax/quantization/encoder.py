@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from ramp_jax.allocation import EncoderName
 from ramp_jax.formats.check import EncodeCache, checked_encode
 from ramp_jax.formats.registry import Effort
-from ramp_jax.models import Model, Tensor, lookup
-from ramp_jax.quantization.importance import Importance, folded
+from ramp_jax.models import DecoderSpec, Model, Tensor, lookup
+from ramp_jax.quantization.importance import NO_ORIGIN, Importance, Origin, folded, linears
 
 DEFAULT_ENCODER: EncoderName = "compensated"
 """For new allocations; those that record none were made for ggml's own bytes."""
@@ -29,7 +29,7 @@ class Encoder:
 
     Importance is that of the unfolded model; what a folding changes in it is applied here. With calibration `windows`,
     `encoded` finds what is not known while a block is there: importance where there is none, and what `compensated`
-    rounding needs. With a `cache`, the same weights are encoded once.
+    rounding needs. With a `cache`, the same weights are encoded once. `origin` says where importance comes from.
     """
 
     effort: Effort = "reference"
@@ -37,6 +37,11 @@ class Encoder:
     cache: EncodeCache | None = None
     windows: Int[np.ndarray, "W T"] | None = None
     compensated: bool = False
+    origin: Origin = NO_ORIGIN
+
+    def imatrix_pairs(self, spec: DecoderSpec) -> dict[str, Any]:
+        """What a file says of the importance that it was rounded with; nothing where there was none."""
+        return self.origin.pairs(len(linears(spec)) if self.observes else len(self.importance))
 
     @property
     def observes(self) -> bool:

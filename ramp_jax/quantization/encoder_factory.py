@@ -12,15 +12,20 @@ from ramp_jax.allocation import Allocation, read_saved
 from ramp_jax.checkpoint import digest
 from ramp_jax.models import Model
 from ramp_jax.quantization.encoder import REFERENCE, Encoder, EncoderName
-from ramp_jax.quantization.importance import Importance, read_imatrix
+from ramp_jax.quantization.importance import Importance, Origin, load_imatrix
 
 
 def make_encoder(
-    name: EncoderName, windows: Int[np.ndarray, "W T"], *, importance: Importance | None = None
+    name: EncoderName,
+    windows: Int[np.ndarray, "W T"],
+    *,
+    importance: Importance | None = None,
+    dataset: str | None = None,
 ) -> Encoder:
     """The encoder of that name; what it needs to know of a model is found on calibration windows.
 
-    `importance` is that of the model where it is known already. Raises `ValueError` for an unknown name.
+    `importance` is that of the model where it is known already, `dataset` what the windows' text is called. Raises
+    `ValueError` for an unknown name.
     """
     if name not in get_args(EncoderName):
         raise ValueError(f"unknown encoder {name!r}; choose {', '.join(get_args(EncoderName))}.")
@@ -32,6 +37,7 @@ def make_encoder(
         {} if importance is None else importance,
         windows=windows if compensated or importance is None else None,
         compensated=compensated,
+        origin=Origin(dataset=dataset, chunks=len(windows), chunk_size=windows.shape[1]),
     )
 
 
@@ -54,11 +60,13 @@ def recorded_encoder(
     if imatrix is not None:
         if name != "best":
             raise ValueError(f"--imatrix serves --encoder=best, not {name}; leave one of them out.")
-        return Encoder("best", read_imatrix(imatrix, model.spec))
+        importance, origin = load_imatrix(imatrix, model.spec)
+        return Encoder("best", importance, origin=origin)
     if name == "reference":
         return REFERENCE
     loaded = Allocation.load(path, model)
-    return make_encoder(name, calibration_windows(loaded, model, trust_calibration=trust_calibration, say=say))
+    windows = calibration_windows(loaded, model, trust_calibration=trust_calibration, say=say)
+    return make_encoder(name, windows, dataset=loaded.calibration["data"])
 
 
 def calibration_windows(

@@ -99,7 +99,7 @@ class Cell(NamedTuple):
     format: Format
 
 
-def cells(members: Sequence[Tensor], levels: tuple[float, ...]) -> list[Cell]:
+def cells(members: Sequence[Tensor], levels: tuple[float | str, ...]) -> list[Cell]:
     """Every cell that is not masked, row by row."""
     return [
         Cell(row, column, tensor, fmt)

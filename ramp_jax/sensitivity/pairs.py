@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
 def estimate(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[float, ...],
+    levels: tuple[float | str, ...],
     encoder: Encoder,
     states: Float[np.ndarray, "L+1 W T D"] | None = None,
     journal: Journal = NOWHERE,

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ramp_jax.models.metadata import Metadata
 
 _PHI_3 = re.compile("(phi)-?(3)", re.IGNORECASE | re.ASCII)
+_PHI_3_APART = re.compile(r"\b(phi) (3)\b", re.IGNORECASE | re.ASCII)  # as titles are written
 _KEPT = ("<unk>", "<s>", "<|endoftext|>")  # behind which nothing is stripped
 _LOOKED_UP = (*_KEPT, "</s>")
 
@@ -41,5 +42,6 @@ def name_for_llama_cpp(name: str, tokenizer: PreTrainedTokenizerBase | None, pai
         return name
     stripped = stripping(pairs[Keys.Tokenizer.LIST].value, STRIPPING_NAME)
     if stripped and strips(tokenizer.backend_tokenizer.get_added_tokens_decoder().values()):
-        return name if _PHI_3.search(name) else f"{STRIPPING_NAME} {name}"
+        joined = _PHI_3_APART.sub(r"\1-\2", name)
+        return joined if _PHI_3.search(joined) else f"{STRIPPING_NAME} {name}"
     return _PHI_3.sub(r"\1 \2", name)
