@@ -42,6 +42,7 @@ MADE = {
     "allocator_sha256": "c" * 64,
     "fold_level": 4.5,
 }
+MADE |= {"overrides": ({"kind": "keep", "pattern": "output.*", "format": "Q5_0"},)}
 FILE_TYPES = {option.name.removeprefix("MOSTLY_"): int(option) for option in gguf.LlamaFileType}
 
 

@@ -40,6 +40,7 @@ from ramp_jax.halo.llama_quantize import pattern
 from ramp_jax.models import Model, matrices
 from ramp_jax.models.metadata import Metadata
 from ramp_jax.models.sketch import sketch
+from ramp_jax.overrides import Override
 from ramp_jax.quantization import REFERENCE, Encoder, calibrate, importance_of, write_imatrix
 from ramp_jax.quantization.encode import encoded
 from ramp_jax.quantization.importance import Importance, Origin, folded, linears
@@ -53,7 +54,7 @@ _EXACT = "F32"
 _OF_ITS_OWN = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
 """Matrices whose option of llama-quantize comes before any pattern."""
 _OF_THE_ALLOCATION = {
-    **{name: name for name in ("model", "budget_bytes", "allocator", "allocator_sha256", "fold_level")},
+    **{name: name for name in ("model", "budget_bytes", "overrides", "allocator", "allocator_sha256", "fold_level")},
     "allocation": "sha256",
 }
 """Fields of a plan by what the allocation's file calls them."""
@@ -85,6 +86,7 @@ class Plan(TypedDict):
     allocator_sha256: NotRequired[schema.Sha256]
     fold_level: NotRequired[FoldLevel]
     budget_bytes: NotRequired[schema.Bytes]
+    overrides: NotRequired[tuple[Override, ...]]
     folding: Folding
     encoder: EncoderName
     importance: bool
