@@ -31,7 +31,15 @@ setup(
             f"ramp-{name} = ramp_jax.cli.commands:{name}" for name in ("train", "allocate", "export", "evaluate")
         ]
     },
-    package_data={"ramp_jax": ["languages.txt", "refs/*/*.json", "refs/*/*.safetensors", "policy/pretrained/*"]},
+    package_data={
+        "ramp_jax": [
+            "halo/report/*.css",
+            "languages.txt",
+            "policy/pretrained/*",
+            "refs/*/*.json",
+            "refs/*/*.safetensors",
+        ]
+    },
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",

@@ -37,6 +37,6 @@ echo "== Exporting"
 echo "== Comparing on held-out text"
 python launch/compare.py --workdir="$WORKDIR" --allocation="$ALLOCATION" --gguf="$GGUF" --count=4
 echo "== Report"
-python launch/report.py --workdir="$WORKDIR" --allocation="$ALLOCATION"
+python launch/report.py --workdir="$WORKDIR" --allocation="$ALLOCATION" --gguf="$GGUF"
 echo "GGUF: $GGUF"
 echo "After installation: $((SECONDS - started)) seconds"

@@ -1,8 +1,10 @@
-"""One self-contained page of a run, with its plots: report.html, allocation.png, training.png.
+"""One self-contained page of an allocation: report.html, with allocation.png and training.png beside it.
 
-    python launch/report.py --workdir=runs/smollm2-135m [--allocation=alloc.json]
+    python launch/report.py --allocation=alloc.json [--workdir=runs/smollm2-135m] [--gguf=model.gguf]
 
-The run is one that launch/train.py made and launch/compare.py compared.
+Shows what was asked and what came out, a map of formats with the price of every tensor, where the loss comes from, and
+the commands that make the file again. What --workdir holds is shown as well: the comparison of launch/compare.py, how
+the policy of launch/train.py learned, and its table of measured losses. No network is needed to read the page.
 """
 
 from pathlib import Path
@@ -10,29 +12,32 @@ from pathlib import Path
 from absl import flags
 
 from ramp_jax import cli, workflow
-from ramp_jax.allocation import read_saved
-from ramp_jax.files import read_rows
+from ramp_jax.files import write_bytes
 from ramp_jax.halo import report
-from ramp_jax.halo.compare import COMPARISON, read_comparison
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the training run.")
-_ALLOCATION = flags.DEFINE_string(
-    "allocation", None, "The allocation to show; default: allocation.json in the workdir."
-)
-flags.mark_flags_as_required(["workdir"])
+_ALLOCATION = flags.DEFINE_string("allocation", None, "The allocation; default: allocation.json in the workdir.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run or of a comparison; default: no such folder.")
+_GGUF = flags.DEFINE_string("gguf", None, "The exported file, named in the commands; default: the one compared.")
+_OUTPUT = flags.DEFINE_string("output", None, "The page; default: report.html in the workdir, else by the allocation.")
 
 
 def main() -> None:
-    workdir = Path(_WORKDIR.value)
-    for name, maker in {workflow.METRICS: "launch/train.py", COMPARISON: "launch/compare.py"}.items():
-        if not (workdir / name).is_file():
-            raise FileNotFoundError(f"{workdir} holds no {name}; run {maker} first.")
-    allocation = read_saved(_ALLOCATION.value or workdir / "allocation.json")
-    known = read_comparison(workdir / COMPARISON)
-    comparison = {**known, "rows": [vars(row) for row in known["rows"]]}
-    print(report.text_table(comparison["rows"]))
-    page = report.write_report(workdir, allocation, read_rows(workdir / workflow.METRICS), comparison)
-    print(f"Report: {page}")
+    if not (_ALLOCATION.value or _WORKDIR.value):
+        raise ValueError("--allocation is missing; name what launch/allocate.py wrote.")
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
+    allocation = Path(_ALLOCATION.value or workdir / "allocation.json")
+    output = Path(_OUTPUT.value or (workdir or allocation.parent) / report.REPORT)
+    for path in (output, output.with_name(report.ALLOCATION_PNG), output.with_name(report.TRAINING_PNG)):
+        cli.check_output_path(path, files=[str(allocation)])
+    facts = workflow.facts(allocation, workdir, _GGUF.value)
+    if facts.comparison:
+        print(report.text_table([vars(row) for row in facts.comparison["rows"]]))
+    pictures = {report.ALLOCATION_PNG: report.plot_allocation(facts.allocation)}
+    if facts.metrics:
+        pictures[report.TRAINING_PNG] = report.plot_training(facts.metrics)
+    for name, figure in pictures.items():
+        write_bytes(output.with_name(name), report.png(figure))
+    print(f"Report: {report.write_report(output, facts)}")
 
 
 if __name__ == "__main__":

@@ -81,12 +81,25 @@ class Calibration(TypedDict):
     tokens: schema.Sha256
 
 
+class Choice(TypedDict):
+    """A format that a tensor could have: the bytes of its data, and what the choice was told of its loss.
+
+    `loss` is what the tensor in this format is predicted to lose alone, `change` what the whole model would lose more
+    if this tensor alone took it instead of the one that was chosen; nats per token. Both are left out where whoever
+    chose saw no prediction.
+    """
+
+    bytes: schema.Bytes
+    loss: NotRequired[float]
+    change: NotRequired[float]
+
+
 class Saved(TypedDict):
     """What the file of an allocation holds: formats, folding as base64 of f32, how both were found, a summary.
 
     `weights` is the model's `sketch`, `allocator_sha256` that of the policy or table that chose, `predicted_kld` what
-    the estimate expects the file to lose in nats per token. `sha256` is that of all other fields but `seconds`, so that
-    runs which find the same differ in nothing else.
+    the estimate expects the file to lose in nats per token, `choices` what there was to choose among, by tensor and
+    format. `sha256` is that of all other fields but `seconds`, so that runs which find the same differ in nothing else.
     """
 
     model: NotRequired[schema.Name]
@@ -108,6 +121,7 @@ class Saved(TypedDict):
     formats: Mapping[str, FormatName]
     calibration: NotRequired[Calibration]
     folding: Mapping[str, str]
+    choices: NotRequired[Mapping[str, Mapping[str, Choice]]]
     sha256: NotRequired[schema.Sha256]
 
 
@@ -228,8 +242,9 @@ class Allocation:
         folding = {name: np.asarray(scales, "<f4") for name, scales in self.folding.items()}
         encoded = {name: base64.b64encode(scales.tobytes()).decode() for name, scales in folding.items()}
         calibration = {"calibration": dict(self.calibration)} if self.calibration else {}
-        made = {name: value for name, value in self.made.items() if name != "sha256"}
-        content = {**made, **notes, **self.summary(), **calibration, "folding": encoded}
+        made = {name: value for name, value in {**self.made, **notes}.items() if name != "sha256"}
+        last = {"choices": made.pop("choices")} if "choices" in made else {}  # they are many
+        content = {**made, **self.summary(), **calibration, "folding": encoded, **last}
         write_bytes(path, (json.dumps(content | {"sha256": _sha256(content)}, indent=1) + "\n").encode())
 
     @classmethod
@@ -256,6 +271,9 @@ def read_saved(path: str | Path) -> Saved:
     """The JSON that `Allocation.save` wrote; raises `ValueError` for any other file, and one that was changed since."""
     with schema.gate(path, "an allocation", _MAKE_IT):
         saved: Saved = schema.read(Saved, schema.read_json(path))
+        offered = {fmt for known in saved.get("choices", {}).values() for fmt in known}
+        if unknown := offered - set(EXPORTABLE):
+            raise ValueError(f"choices offer {min(unknown)!r}, expected some of {', '.join(EXPORTABLE)}")
     found = _sha256(saved)
     if saved.setdefault("sha256", found) != found:
         raise ValueError(
@@ -263,6 +281,13 @@ def read_saved(path: str | Path) -> Saved:
             f"launch/allocate.py, or delete the line of its sha256 where you changed it yourself."
         )
     return saved
+
+
+def offered_levels(saved: Saved) -> tuple[float, ...]:
+    """Among which levels a file says that was chosen, as far as rows hold them; empty where it does not say."""
+    several = [known for known in saved.get("choices", {}).values() if len(known) > 1]  # others may be overridden
+    formats = {fmt for known in several for fmt in known}
+    return tuple(sorted({level for fmt in formats if (level := get_format(fmt).level) is not None}))
 
 
 def _sha256(content: Mapping[str, Any]) -> str:

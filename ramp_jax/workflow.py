@@ -15,15 +15,27 @@ from transformers import PreTrainedTokenizerBase
 
 from ramp_jax import data as texts
 from ramp_jax import hosts
-from ramp_jax.allocation import Allocation, Costs, calibration_text, costs, export_metadata, read_saved
+from ramp_jax.allocation import (
+    Allocation,
+    Costs,
+    Saved,
+    calibration_text,
+    costs,
+    export_metadata,
+    offered_levels,
+    read_saved,
+)
 from ramp_jax.allocators import Actions, Allocator
-from ramp_jax.allocators.allocator import by_formats
+from ramp_jax.allocators.allocator import RULES, by_formats
 from ramp_jax.checkpoint import digest
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict, read_config
 from ramp_jax.files import alone_in, rows_to, write_bytes
+from ramp_jax.halo import llama_quantize
+from ramp_jax.halo.compare import COMPARISON, Choose, read_comparison
 from ramp_jax.halo.export import check_writable, export_gguf
 from ramp_jax.halo.guard import Check, Guard, check
 from ramp_jax.halo.recipe import write_recipe
+from ramp_jax.halo.report import Facts, read_metrics
 from ramp_jax.halo.shards import plan
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.journal import NOWHERE, Followed, Journal, beside, code_version
@@ -412,6 +424,69 @@ def allocate_as(
     if hosts.index() == 0:
         known.save(output, seconds=time.monotonic() - started)
     return known
+
+
+def chooser(source: str | Path, allocation: str | Path, model: Model) -> Choose:
+    """How whoever made an allocation file chooses at other budgets; `source` names it, `model` is as it was loaded.
+
+    Raises `ValueError` where `source` is not who made the file, as far as the file says.
+    """
+    saved = read_saved(allocation)
+    overrides = saved.get("overrides", ())
+    levels = offered_levels(saved) if source in (*RULES, inference.EVOLUTION) else ()
+    allocator = inference.find_allocator(source, levels=levels or None, evaluations=saved.get("refine_evals", 0))
+    made_by = saved.get("allocator")
+    if (allocator.name, allocator.sha256) != (made_by, saved.get("allocator_sha256")):
+        raise ValueError(
+            f"{allocation} was made by {made_by}, and {source} is {allocator.name}; name with --source_policy who made "
+            f"it, so that what is chosen at other budgets belongs to it."
+        )
+
+    def choose(folded: Model, stats: Stats, budgets: Sequence[int]) -> list[Allocation]:
+        how = saved["calibration"]
+        windows = WindowsConfig(how["data"], how["context"], how["count"])
+        table = costs(folded, allocator.levels, overrides)
+        evaluate = _true_loss(model, folded, stats, windows, table) if allocator.evaluations else None
+        return inference.allocations(allocator, folded, stats, budgets, overrides, evaluate=evaluate)
+
+    return choose
+
+
+def facts(allocation: Path, workdir: Path | None = None, gguf: str | None = None) -> Facts:
+    """What there is to report of an allocation: its file, and what a folder holds of comparison, training and table.
+
+    A table of another model is left out. Raises `ValueError` where something of it is damaged.
+    """
+    saved = read_saved(allocation)
+    found = Facts(saved, allocation, gguf or f"{allocation.stem}.gguf", _source(saved, workdir))
+    if workdir is None:
+        return found
+    compared, metrics = workdir / COMPARISON, workdir / METRICS
+    comparison = read_comparison(compared) if compared.is_file() else None
+    table = table_path(workdir, saved.get("model", ""))
+    measured = Sensitivity.load(table) if table.is_file() else None
+    if comparison and comparison["allocation"] != saved["sha256"]:
+        raise ValueError(
+            f"{compared} compares another allocation than {allocation}; run launch/compare.py with this one."
+        )
+    found = dataclasses.replace(
+        found,
+        comparison=comparison,
+        metrics=read_metrics(metrics) if metrics.is_file() else (),
+        table=measured if measured and {*measured.tensors} <= saved["formats"].keys() else None,
+    )
+    exported = gguf or (found.ours.file if found.ours else None)
+    return dataclasses.replace(found, gguf=exported or found.gguf)
+
+
+def _source(saved: Saved, workdir: Path | None) -> str:
+    """The `--source_policy` with which an allocation was made, as far as its file and a folder tell."""
+    name = saved.get("allocator", "").removesuffix(", refined")
+    if name in (*RULES, inference.EVOLUTION, llama_quantize.MIX):
+        return name
+    held = [inference.PRETRAINED] + ([str(workdir)] if workdir and (workdir / inference.POLICY_FILE).is_file() else [])
+    sha256 = saved.get("allocator_sha256")
+    return next((source for source in held if load_policy(source).allocator().sha256 == sha256), "DIR")
 
 
 def calibrated_on(allocation: str | Path) -> str | None:

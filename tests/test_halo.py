@@ -1,13 +1,7 @@
-"""Exported files: sizes, weights, metadata, what llama.cpp makes of them, and the pages that show them."""
-
-import base64
-import io
-import re
-from html.parser import HTMLParser
+"""Exported files: sizes, weights, metadata, and what llama.cpp makes of them."""
 
 import gguf
 import jax
-import matplotlib.image
 import numpy as np
 import pytest
 import tiny
@@ -15,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramp_jax.allocation import Allocation, from_levels
-from ramp_jax.halo import export, llama_quantize, report, shards
+from ramp_jax.halo import export, llama_quantize, shards
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.journal import Journal, beside
@@ -352,85 +346,6 @@ def test_mix_that_does_not_exist(reference, tmp_path):
     with pytest.raises(RuntimeError, match=r"llama.cpp could not quantize"):
         llama_quantize.quantize(tmp_path / "nowhere.gguf", tmp_path / "out.gguf", "Q4_0")
     assert list(tmp_path.iterdir()) == []
-
-
-ROW = {"file": "a.gguf", "linear_bpw": 4.5, "file_bpw": 4.6125, "kld": 0.1234567, "seconds": 1.0}
-ROWS = [
-    ROW | {"name": "reference <F16>", "file_bytes": 1234567, "ppl": 9.5, "ppl_llama_cpp": 9.25},
-    ROW | {"name": "RAMP", "file_bytes": 123, "ppl": 10.5, "ppl_llama_cpp": None},
-]
-METRICS = [
-    {"iteration": i, "loss_over_uniform": [1.0, 0.9], "return": [-1.0, -2.0], "entropy": [0.1, 0.2]} for i in (10, 20)
-]
-
-
-def test_text_table():
-    assert report.text_table(ROWS).splitlines() == [
-        "                 file bytes  linear bpw  file bpw  PPL (JAX)  PPL (llama.cpp)  mean KL  seconds",
-        "reference <F16>   1,234,567       4.500     4.612      9.500            9.250   0.1235      1.0",
-        "RAMP                    123       4.500     4.612     10.500                –   0.1235      1.0",
-    ]
-
-
-def test_column_without_values_is_left_out():
-    rows = [row | {"ppl_llama_cpp": None} for row in ROWS]
-    assert "llama.cpp" not in report.text_table(rows)
-
-
-class Page(HTMLParser):
-    """Cells, images and everything that a browser would fetch."""
-
-    def __init__(self):
-        super().__init__()
-        self.cells, self.sources, self.data = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
-
-    def handle_data(self, data):
-        self.data.append(data)
-
-
-def test_report_is_self_contained(untied, tmp_path, rng):
-    comparison = {"rows": ROWS, "budget_bytes": 92_000_000, "heldout_tokens": 4096}
-    path = report.write_report(tmp_path, mixed(untied, rng).summary(), METRICS, comparison)
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    for row in report.table_cells(ROWS):
-        assert all(cell in page.data for cell in row if cell)
-    assert any("92,000,000" in text and "4,096" in text for text in page.data)
-    assert len(page.sources) == 2
-    for source, name in zip(page.sources, (report.ALLOCATION_PNG, report.TRAINING_PNG), strict=True):
-        kind, content = source.split(",")
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(content) == (tmp_path / name).read_bytes()
-        pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(content)), format="png")
-        assert pixels.shape[0] > 300
-        assert pixels.shape[1] > 600
-        assert np.ptp(pixels[..., :3]) > 0.5
-    assert not re.search(r"https?://|<script|<link", path.read_text())
-
-
-def test_plot_shows_the_level_of_every_layer_and_module(untied):
-    """Only blk.1.ffn_down differs: its cell, and no other, has another color."""
-    levels = [4] * 23
-    members = [t.name for t in allocatable(untied.spec)]
-    levels[members.index("blk.1.ffn_down.weight")] = 8
-    figure = report.plot_allocation(from_levels(untied, levels).summary())
-    axes = figure.axes[0]
-    image = np.asarray(axes.images[0].get_array())
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert image.shape == (7, 3)
-    assert np.argwhere(image != image[0, 0]).tolist() == [[labels.index("ffn_down"), 1]]
-    assert "token_embd IQ4_NL, output IQ4_NL" in axes.get_title()
-
-
-def test_plot_of_one_level_and_one_seed(tied):
-    assert report.png(report.plot_allocation(Allocation.uniform(tied, "F16").summary())).startswith(b"\x89PNG")
-    rows = [{name: value[:1] if isinstance(value, list) else value for name, value in row.items()} for row in METRICS]
-    figure = report.plot_training(rows)
-    assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_xydata(), [[10, 1], [20, 1]])
 
 
 def test_llama_cpp_at_our_types(untied, stats, reference, tmp_path, rng):

@@ -18,6 +18,7 @@ from ramp_jax.allocators.allocator import Problem, estimated_optimum, expected_l
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.tables import total
 from ramp_jax.formats import LEVELS as FORMAT_LEVELS
+from ramp_jax.formats import format_for
 from ramp_jax.models import allocatable
 from ramp_jax.models.layout import foldable
 from ramp_jax.policy import embedding, inference, networks, train
@@ -330,6 +331,34 @@ def test_pairs_decide_where_they_are_known():
         assert tuple(plain[:2]) != (1, 1)
         assert tuple(aware[:2]) == (1, 1)
         assert np.asarray(known.cost)[np.arange(3), aware].sum() <= 170
+
+
+def test_an_allocation_says_what_there_was_to_choose_among(prepared, known, tmp_path):
+    """Bytes and predicted loss of every format of a tensor, and what it alone would change: pairs included."""
+    folded, stats = prepared
+    table = costs(folded, LEVELS)
+    budget = (table.smallest + table.largest) // 2
+    found = allocate(find_allocator("fisher", levels=LEVELS), folded, stats, budget_bytes=budget)
+    actions = estimated_optimum(known, table.units(budget))
+    assert found.made["predicted_kld"] == pytest.approx(expected_loss(known, actions), rel=1e-6)
+    for t, tensor in enumerate(allocatable(folded.spec)):
+        choices = found.made["choices"][tensor.name]
+        assert [fmt for fmt in choices if choices[fmt]["change"] == 0] == [found.formats[tensor.name]]
+        for a in np.flatnonzero(table.per_level[t]):
+            other = actions.copy()
+            other[t] = a
+            choice = choices[format_for(LEVELS[a], tensor.shape[-1]).name]
+            changed = expected_loss(known, other) - expected_loss(known, actions)
+            assert choice["change"] == pytest.approx(changed, rel=1e-3, abs=1e-6)
+            assert choice["loss"] == pytest.approx(float(known.expected[t, a]), rel=1e-4)
+            size = from_levels(folded, [LEVELS[level] for level in other]).file_bytes
+            assert choice["bytes"] - choices[found.formats[tensor.name]]["bytes"] == size - found.file_bytes
+    found.save(tmp_path / "alloc.json")
+    loaded = Allocation.load(tmp_path / "alloc.json", folded)
+    assert {name: loaded.made[name] for name in found.made} == found.made
+    blind = allocate(find_allocator("uniform"), folded, stats, budget_bytes=budget)
+    assert blind.made.keys() == {"choices"}
+    assert all(choice.keys() == {"bytes"} for offered in blind.made["choices"].values() for choice in offered.values())
 
 
 def test_fisher_is_the_estimate_s_optimum_over_all_levels(prepared):

@@ -95,6 +95,7 @@ class Run:
     allocation: Path
     exported: Path
     budget: int
+    smaller: int
     printed: dict
 
 
@@ -110,6 +111,7 @@ def whole(untied_directory, untied, tmp_path_factory):
         allocation=folder / "alloc.json",
         exported=folder / "out.gguf",
         budget=(table.smallest + table.largest) // 2,
+        smaller=(3 * table.smallest + table.largest) // 4,
         printed={},
     )
     run.config.write_text(CONFIG.format(model=run.model))
@@ -120,7 +122,7 @@ def whole(untied_directory, untied, tmp_path_factory):
         "train": (f"--config={run.config}", at),
         "allocate": (f"--model={run.model}", policy, f"--budget_bytes={run.budget}", output, *OTHER),
         "export_gguf": (f"--model={run.model}", allocation, f"--output={run.exported}"),
-        "compare": (at, allocation, f"--gguf={run.exported}", *WINDOWS),
+        "compare": (at, allocation, f"--gguf={run.exported}", f"--budgets={run.smaller}", *WINDOWS),
         "report": (at, allocation),
     }
     for name, arguments in steps.items():
@@ -150,20 +152,42 @@ def test_the_whole_way(whole, untied):
     allocation = Allocation.load(whole.allocation, untied)
     assert whole.exported.stat().st_size == allocation.file_bytes <= whole.budget
     assert f"{allocation.file_bytes:,} bytes" in whole.printed["export_gguf"]
-    rows = json.loads((whole.workdir / "comparison.json").read_text())["rows"]
-    kinds = ["reference F16", "uniform IQ4_NL", "llama.cpp", "knapsack", "RAMP policy"]
+    every = json.loads((whole.workdir / "comparison.json").read_text())["rows"]
+    rows = [row for row in every if row["budget_bytes"] in (None, whole.budget)]
+    kinds = ["reference F16", "uniform Q5_1", "llama.cpp", "knapsack", "RAMP policy"]
     assert [kind for kind, row in zip(kinds, rows, strict=True) if row["name"].startswith(kind)] == kinds
     page = (whole.workdir / "report.html").read_text()
-    for row in rows:
+    for row in every:
         assert row["name"] in whole.printed["compare"]
         assert row["name"] in page
         assert f"{row['file_bytes']:,}" in whole.printed["report"]
+        assert row["ppl_llama_cpp"] == pytest.approx(row["ppl"], rel=0.05)
+        assert row["kld_stderr"] > 0
+    for row in rows:
         path = whole.exported if row["name"] == "RAMP policy" else whole.workdir / row["file"]
         assert path.stat().st_size == row["file_bytes"]
-        assert row["ppl_llama_cpp"] == pytest.approx(row["ppl"], rel=0.05)
     assert all(row["file_bytes"] <= whole.budget for row in rows[1:])
     assert rows[0]["ppl_llama_cpp"] == pytest.approx(rows[0]["ppl"], rel=1e-3)
     assert 0 <= rows[0]["kld"] < 1e-3 < rows[1]["kld"]
+
+
+def test_a_comparison_at_another_budget(whole):
+    """Every method chooses anew; errors are paired with the policy's; only files of the allocation's budget stay."""
+    rows = json.loads((whole.workdir / "comparison.json").read_text())["rows"]
+    assert [row["budget_bytes"] for row in rows[1:]] == sorted(row["budget_bytes"] for row in rows[1:])
+    smaller = [row for row in rows if row["budget_bytes"] == whole.smaller]
+    assert {row["method"] for row in smaller} >= {"uniform", "knapsack", "RAMP policy"}
+    assert all(row["file_bytes"] <= whole.smaller for row in smaller)
+    assert smaller[-1]["seconds"] is None
+    for group in (smaller, [row for row in rows if row["budget_bytes"] == whole.budget]):
+        *others, ours = group
+        assert ours["method"] == "RAMP policy"
+        assert ours["kld_beyond"] is None
+        for row in others:
+            assert row["kld_beyond"] == pytest.approx(row["kld"] - ours["kld"], rel=1e-4, abs=1e-7)
+            assert row["kld_beyond_stderr"] < row["kld_stderr"] + ours["kld_stderr"]
+    kept = {row["file"] for row in rows if row["file"]} - {whole.exported.name}
+    assert {path.name for path in whole.workdir.glob("*.gguf")} == kept
 
 
 def test_metrics_hold_one_row_per_scan(whole):
@@ -183,7 +207,7 @@ def test_second_training_reuses_the_first(whole, call):
 def test_second_comparison_reuses_the_first(whole, call):
     before = (whole.workdir / "comparison.json").read_bytes()
     arguments = (f"--workdir={whole.workdir}", f"--allocation={whole.allocation}", f"--gguf={whole.exported}")
-    code, printed, _ = call("compare", *arguments, *WINDOWS)
+    code, printed, _ = call("compare", *arguments, f"--budgets={whole.smaller}", *WINDOWS)
     assert code == 0
     assert "already holds this comparison" in printed
     assert (whole.workdir / "comparison.json").read_bytes() == before
@@ -391,8 +415,8 @@ ALL_FLAGS = {
     "allocate": "model from_gguf fold levels encoder mesh hosts patience budget_bytes fit_memory fit_context",
     "export_gguf": "model allocation output encoder imatrix shard_size recipe mesh hosts",
     "evaluate": "model reference encoder mesh tasks json",
-    "compare": "workdir allocation gguf encoder",
-    "report": "workdir allocation",
+    "compare": "workdir allocation gguf encoder budgets source_policy model data",
+    "report": "workdir allocation gguf output",
     "pretrain": "config output report json",
     "benchmark": "suite record repeats synthetic_layers kills_count",
 }
@@ -643,9 +667,8 @@ def test_allocation_of_another_model(fails, whole, tied_directory, tmp_path):
 
 
 def test_report_and_comparison_before_their_time(fails, whole, tmp_path):
-    assert "holds no metrics.jsonl; run launch/train.py" in fails("report", f"--workdir={tmp_path}")
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert "holds no comparison.json; run launch/compare.py" in fails("report", f"--workdir={tmp_path}")
+    assert "--allocation is missing" in fails("report")
+    assert "allocation.json is no file, where an allocation was expected" in fails("report", f"--workdir={tmp_path}")
     files = (f"--allocation={whole.allocation}", f"--gguf={whole.exported}")
     assert "is not the workdir of a training run" in fails("compare", f"--workdir={tmp_path}", *files)
     missing = (f"--allocation={whole.allocation}", f"--gguf={tmp_path / 'nowhere.gguf'}")
@@ -659,9 +682,43 @@ def test_report_and_comparison_before_their_time(fails, whole, tmp_path):
 
 def test_comparison_of_a_file_that_is_not_the_allocation_s(fails, whole, tmp_path):
     uniform = tmp_path / "uniform.gguf"
-    shutil.copy(whole.workdir / "uniform-IQ4_NL.gguf", uniform)
+    shutil.copy(whole.workdir / "uniform-Q5_1.gguf", uniform)
     arguments = (f"--workdir={whole.workdir}", f"--allocation={whole.allocation}", f"--gguf={uniform}", *WINDOWS)
-    assert re.search("holds .* as IQ4_NL, the allocation says Q[58]_0", fails("compare", *arguments))
+    assert re.search("holds .* as Q5_1, the allocation says (Q[58]_0|IQ4_NL)", fails("compare", *arguments))
+
+
+def test_an_allocation_without_training_is_compared_and_reported(fails, call, allocate, whole, tmp_path):
+    allocation, gguf, folder = tmp_path / "alloc.json", tmp_path / "out.gguf", tmp_path / "compared"
+    model, file = f"--model={whole.model}", f"--allocation={allocation}"
+    steps = {
+        "allocate": (*allocate(source_policy="fisher", output=allocation), "--encoder=reference", "--levels=4,5,8"),
+        "export_gguf": (model, file, f"--output={gguf}"),
+        "report": (file,),
+    }
+    for name, arguments in steps.items():
+        code, _, errors = call(name, *arguments)
+        assert code == 0, errors
+    page = (tmp_path / "report.html").read_text()
+    assert "predicted; not measured" in page
+    assert "--source_policy=fisher --levels=4,5,8" in page
+    given = (f"--workdir={folder}", file, f"--gguf={gguf}", *WINDOWS)
+    assert "say with --model what was allocated for" in fails("compare", *given)
+    assert "--source_policy would be ignored without --budgets" in fails("compare", *given, model, "--source_policy=x")
+    budgets = f"--budgets={whole.smaller}"
+    assert "was made by fisher, and greedy is greedy" in fails(
+        "compare", *given, model, budgets, "--source_policy=greedy"
+    )
+    code, _, errors = call("compare", *given, model, budgets)
+    assert code == 0, errors
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    assert [row["method"] for row in rows if row["kld_beyond"] is None] == ["reference", "fisher", "fisher"]
+    assert {row["method"] for row in rows} == {"reference", "uniform", "llama.cpp", "fisher"}
+    code, _, errors = call("report", file, f"--workdir={folder}")
+    assert code == 0, errors
+    page = (folder / "report.html").read_text()
+    assert "Quality and size" in page
+    assert "<h2>Training</h2>" not in page
+    assert "compares another allocation" in fails("report", f"--allocation={whole.allocation}", f"--workdir={folder}")
 
 
 SMALL = (

@@ -167,6 +167,13 @@ def expected_loss(problem: Problem, actions: Actions) -> float:
     return total_loss(tables(problem)[1], actions, pairs_of(problem))
 
 
+def changes(problem: Problem, actions: Actions) -> Loss:
+    """What an allocation is estimated to lose more, pairs included, if one tensor alone took each of its levels."""
+    loss, pairs, rows = tables(problem)[1], pairs_of(problem), np.arange(actions.size)
+    beside = loss if pairs is None else loss + pairs[:, :, rows, actions].sum(axis=-1)
+    return beside - beside[rows, actions][:, None]
+
+
 def true_loss(problem: Problem) -> Callable[[Actions], float]:
     """`problem.evaluate`; raises `ValueError` where there is none."""
     if problem.evaluate is None:

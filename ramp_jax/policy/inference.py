@@ -12,7 +12,7 @@ import numpy as np
 from flax import serialization
 
 from ramp_jax import schema
-from ramp_jax.allocation import Allocation, Costs, FoldLevel, Levels, check_budget, costs, from_actions
+from ramp_jax.allocation import Allocation, Choice, Costs, FoldLevel, Levels, check_budget, costs, from_actions
 from ramp_jax.allocators import Actions, Allocator, Problem
 from ramp_jax.allocators.allocator import (
     RULES,
@@ -20,6 +20,7 @@ from ramp_jax.allocators.allocator import (
     by_evolution,
     by_rule,
     by_table,
+    changes,
     estimated_optimum,
     expected_loss,
     pairs_of,
@@ -223,15 +224,49 @@ def allocate(
     """
     allocator = source.allocator() if isinstance(source, Policy) else source
     allocator = refine(allocator, evaluations) if evaluations else allocator
+    (found,) = allocations(allocator, model, stats, [budget_bytes], overrides, evaluate=evaluate, journal=journal)
+    return found
+
+
+def allocations(
+    allocator: Allocator,
+    model: Model,
+    stats: Stats,
+    budgets: Sequence[int],
+    overrides: Sequence[Override] = (),
+    *,
+    evaluate: Callable[[Actions], float] | None = None,
+    journal: Journal = NOWHERE,
+) -> list[Allocation]:
+    """As `allocate`, for several budgets in bytes, of one look at the model."""
     table = costs(model, allocator.levels, overrides)
-    check_budget(allocator.reach(model, table), budget_bytes)
+    for budget_bytes in budgets:
+        check_budget(allocator.reach(model, table), budget_bytes)
     known = problem(model, stats, allocator.levels, table, sees=allocator.sees, journal=journal)
     known = known._replace(evaluate=evaluate, model=model, importance=importance_of(model.spec, stats))
-    actions = allocator.choose(known, table.units(budget_bytes))
+    chosen = [allocator.choose(known, table.units(budget_bytes)) for budget_bytes in budgets]
+    return [_allocation(allocator, known, table, model, actions) for actions in chosen]
+
+
+def _allocation(allocator: Allocator, known: Problem, table: Costs, model: Model, actions: Actions) -> Allocation:
+    """The allocation of level indices, with what there was to choose among."""
     found = from_actions(model, table, actions)
-    if allocator.sees == "sizes":
-        return found
-    return dataclasses.replace(found, made={**found.made, "predicted_kld": max(0.0, expected_loss(known, actions))})
+    choices: dict[str, dict[str, Choice]] = {tensor.name: {} for tensor in allocatable(model.spec)}
+    predicted = {} if allocator.sees == "sizes" else {"predicted_kld": max(0.0, expected_loss(known, actions))}
+    loss, change = tables(known)[1], changes(known, actions)
+    for t, tensor in enumerate(allocatable(model.spec)):
+        for a, fmt in enumerate(table.formats[tensor.name]):
+            if fmt is not None:
+                choice: Choice = {"bytes": int(table.per_level[t, a])}
+                if predicted:
+                    choice.update(loss=_rounded(loss[t, a]), change=_rounded(change[t, a]))
+                choices[tensor.name][fmt] = choice
+    return dataclasses.replace(found, made={**found.made, **predicted, "choices": choices})
+
+
+def _rounded(nats: float) -> float:
+    """A prediction has fewer digits that mean something."""
+    return float(f"{nats:.5g}")
 
 
 def choose(policy: Policy, known: Problem, units: int, *, repair: bool = True) -> Actions:

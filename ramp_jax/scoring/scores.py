@@ -49,6 +49,11 @@ class Evaluation:
         """Nats per token, NaN without a reference."""
         return math.nan if self.kld is None else _mean(self.kld)
 
+    @property
+    def kld_stderr(self) -> float:
+        """Standard error of the mean KL divergence, NaN without a reference or with a single token."""
+        return math.nan if self.kld is None else _stderr(self.kld)
+
 
 def numbers(scored: Evaluation) -> dict[str, Any]:
     """All numbers as plain values: losses and divergences in nats per token, Δp in percent, `same_top` as a share.

@@ -46,7 +46,9 @@ def make(folder: Path) -> Path:
     folding = {n: np.exp(rng.normal(0, 0.3, a.width)).astype(np.float32) for n, a in foldable(spec).items()}
     how = {"data": "builtin", "context": 64, "count": 8, "text": 64 * "a", "tokens": 64 * "b"}
     notes = {"model": "tiny", "budget_bytes": 10**6, "allocator": "fisher", "refine_evals": 0, "seconds": 1.5}
-    made = Allocation(spec, chosen.metadata, chosen.formats, folding, how)
+    offered = {fmt: {"bytes": 10**4, "loss": 0.1, "change": -0.01} for fmt in ("IQ4_XS", "Q8_0")}
+    choices = {"choices": dict.fromkeys(list(chosen.formats)[:3], offered)}
+    made = Allocation(spec, chosen.metadata, chosen.formats, folding, how, choices)
     made.save(folder / "alloc.json", encoder="best", **notes)
     (folder / _GOOD).write_bytes((folder / "alloc.json").read_bytes())
     return folder / "alloc.json"
