@@ -18,6 +18,7 @@ from ramp_jax.models import allocatable
 from ramp_jax.policy import embedding
 from ramp_jax.quantization import calibrate, recorded_encoder, refold
 from ramp_jax.sensitivity.pairs import Estimate
+from ramp_jax.workflow import allocating, shared
 
 MIXES = ("Q4_K_M", "Q4_0", "IQ4_XS", "Q8_0")
 WINDOWS = WindowsConfig("builtin", 24, 3)
@@ -101,7 +102,7 @@ def read(untied, path, output, levels=(4.0, 5.0, 8.0), **how):
 
 def test_read_and_rounded_again(untied, mixes, tmp_path, monkeypatch):
     """No pass over the model; an encoder finds its windows as with any allocation."""
-    monkeypatch.setattr(workflow, "prepare", None)
+    monkeypatch.setattr(allocating, "prepare", None)
     read(untied, mixes["Q4_0"], tmp_path / "a.json")
     found, notes = Allocation.load(tmp_path / "a.json", untied), read_saved(tmp_path / "a.json")
     assert found.formats == types(mixes["Q4_0"])
@@ -118,7 +119,7 @@ def test_folded_for_its_types(untied, mixes, tmp_path, monkeypatch):
         asked.append(level)
         return refold(model, scales), calibrate(model, windows)
 
-    monkeypatch.setattr(workflow, "calibrate_and_fold", folded)
+    monkeypatch.setattr(shared, "calibrate_and_fold", folded)
     found = read(untied, mixes["Q8_0"], tmp_path / "a.json", fold_level=4)
     assert found.formats == types(mixes["Q8_0"])
     np.testing.assert_array_equal(found.folding["blk.1.attn_in"], scales["blk.1.attn_in"])
@@ -145,7 +146,7 @@ def test_refined_in_as_many_bytes(untied, mixes, tmp_path, monkeypatch):
         return measure
 
     monkeypatch.setattr(embedding, "estimated", estimated)
-    monkeypatch.setattr(workflow, "_true_loss", true_loss)
+    monkeypatch.setattr(allocating, "_true_loss", true_loss)
     found = read(untied, mixes["Q4_0"], tmp_path / "six.json", (4.0, 8.0), evaluations=6)
     first, *_ = losses
     assert from_levels(untied, [levels[a] for a in first]).formats == own
