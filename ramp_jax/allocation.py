@@ -252,8 +252,6 @@ class Allocation:
         """Read what `save` wrote; raises `ValueError` where it is not an allocation of `model`."""
         saved = read_saved(path)
         with schema.gate(path, "an allocation of this model", _MAKE_IT):
-            if "weights" in saved and not model.folding and not same(saved["weights"], sketch(model)):
-                raise ValueError("the weights that it was made for are others")
             known, calibration = foldable(model.spec), saved.get("calibration", {})
             if unknown := saved["folding"].keys() - known.keys():
                 raise ValueError(f"the folding names {min(unknown)}, which the model has not")
@@ -264,7 +262,10 @@ class Allocation:
                 )
             folding = {name: _scales(name, text, known[name].width) for name, text in saved["folding"].items()}
             made = {name: value for name, value in saved.items() if name in _MADE}
-            return cls(model.spec, model.metadata, saved["formats"], folding, calibration, made)
+            found = cls(model.spec, model.metadata, saved["formats"], folding, calibration, made)
+            if "weights" in saved and not model.folding and not same(saved["weights"], sketch(model)):
+                raise ValueError("it was made for other weights of the same shapes")
+            return found
 
 
 def read_saved(path: str | Path) -> Saved:
