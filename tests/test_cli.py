@@ -28,6 +28,15 @@ def run(monkeypatch, capsys):
     return script
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as Python has it, also where the tests run behind the shell's &, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_script_that_is_stopped_leaves_nothing_and_says_how_to_go_on(run, tmp_path, asked, code):
     def main():

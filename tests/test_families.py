@@ -22,6 +22,8 @@ from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity.exact import exact_sensitivity
 from ramp_jax.sensitivity.fisher import fisher_sensitivity
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FAMILIES = ("qwen3", "gemma")
 ARCHITECTURES = {"qwen3": gguf.MODEL_ARCH.QWEN3, "gemma": gguf.MODEL_ARCH.GEMMA}
 

@@ -32,6 +32,8 @@ from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity.exact import exact_sensitivity
 from ramp_jax.sensitivity.table import Sensitivity
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LEVELS, HIDDEN = (4, 5, 8), (16,)
 
 

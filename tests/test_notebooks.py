@@ -15,6 +15,8 @@ from ramp_jax.halo.footprint import Runtime, runtime_bytes
 from ramp_jax.models import tensors
 from ramp_jax.models.spec import make_spec
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 COLAB = Path(__file__).parent.parent / "launch/colab"
 SHORT = {"context": 24, "count": 2}
 NOT_HERE = {"setup", "colab"}  # installs packages, downloads through the browser

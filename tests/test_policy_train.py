@@ -16,6 +16,8 @@ from ramp_jax.policy.reward import Penalty
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import Task, TrainConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BITS = np.array([4, 5, 8])
 SHORT = TrainConfig(
     iterations=6,

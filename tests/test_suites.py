@@ -42,6 +42,8 @@ from benchmarks import sac as sac_suite
 from benchmarks import transfer as transfer_suite
 from benchmarks.sizes import Published
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture
 def on_tiny(monkeypatch, untied):

@@ -38,6 +38,8 @@ from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity.exact import exact_sensitivity
 from ramp_jax.sensitivity.fisher import fisher_sensitivity
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LEVELS = (4.0, 5.0, 8.0)
 
 
