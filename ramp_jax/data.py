@@ -128,22 +128,19 @@ def windows(
 
     `calibration` is the first four fifths of the tokens and `heldout` the rest, so that they never overlap; `all` is
     for texts that are a test set as a whole. Of several texts each gives its share, one window at least, and any first
-    windows are mixed alike. Files of JSON Lines with `messages` are conversations, which the tokenizer's chat template
-    writes out. A tokenizer that begins texts with BOS begins the text with it; with
-    `bos="window"` it also replaces each window's first token, as in llama.cpp, and with `"text"` it does not, as in
-    GPTQ's evaluation and those after it. Raises `ValueError` for a count below 1 or where the split is too short.
+    windows are mixed alike; what one of them cannot give of what is held out comes from the others. Files of JSON Lines
+    with `messages` are conversations, which the tokenizer's chat template writes out. A tokenizer that begins texts
+    with BOS begins the text with it; with `bos="window"` it also replaces each window's first token, as in llama.cpp,
+    and with `"text"` it does not, as in GPTQ's evaluation and those after it. Raises `ValueError` for a count below 1
+    or where the split is too short.
     """
     if len(parts := parts_of(source)) > 1:
-        counts = [None] * len(parts) if count is None else _apportioned(source, parts, count)
-        each = [
-            windows(part.source, tokenizer, context=context, count=n, split=split, bos=bos)
-            for part, n in zip(parts, counts, strict=True)
-        ]
+        counts = _counts(source, parts, tokenizer, context, count, split)
+        how: dict[str, Any] = {"context": context, "split": split, "bos": bos}
+        each = [windows(name, tokenizer, count=n, **how) for name, n in counts.items()]
         order = np.argsort(np.concatenate([(np.arange(len(one)) + 0.5) / len(one) for one in each]), kind="stable")
         return np.concatenate(each)[order]
-    tokens = _encode(_written_out(parts[0].source, tokenizer), tokenizer)
-    border = int(len(tokens) * _CALIBRATION_SHARE)
-    tokens = {"calibration": tokens[:border], "heldout": tokens[border:], "all": tokens}[split]
+    tokens = _tokens(source, tokenizer, split)
     available = len(tokens) // context
     if not available:
         raise ValueError(
@@ -175,18 +172,37 @@ def fingerprint(source: str) -> str:
     return hashlib.sha256(" ".join(f"{part.share:.6f} {found}" for part, found in parts).encode()).hexdigest()
 
 
-def _apportioned(source: str, parts: list[Part], count: int) -> list[int]:
-    """Windows of each part: its share rounded, so that they add up to `count`, and one at least."""
+def _counts(
+    source: str, parts: list[Part], tokenizer: PreTrainedTokenizerBase, context: int, count: int | None, split: Split
+) -> dict[str, int | None]:
+    """Windows of each text: its share rounded, so that they add up to `count`, and one at least."""
+    most = [math.inf] * len(parts)
+    if split != "calibration":
+        held = [len(_tokens(part.source, tokenizer, split)) // context for part in parts]
+        parts, most = [part for part, n in zip(parts, held, strict=True) if n], [n for n in held if n]
+    if not parts or (count is not None and count > sum(most)):
+        raise ValueError(
+            f"the {split} parts of {source!r} hold {sum(most):,} windows of {context} tokens, fewer than asked for; "
+            f"ask for fewer or shorter windows, or pass longer texts."
+        )
+    if count is None:
+        return dict.fromkeys(part.source for part in parts)
     if count < len(parts):
         raise ValueError(f"data {source!r} names {len(parts)} texts and {count} windows were asked for; ask for more.")
-    counts = [max(1, math.floor(part.share * count)) for part in parts]
-    while sum(counts) != count:
-        short = [part.share * count - n for part, n in zip(parts, counts, strict=True)]
-        if sum(counts) < count:
-            counts[int(np.argmax(short))] += 1
-        else:
-            counts[int(np.argmin([s if n > 1 else math.inf for s, n in zip(short, counts, strict=True)]))] -= 1
-    return counts
+    shares = np.asarray([part.share for part in parts]) * count / sum(part.share for part in parts)
+    counts = np.minimum(np.maximum(1, np.floor(shares)), most)
+    while (missing := count - counts.sum()) != 0:
+        room = counts < most if missing > 0 else counts > 1
+        short = np.where(room, (shares - counts) * np.sign(missing), -np.inf)
+        counts[np.argmax(short)] += np.sign(missing)
+    return {part.source: int(n) for part, n in zip(parts, counts, strict=True)}
+
+
+def _tokens(source: str, tokenizer: PreTrainedTokenizerBase, split: Split) -> Int[np.ndarray, " tokens"]:
+    """Those of a split of one text."""
+    tokens = _encode(_written_out(source, tokenizer), tokenizer)
+    border = int(len(tokens) * _CALIBRATION_SHARE)
+    return {"calibration": tokens[:border], "heldout": tokens[border:], "all": tokens}[split]
 
 
 def _written_out(source: str, tokenizer: PreTrainedTokenizerBase) -> str:

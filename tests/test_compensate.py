@@ -17,6 +17,8 @@ from ramp_jax.models.decoder import embed
 from ramp_jax.quantization import calibrate, fake_quantize, fold, make_encoder, refold
 from ramp_jax.quantization.compensate import factor, in_chunks, loss, read_by
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def inputs(rng, channels, tokens=2000):
     """Correlated activations with channels of very different loudness, and their second moment."""

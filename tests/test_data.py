@@ -236,6 +236,13 @@ def test_a_mixture_gives_every_text_its_share(tmp_path, tokenizer):
     assert not {window.tobytes() for window in held} & {window.tobytes() for window in every}
     assert len({data.fingerprint(name) for name in (source, source.replace(":3", ":4"), str(tmp_path / "a"))}) == 3
     assert data.windows(source, tokenizer, context=CONTEXT, count=2).shape == (2, CONTEXT)
+    (tmp_path / "b").write_text("b " * 100, encoding="utf-8")
+    held = data.windows(source, tokenizer, context=64, count=8, split="heldout")
+    assert not any("b" in tokenizer.decode(window) for window in held)
+    with pytest.raises(ValueError, match=r"'.*b' holds \d+ windows|'.*b' holds \d+ tokens"):
+        data.windows(source, tokenizer, context=128, count=8)
+    with pytest.raises(ValueError, match=r"the heldout parts of .* hold [\d,]+ windows of 64 tokens, fewer than asked"):
+        data.windows(source, tokenizer, context=64, count=10**6, split="heldout")
 
 
 def test_the_mixture_that_is_always_there(tokenizer):

@@ -29,6 +29,8 @@ from ramp_jax.quantization import (
 )
 from ramp_jax.quantization.importance import Origin, load_imatrix
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(scope="module")
 def stats(untied, windows):

@@ -12,6 +12,8 @@ from ramp_jax.formats import LEVELS, encode, format_for, format_up_to, get_forma
 from ramp_jax.formats.check import EncodeCache, check
 from ramp_jax.formats.integers import BITS, GROUPS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 
 

@@ -11,6 +11,8 @@ from flax import nnx
 
 from ramp_jax.models import DecoderModule, decoder, load_model, tensors
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def standard_promotion():

@@ -16,6 +16,8 @@ from ramp_jax.models import load_model
 from ramp_jax.models.metadata import plain
 from ramp_jax.quantization import calibrate, importance_of
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture
 def one(untied, untied_directory, tmp_path):

@@ -27,6 +27,8 @@ from ramp_jax.models.layout import foldable
 from ramp_jax.quantization import REFERENCE, Encoder, calibrate, importance_of, make_encoder, read_imatrix, refold
 from ramp_jax.quantization.importance import Origin
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KINDS = {
     "qwen3-tied": ("Q4_K", "F16"),
     "phi3": ("Q4_K", "IQ4_XS"),

@@ -25,6 +25,8 @@ from ramp_jax.sensitivity.exact import exact_sensitivity
 from ramp_jax.sensitivity.fisher import fisher_sensitivity
 from ramp_jax.sensitivity.table import Sensitivity
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LEVELS = (4, 5, 8)
 MEASURES = {"exact": exact_sensitivity, "fisher": fisher_sensitivity}
 

@@ -17,6 +17,8 @@ from ramp_jax.policy.inference import allocate, find_allocator
 from ramp_jax.quantization import calibrate_and_fold, make_encoder, refold
 from ramp_jax.scoring.perplexity import evaluate
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(scope="module", params=["gguf", "directory"])
 def path(request, untied, tmp_path_factory):
