@@ -88,7 +88,11 @@ def held(x: Float[np.ndarray, "W T D"]) -> Float[Array, "W T D"]:
 
 
 def advance(at: Place, x: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
-    """Hidden states after the block; those before it are given up."""
+    """Hidden states after the block; those before it are given up.
+
+    One block computes at a time: whoever runs ahead of that holds the weights of all blocks that wait for their turn.
+    """
+    x = jax.block_until_ready(x)
     run = functools.partial(block_forward, at.block, placed(at))
     return through(lambda part: (run(part), None), x)[0]
 

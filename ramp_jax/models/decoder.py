@@ -48,9 +48,12 @@ class Head:
         if dtype == self.weight.dtype or size <= _HEAD_ROWS:
             return soft_cap(some(self.weight), self.cap)
 
+        # As integers: on CPUs XLA cuts no bfloat16, but converts the whole matrix first and keeps that.
+        stored = self.weight.view(f"uint{8 * self.weight.dtype.itemsize}")
+
         def more(i: jax.Array, found: Float[Array, "V T"]) -> Float[Array, "V T"]:
             start = jnp.minimum(i * _HEAD_ROWS, size - _HEAD_ROWS)
-            rows = jax.lax.dynamic_slice_in_dim(self.weight, start, _HEAD_ROWS)
+            rows = jax.lax.dynamic_slice_in_dim(stored, start, _HEAD_ROWS).view(self.weight.dtype)
             return jax.lax.dynamic_update_slice_in_dim(found, some(rows), start, axis=0)
 
         found = jnp.zeros((size, len(x)), jnp.float32)
