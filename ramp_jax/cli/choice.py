@@ -44,7 +44,12 @@ class Choice(NamedTuple):
 
 def define_choice() -> None:
     """`--source_policy`, `--levels`, budgets, calibration windows, `--dtype` and `--refine_evals`."""
-    flags.DEFINE_string("source_policy", None, "Workdir of a training run, or a name of those above.")
+    flags.DEFINE_string(
+        "source_policy",
+        None,
+        "Who chooses: the workdir of a training run, pretrained, fisher, greedy, uniform, random, evolution, "
+        "llama.cpp, or a measured table (.npz).",
+    )
     flags.DEFINE_list("levels", None, "Levels to choose among; a policy's and a table's must be these.")
     flags.register_validator(
         "levels",

@@ -89,7 +89,7 @@ def define_mesh() -> None:
 
 def define_encoder(*, recorded: bool = True) -> flags.FlagHolder[str | None]:
     """`--encoder`: how weights become codes; by default what the allocation records, or `DEFAULT_ENCODER`."""
-    default = " Default: what the allocation records." if recorded else ""
+    default = f" Default: what the allocation records; of a new one {DEFAULT_ENCODER}." if recorded else ""
     return flags.DEFINE_enum(
         "encoder",
         None if recorded else DEFAULT_ENCODER,

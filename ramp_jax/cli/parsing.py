@@ -45,7 +45,7 @@ def _described(flag: flags.Flag) -> str:
     """A flag with what it takes, what it is for and what it is if left out."""
     choices = "|".join(getattr(flag.parser, "enum_values", ()))
     takes = {"int": "=N", "float": "=X", "bool": ""}.get(flag.flag_type(), f"={choices or '...'}")
-    text = flag.help.removeprefix(f"<{choices}>: ")
+    text = flag.help.removeprefix(f"<{choices}>: ").partition(";\n")[0]  # absl's own words on repeating it follow
     if any("must have a value" in validator.message for validator in flag.validators):
         text += " Required."
     elif flag.default is not None and flag.default is not False and flag.default != []:
