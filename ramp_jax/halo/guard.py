@@ -228,8 +228,6 @@ def _verdict(rival: Rival) -> str:
         return f"it loses less by {how} and took the file's place"
     if beyond > stderr:
         return f"it loses LESS than this file by {how}; --guard=replace would take it"
-    return (
-        f"this file loses {'less' if beyond < -stderr else 'as much, less'} by {how}"
-        if beyond <= 0
-        else (f"no difference beyond the standard error ({how})")
-    )
+    if beyond > 0:
+        return f"no difference beyond the standard error ({how})"
+    return f"this file loses {'less' if beyond < -stderr else 'as much, less'} by {how}"
