@@ -47,7 +47,7 @@ BLOCK = 256
 _CHUNK = 2 * LANES  # superblocks whose intermediate arrays exist at one time
 
 Weights = Float[Array, "*rows I"]
-Importance = Float[Array, " I"] | None
+Importance = Float[Array, " I"] | Float[Array, "*rows I"] | None
 
 
 def encode_q2_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperAffineCodes:

@@ -39,27 +39,37 @@ from ramp_jax.formats.search import LANES, AffineGrid
 BLOCK = 32
 
 Weights = Float[Array, "*rows I"]
-Importance = Float[Array, " I"] | None
+Importance = Float[Array, " I"] | Float[Array, "*rows I"] | None
+RowSquare = Float[Array, "*rows"] | None
+"""The mean square of the whole row, where w holds pieces of rows."""
 
 
-def encode_q4_0(w: Weights, importance: Importance = None, coarse: bool = False) -> ScaledCodes:
+def encode_q4_0(
+    w: Weights, importance: Importance = None, coarse: bool = False, row_square: RowSquare = None
+) -> ScaledCodes:
     """Codes in −8..7."""
-    return _encode_signed(w, importance, coarse, half=8)
+    return _encode_signed(w, importance, coarse, row_square, half=8)
 
 
-def encode_q5_0(w: Weights, importance: Importance = None, coarse: bool = False) -> ScaledCodes:
+def encode_q5_0(
+    w: Weights, importance: Importance = None, coarse: bool = False, row_square: RowSquare = None
+) -> ScaledCodes:
     """Codes in −16..15."""
-    return _encode_signed(w, importance, coarse, half=16)
+    return _encode_signed(w, importance, coarse, row_square, half=16)
 
 
-def encode_q4_1(w: Weights, importance: Importance = None, coarse: bool = False) -> AffineCodes:
+def encode_q4_1(
+    w: Weights, importance: Importance = None, coarse: bool = False, row_square: RowSquare = None
+) -> AffineCodes:
     """Codes in 0..15."""
-    return _encode_affine(w, importance, coarse, top=15)
+    return _encode_affine(w, importance, coarse, row_square, top=15)
 
 
-def encode_q5_1(w: Weights, importance: Importance = None, coarse: bool = False) -> AffineCodes:
+def encode_q5_1(
+    w: Weights, importance: Importance = None, coarse: bool = False, row_square: RowSquare = None
+) -> AffineCodes:
     """Codes in 0..31."""
-    return _encode_affine(w, importance, coarse, top=31)
+    return _encode_affine(w, importance, coarse, row_square, top=31)
 
 
 def encode_q8_0(w: Weights, importance: Importance = None, coarse: bool = False) -> ScaledCodes:
@@ -85,7 +95,7 @@ def encode_iq4_nl(w: Weights, importance: Importance = None, coarse: bool = Fals
     return ScaledCodes(to_f16(_rows(scale, blocks)), _rows(q, blocks).astype(jnp.int8))
 
 
-def _encode_signed(w: Weights, importance: Importance, coarse: bool, half: int) -> ScaledCodes:
+def _encode_signed(w: Weights, importance: Importance, coarse: bool, row_square: RowSquare, half: int) -> ScaledCodes:
     blocks = blocks_of(w, BLOCK)
     if importance is None:
         largest = search.first_largest(jnp.moveaxis(blocks, -1, 0))
@@ -94,12 +104,12 @@ def _encode_signed(w: Weights, importance: Importance, coarse: bool, half: int) 
         q = jnp.clip(unsigned, 0, 2 * half - 1) - half
         return ScaledCodes(to_f16(d), q.astype(jnp.int8))
     one = opaque_one(w)
-    weight = _row_weights(w, importance, one)
+    weight = _row_weights(w, importance, row_square, one)
     scale, q = map_lanes(lambda a, b: search.search_symmetric(a, b, half, one, coarse), LANES, _lanes(blocks), weight)
     return ScaledCodes(to_f16(_rows(scale, blocks)), _rows(q, blocks).astype(jnp.int8))
 
 
-def _encode_affine(w: Weights, importance: Importance, coarse: bool, top: int) -> AffineCodes:
+def _encode_affine(w: Weights, importance: Importance, coarse: bool, row_square: RowSquare, top: int) -> AffineCodes:
     blocks = blocks_of(w, BLOCK)
     if importance is None:
         low, high = search.first_smallest(jnp.moveaxis(blocks, -1, 0)), jnp.max(blocks, axis=-1)
@@ -109,22 +119,28 @@ def _encode_affine(w: Weights, importance: Importance, coarse: bool, top: int) -
     one = opaque_one(w)
     grid = AffineGrid(top, -0.9, 0.05, 37)
     grid = grid.thinned() if coarse else grid
-    weight = _row_weights(w, importance, one)
+    weight = _row_weights(w, importance, row_square, one)
     scale, low, q = map_lanes(lambda a, b: search.search_affine(a, b, grid, one), LANES, _lanes(blocks), weight)
     d, m = (to_f16(_rows(a, blocks)) for a in (scale, -low))
     return AffineCodes(d, m, _rows(q, blocks).astype(jnp.uint8))
 
 
-def _row_weights(w: Weights, importance: Float[Array, " I"], one: jax.Array) -> Float[Array, "32 N"]:
-    """importance · √(mean square of the whole row + w²), lanes last."""
+def mean_square(w: Weights) -> Float[Array, "*rows"]:
+    """Of every row, summed in order: what ggml adds to each square where it weighs errors by importance."""
+    one = opaque_one(w)
     by_column = jnp.moveaxis(w, -1, 0)
 
     def add(total: jax.Array, column: jax.Array) -> tuple[jax.Array, None]:
         return total + one * (column * column), None
 
     total, _ = lax.scan(add, jnp.zeros_like(by_column[0]), by_column, unroll=min(32, w.shape[-1]))
-    mean_square = divide(total, w.shape[-1])[..., None]
-    weight = jnp.broadcast_to(importance, w.shape) * square_root(mean_square + one * (w * w))
+    return divide(total, w.shape[-1])
+
+
+def _row_weights(w: Weights, importance: jax.Array, row_square: RowSquare, one: jax.Array) -> Float[Array, "32 N"]:
+    """importance · √(mean square of the whole row + w²), lanes last."""
+    square = (mean_square(w) if row_square is None else row_square)[..., None]
+    weight = jnp.broadcast_to(importance, w.shape) * square_root(square + one * (w * w))
     return _lanes(blocks_of(weight, BLOCK))
 
 

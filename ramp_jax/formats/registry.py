@@ -27,9 +27,10 @@ class Format:
     """One block format: all that is known of it.
 
     `encoder(w, importance, coarse)` maps weights f32 `[*rows, I]` to a pytree of codes, `decode` these to f32; both
-    are pure and jittable. `to_bytes` and `from_bytes` map codes to and from `[*rows, row_bytes(I)]` uint8 on the
-    host, None where no GGUF type stores the format. No |weight| may be above `largest`. `llama_ftype` is the type of a
-    file that is made of it. `grid` is what `effort="best"` searches, None where it is the reference.
+    are pure and jittable. An encoder that `weighs_rows` takes the rows' mean squares as well. `to_bytes` and
+    `from_bytes` map codes to and from `[*rows, row_bytes(I)]` uint8 on the host, None where no GGUF type stores the
+    format. No |weight| may be above `largest`. `llama_ftype` is the type of a file that is made of it. `grid` is what
+    `effort="best"` searches, None where it is the reference.
 
     `level` orders formats by size and is about the bits of a code; None for plain floats. The levels that an allocation
     may choose, `LEVELS`, are those of the formats with `action`; of several at one level, the one with the largest
@@ -48,9 +49,18 @@ class Format:
     llama_ftype: gguf.LlamaFileType | None = None
     grid: Grid | None = None
     action: bool = False
+    weighs_rows: bool = False
 
-    def encode(self, w: jax.Array, importance: jax.Array | None = None, effort: Effort = "reference") -> Any:
-        """Codes of w `[*rows, I]`, weighted by `importance` `[I]`.
+    def encode(
+        self,
+        w: jax.Array,
+        importance: jax.Array | None = None,
+        effort: Effort = "reference",
+        row_square: jax.Array | None = None,
+    ) -> Any:
+        """Codes of w `[*rows, I]`, weighted by `importance`, `[I]` or `[*rows, I]`.
+
+        Where w holds pieces of rows, formats that weigh by whole rows want their mean squares, `row_square` `[*rows]`.
 
         `reference` makes the bytes of `ggml_quantize_chunk` for all blocks of 32 and IQ4_XS and for at least 99.968 %
         of the blocks of K-quants (measured on SmolLM2-135M); the others have other codes where their scale is 0, and
@@ -61,7 +71,8 @@ class Format:
         """
         if effort not in get_args(Effort):
             raise ValueError(f"unknown effort {effort!r}; choose {', '.join(get_args(Effort))}.")
-        found = self.encoder(w, importance, effort == "coarse")
+        of_rows = (row_square,) if self.weighs_rows else ()
+        found = self.encoder(w, importance, effort == "coarse", *of_rows)
         if effort == "best" and self.grid is not None:
             found = improve(found, w, importance, self.grid)
         return found
@@ -129,6 +140,7 @@ def _blocks(
     bits: int | None = None,
     mix: str = "",
     action: bool = True,
+    weighs_rows: bool = False,
 ) -> Format:
     """A type of ggml's: `packers` to and from bytes take `bits`, unless None; weights reach `most` f16 scales.
 
@@ -147,6 +159,7 @@ def _blocks(
         llama_ftype=gguf.LlamaFileType[f"MOSTLY_{name}{mix}"],
         grid=grid,
         action=action,
+        weighs_rows=weighs_rows,
     )
 
 
@@ -158,6 +171,8 @@ def _block_sizes(name: str) -> tuple[int, int]:
 def _group(name: str, bits: int, group: int, encoder: Callable[..., integers.GroupCodes]) -> Format:
     return Format(name, bits, group, group * bits // 8 + 4, encoder, integers.decode)
 
+
+_rows = functools.partial(_blocks, weighs_rows=True)
 
 _SCALED = packing.scaled_to_bytes, packing.scaled_from_bytes
 _AFFINE = packing.affine_to_bytes, packing.affine_from_bytes
@@ -175,10 +190,10 @@ _FORMATS = {
         _float("F32", jnp.float32, gguf.LlamaFileType.ALL_F32),
         _float("F16", jnp.float16, gguf.LlamaFileType.MOSTLY_F16, rounded_to_f16, _F16_MAX),
         _float("BF16", jnp.bfloat16, gguf.LlamaFileType.MOSTLY_BF16, lambda w: lax.reduce_precision(w, 8, 7)),
-        _blocks("Q4_0", 4, legacy.encode_q4_0, _SCALED, 8, Grid(whole(-8, 7)), bits=4, action=False),
-        _blocks("Q4_1", 4.5, legacy.encode_q4_1, _AFFINE, 1, Grid(whole(0, 15), mins=(1, 1)), bits=4, action=False),
-        _blocks("Q5_0", 5, legacy.encode_q5_0, _SCALED, 16, Grid(whole(-16, 15)), bits=5),
-        _blocks("Q5_1", 6, legacy.encode_q5_1, _AFFINE, 1, Grid(whole(0, 31), mins=(1, 1)), bits=5),
+        _rows("Q4_0", 4, legacy.encode_q4_0, _SCALED, 8, Grid(whole(-8, 7)), bits=4, action=False),
+        _rows("Q4_1", 4.5, legacy.encode_q4_1, _AFFINE, 1, Grid(whole(0, 15), mins=(1, 1)), bits=4, action=False),
+        _rows("Q5_0", 5, legacy.encode_q5_0, _SCALED, 16, Grid(whole(-16, 15)), bits=5),
+        _rows("Q5_1", 6, legacy.encode_q5_1, _AFFINE, 1, Grid(whole(0, 31), mins=(1, 1)), bits=5),
         _blocks("Q8_0", 8, legacy.encode_q8_0, _Q8_0, 127, Grid(whole(-127, 127))),
         _blocks("IQ4_NL", 4, legacy.encode_iq4_nl, _IQ4_NL, 113, Grid(nearest_iq4)),
         _blocks("Q2_K", 2, kquants.encode_q2_k, _Q2_K, 15, Grid(whole(0, 3), (0, 15), (0, 15))),

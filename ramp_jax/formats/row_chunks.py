@@ -1,11 +1,11 @@
-"""Whole tensors from the host: rows go in chunks, so memory is bounded, all cores work and one compilation serves all
-tensors with the same row length (on accelerators, tensors of less than a chunk compile for their number of rows, too).
+"""Whole tensors from the host: rows go in chunks, so that memory is bounded and all cores work.
 
-Inside a compiled function the same calls simply become part of it.
+On CPUs encoders see blocks and not rows, so that one program per format serves tensors of all shapes: compiling an
+encoder takes longer than running it on a small model. Accelerators encode rows, up to whole matrices of one row length
+at once. Inside a compiled function the same calls simply become part of it.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from ramp_jax import devices, hosts
 from ramp_jax.cores import cores
+from ramp_jax.formats.legacy import mean_square
 from ramp_jax.formats.registry import Effort, get_format
 from ramp_jax.formats.search import LANES
 
@@ -32,17 +33,17 @@ def encode(
     effort: Effort = "reference",
 ) -> Any:
     """Codes of w in format `name`, see `Format.encode`; peaks below 6 times the size of w in f32, w included."""
-    return _in_chunks(functools.partial(_encode, name=name, effort=effort), w, importance)
+    return _in_chunks(functools.partial(encode_rows, name=name, effort=effort), w, importance)
 
 
 def round_trip(
     w: Float[Array, "*rows I"],
     name: str,
-    importance: Float[Array, " I"] | None = None,
+    importance: Float[Array, " I"] | Float[Array, "*rows I"] | None = None,
     effort: Effort = "reference",
 ) -> Float[Array, "*rows I"]:
-    """What w becomes in format `name`: encoded and decoded in one compiled call."""
-    return _in_chunks(functools.partial(_round_trip, name=name, effort=effort), w, importance)
+    """What w becomes in format `name`: encoded and decoded."""
+    return _in_chunks(functools.partial(round_trip_rows, name=name, effort=effort), w, importance)
 
 
 @functools.partial(jax.jit, static_argnames="name")
@@ -51,28 +52,74 @@ def decode(codes: Any, name: str) -> Float[Array, "*rows I"]:
     return get_format(name).decode(codes)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "effort"))
-def _encode(w: jax.Array, importance: jax.Array | None, name: str, effort: Effort) -> Any:
-    return get_format(name).encode(w, importance, effort)
+def encode_rows(
+    w: Float[Array, "R I"],
+    importance: Float[Array, " I"] | Float[Array, "R I"] | None,
+    name: str,
+    effort: Effort,
+) -> Any:
+    """Codes of rows that are encoded together, as `in_row_chunks` cuts them."""
+    if not _in_blocks(w, name):
+        return _encode(w, importance, name, effort)
+    rows, per_row = len(w), w.shape[1] // get_format(name).block_size
+    codes = _encode_blocks(w, importance, name, effort)
+    return jax.tree.map(lambda a: np.asarray(a)[: rows * per_row].reshape(rows, per_row, *a.shape[2:]), codes)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "effort"))
-def _round_trip(w: jax.Array, importance: jax.Array | None, name: str, effort: Effort) -> jax.Array:
+def round_trip_rows(
+    w: Float[Array, "R I"],
+    importance: Float[Array, " I"] | Float[Array, "R I"] | None,
+    name: str,
+    effort: Effort,
+) -> Float[Array, "R I"]:
+    """What rows that are encoded together become."""
+    if not _in_blocks(w, name):
+        return decode(_encode(w, importance, name, effort), name)
+    blocks = np.asarray(decode(_encode_blocks(w, importance, name, effort), name))
+    return blocks[: w.size // blocks.shape[1]].reshape(w.shape)
+
+
+def _in_blocks(w: jax.Array, name: str) -> bool:
+    """Whether rows are encoded block by block; plain floats have none."""
+    traced = isinstance(w, jax.core.Tracer)
+    return not traced and jax.default_backend() == "cpu" and get_format(name).block_size > 1
+
+
+def _encode_blocks(w: jax.Array, importance: jax.Array | None, name: str, effort: Effort) -> Any:
+    """Codes of rows of one block each: those of w, filled up to the lanes of a search or to a chunk."""
     fmt = get_format(name)
-    return fmt.decode(fmt.encode(w, importance, effort))
+    size = fmt.block_size
+    blocks = np.asarray(w, np.float32).reshape(-1, size)
+    count = LANES if len(blocks) <= LANES else max(len(blocks), _CPU_CHUNK // size)
+    if importance is None:
+        return _encode(_filled(blocks, count), None, name, effort)
+    weights = np.broadcast_to(np.asarray(importance, np.float32), w.shape).reshape(-1, size)
+    square = np.repeat(np.asarray(_mean_square(w)), w.shape[1] // size) if fmt.weighs_rows else None
+    known = [None if a is None else _filled(a, count) for a in (blocks, weights, square)]
+    return _encode(known[0], known[1], name, effort, known[2])
+
+
+_mean_square = jax.jit(mean_square)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "effort"))
+def _encode(
+    w: jax.Array, importance: jax.Array | None, name: str, effort: Effort, row_square: jax.Array | None = None
+) -> Any:
+    return get_format(name).encode(w, importance, effort, row_square)
 
 
 def in_row_chunks(
     run: Callable[..., Any],
     w: Float[Array, "R I"],
     *rest: Any,
-    each: Iterable[Any] | None = None,
+    beside: Sequence[Float[Array, "R ..."]] = (),
     on_accelerator: int = _ACCELERATOR_ROWS,
 ) -> list[Any]:
     """`run(rows, *rest)` of equal chunks of w's rows in f32, on all cores, devices and hosts; zeros fill up the last.
 
-    With `each`, `run(rows, item, *rest)` for every item of it, all chunks of the first item first. Accelerators take up
-    to `on_accelerator` weights at once, whole matrices as a rule.
+    The rows of arrays `beside` it come after w's. Accelerators take up to `on_accelerator` weights at once, whole
+    matrices as a rule.
     """
     on_cpu = jax.default_backend() == "cpu"
     size = max(1, (_CPU_CHUNK if on_cpu else on_accelerator) // w.shape[1])
@@ -80,25 +127,21 @@ def in_row_chunks(
         size = min(size, len(w))
     elif 2 * (filled := 1 << (len(w) - 1).bit_length()) <= size:
         size = filled  # a program of its own; above half of a chunk, filling it up costs less than compiling
-    items = [()] if each is None else [(item,) for item in each]
     arrays = _arrays()
-    w = arrays.asarray(w)
+    together = [arrays.asarray(a) for a in (w, *beside)]
 
-    def chunk(start: int) -> Float[Array, "S I"]:
-        rows = w[start : start + size]
-        short = size - len(rows)
-        return jnp.asarray(arrays.pad(rows, ((0, short), (0, 0))) if short else rows, jnp.float32)
+    def chunk(start: int) -> list[Float[Array, "S ..."]]:
+        return [jnp.asarray(_filled(a[start : start + size], size), jnp.float32) for a in together]
 
-    def all_jobs(jobs: Sequence[tuple[tuple[Any, ...], int]]) -> list[Any]:
+    def all_jobs(starts: Sequence[int]) -> list[Any]:
         if devices.current() is not None:
-            return list(devices.each(run, ((chunk(start), *item) for item, start in jobs), *rest))
-        return list((_pool().map if on_cpu else map)(one_job, jobs))
+            return list(devices.each(run, map(chunk, starts), *rest))
+        return list((_pool().map if on_cpu else map)(one_job, starts))
 
-    def one_job(job: tuple[tuple[Any, ...], int]) -> Any:
-        item, start = job
-        return jax.block_until_ready(run(chunk(start), *item, *rest))
+    def one_job(start: int) -> Any:
+        return jax.block_until_ready(run(*chunk(start), *rest))
 
-    return hosts.shared(all_jobs, list(itertools.product(items, range(0, len(w), size))))
+    return hosts.shared(all_jobs, range(0, len(w), size))
 
 
 def side_by_side(run: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
@@ -114,12 +157,20 @@ def _in_chunks(run: Callable[..., Any], w: jax.Array, importance: jax.Array | No
         return run(w, importance)
     *lead, n_in = w.shape
     rows = w.reshape(-1, n_in)
-    chunks = in_row_chunks(run, rows, importance, on_accelerator=_ACCELERATOR_CHUNK)
+    own = importance is not None and importance.ndim > 1
+    beside, rest = ([importance.reshape(-1, n_in)], []) if own else ([], [importance])
+    chunks = in_row_chunks(run, rows, *rest, beside=beside, on_accelerator=_ACCELERATOR_CHUNK)
 
     def join(*leaves: jax.Array) -> jax.Array | np.ndarray:
         return _arrays().concatenate(leaves)[: len(rows)].reshape(*lead, *leaves[0].shape[1:])
 
     return jax.tree.map(join, *chunks)
+
+
+def _filled(a: Float[Array, "R ..."], count: int) -> Float[Array, "N ..."]:
+    """Zeros after the last row where there are fewer than `count`."""
+    pad = np.pad if isinstance(a, np.ndarray) else jnp.pad
+    return pad(a, [(0, count - len(a)), *[(0, 0)] * (a.ndim - 1)]) if len(a) < count else a
 
 
 def _arrays() -> Any:

@@ -22,8 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ramp_jax import sweep
-from ramp_jax.formats import format_up_to, get_format
-from ramp_jax.formats.row_chunks import in_row_chunks
+from ramp_jax.formats import format_up_to, round_trip
 from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import DecoderSpec, Model
 from ramp_jax.models.layout import (
@@ -228,22 +227,33 @@ def _best(w: jax.Array, scales: jax.Array, square: jax.Array, sketch: jax.Array 
 def _errors(
     w: jax.Array, scales: jax.Array, square: jax.Array, sketch: jax.Array | None, fmt: str
 ) -> Float[np.ndarray, " A"]:
-    """Of each candidate, over all rows; candidates and chunks of rows keep all cores busy."""
-    run = functools.partial(_chunk_error, fmt=fmt)
-    chunks = in_row_chunks(run, w, square, sketch, each=np.asarray(scales))
-    return np.reshape(chunks, (len(scales), -1)).sum(axis=1, dtype=np.float64)
+    """Of each candidate, over all rows, which are rounded together."""
+    wide, importance = _widened(w, scales, square)
+    return np.asarray(_output_errors(round_trip(wide, fmt, importance, "coarse"), w, scales, square, sketch))
 
 
-@functools.partial(jax.jit, static_argnames="fmt")
-def _chunk_error(
+@jax.jit
+def _widened(
+    w: Float[Array, "R C"], scales: Float[Array, "A C"], square: Float[Array, " C"]
+) -> tuple[Float[Array, "A R C"], Float[Array, "A R C"]]:
+    """Rows whose columns each candidate widens, and the importance of these."""
+    wide = w[None] * scales[:, None]
+    importance = jnp.maximum(square, 1e-4 * jnp.mean(square))[None] / jnp.square(scales)
+    return wide, jnp.broadcast_to(importance[:, None], wide.shape)
+
+
+@jax.jit
+def _output_errors(
+    rounded: Float[Array, "A R C"],
     w: Float[Array, "R C"],
-    s: Float[Array, " C"],
+    scales: Float[Array, "A C"],
     square: Float[Array, " C"],
     sketch: Float[Array, "K C"] | None,
-    fmt: str,
-) -> Float[Array, ""]:
-    """Squared error of the outputs of rows whose columns were widened by s before rounding."""
-    known = get_format(fmt)
-    importance = jnp.maximum(square, 1e-4 * jnp.mean(square)) / jnp.square(s)
-    off = known.decode(known.encode(w * s[None], importance, "coarse")) / s[None] - w
-    return jnp.sum(jnp.square(off) * square[None]) if sketch is None else jnp.sum(jnp.square(off @ sketch.T))
+) -> Float[Array, " A"]:
+    """Squared errors of the rows' outputs."""
+
+    def one(candidate: tuple[Float[Array, "R C"], Float[Array, " C"]]) -> Float[Array, ""]:
+        off = candidate[0] / candidate[1][None] - w
+        return jnp.sum(jnp.square(off) * square[None] if sketch is None else jnp.square(off @ sketch.T))
+
+    return jax.lax.map(one, (rounded, scales))

@@ -28,10 +28,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ramp_jax import sweep
-from ramp_jax.formats import get_format
 from ramp_jax.formats.check import check
 from ramp_jax.formats.registry import Effort
-from ramp_jax.formats.row_chunks import in_row_chunks, side_by_side
+from ramp_jax.formats.row_chunks import in_row_chunks, round_trip_rows, side_by_side
 from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable, tensors
 from ramp_jax.models.decoder import Params, embed, final_norm
@@ -110,12 +109,10 @@ def rounding_errors(model: Model, every: list[Cell], encoder: Encoder) -> Change
 
 @functools.cache
 def _rounding(fmt: str, effort: Effort) -> Callable[..., Float[Array, "R I"]]:
-    """One function per format, so that it compiles once."""
-    known = get_format(fmt)
+    """One function per format, so that what it is part of compiles once."""
 
-    @jax.jit
     def error(w: Float[Array, "R I"], importance: Float[Array, " I"] | None) -> Float[Array, "R I"]:
-        return known.decode(known.encode(w, importance, effort)) - w
+        return round_trip_rows(w, importance, fmt, effort) - w
 
     return error
 
