@@ -13,7 +13,7 @@ from tiny import VOCABULARY, drawn, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ramp_jax import data, devices, workflow
-from ramp_jax.allocation import costs
+from ramp_jax.allocation import Allocation, costs
 from ramp_jax.checkpoint import digest
 from ramp_jax.config import WindowsConfig
 from ramp_jax.halo.export import export_gguf
@@ -69,7 +69,7 @@ def exported(folder, output):
     reach = costs(model, LEVELS)
     allocator, budget = find_allocator("fisher", levels=LEVELS), (reach.smallest + reach.largest) // 2
     allocation = workflow.allocate(model, allocator, budget, WindowsConfig("builtin", 24, 3), path, str(folder))
-    export_gguf(model, allocation, gguf, recorded_encoder(path, model))
+    export_gguf(model, allocation, gguf, recorded_encoder(Allocation.load(path, model), model))
     return [dict(allocation.formats), digest(np.fromfile(gguf, np.uint8))]
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from ramp_jax import data
-from ramp_jax.allocation import from_levels
+from ramp_jax.allocation import Allocation, from_levels
 from ramp_jax.checkpoint import digest
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup
@@ -213,8 +213,12 @@ def test_encoder_of_an_allocation_file(untied, windows, importance, allocation, 
     path = tmp_path / "alloc.json"
     known = {"text": data.fingerprint("builtin"), "tokens": digest(windows)}
     calibration = {"data": "builtin", "context": 24, "count": 3, **known}
-    dataclasses.replace(allocation, calibration=calibration).save(path, encoder="best")
-    found = recorded_encoder(path, untied)
+
+    def recorded(*how, calibration=calibration, model=untied, **named):
+        dataclasses.replace(allocation, calibration=calibration).save(path, encoder="best")
+        return recorded_encoder(Allocation.load(path, untied), model, *how, **named)
+
+    found = recorded()
     assert (found.effort, found.compensated) == ("best", False)
     np.testing.assert_array_equal(found.windows, windows)
     known = dataclasses.replace(found, importance=importance, windows=None)
@@ -224,32 +228,27 @@ def test_encoder_of_an_allocation_file(untied, windows, importance, allocation, 
         fake_quantize(untied, allocation, known),
     )
     assert found.origin == Origin(None, "builtin", 3, 24)
-    assert recorded_encoder(path, untied, "reference") == REFERENCE
+    assert recorded("reference") == REFERENCE
     imatrix = write_dat(tmp_path / "imatrix.dat", {name: values * 2 for name, values in importance.items()})
-    assert recorded_encoder(path, untied, imatrix=imatrix).imatrix_pairs(untied.spec) == {
+    assert recorded(imatrix=imatrix).imatrix_pairs(untied.spec) == {
         "quantize.imatrix.file": "imatrix.dat",
         "quantize.imatrix.dataset": "text",
         "quantize.imatrix.entries_count": len(importance),
         "quantize.imatrix.chunks_count": 3,
     }
     np.testing.assert_allclose(
-        recorded_encoder(path, untied, imatrix=imatrix).importance["blk.0.attn_q.weight"],
+        recorded(imatrix=imatrix).importance["blk.0.attn_q.weight"],
         2 * importance["blk.0.attn_q.weight"],
         rtol=1e-6,
     )
     with pytest.raises(ValueError, match="--imatrix serves --encoder=best, not reference"):
-        recorded_encoder(path, untied, "reference", imatrix)
+        recorded("reference", imatrix)
     with pytest.raises(ValueError, match="no tokenizer, so the calibration text cannot be read; pass --imatrix"):
-        recorded_encoder(path, dataclasses.replace(untied, tokenizer=None))
-    other = calibration | {"tokens": digest(windows + 1)}
-    dataclasses.replace(allocation, calibration=other).save(path, encoder="best")
+        recorded(model=dataclasses.replace(untied, tokenizer=None))
     with pytest.raises(ValueError, match=r"the tokens of 'builtin' are not those .* with --tokenizer_from"):
-        recorded_encoder(path, untied)
-    calibration = {**calibration, "text": data.fingerprint("stdlib:json")}
-    dataclasses.replace(allocation, calibration=calibration).save(path, encoder="best")
+        recorded(calibration=calibration | {"tokens": digest(windows + 1)})
     with pytest.raises(ValueError, match="the text of 'builtin' is not the one that the allocation was calibrated on"):
-        recorded_encoder(path, untied)
-    allocation.save(path)
-    assert recorded_encoder(path, untied) == REFERENCE
+        recorded(calibration=calibration | {"text": data.fingerprint("stdlib:json")})
+    assert recorded_encoder(allocation, untied) == REFERENCE
     with pytest.raises(ValueError, match="does not say what it was calibrated on; pass --imatrix=FILE"):
-        recorded_encoder(path, untied, "best")
+        recorded_encoder(allocation, untied, "best")

@@ -108,7 +108,7 @@ def test_read_and_rounded_again(untied, mixes, tmp_path, monkeypatch):
     assert found.formats == types(mixes["Q4_0"])
     assert (notes["allocator"], notes["encoder"]) == ("types of Q4_0.gguf", "best")
     assert notes["budget_bytes"] == found.file_bytes
-    encoder = recorded_encoder(tmp_path / "a.json", untied)
+    encoder = recorded_encoder(found, untied)
     assert (encoder.effort, encoder.windows.shape) == ("best", (3, 24))
 
 

@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ramp_jax import allocation
+from ramp_jax.allocation.sizes import header_bytes
 from ramp_jax.formats import get_format
 from ramp_jax.models import allocatable, load_model, lookup, tensors
 from ramp_jax.models.metadata import metadata_bytes, plain, typed
@@ -184,7 +184,7 @@ def test_metadata_bytes_by_hand():
 
 
 def test_header_bytes_are_where_the_data_of_a_file_begins(gguf_file, untied):
-    assert allocation.header_bytes(untied.spec, untied.metadata) == gguf.GGUFReader(gguf_file).data_offset
+    assert header_bytes(untied.spec, untied.metadata) == gguf.GGUFReader(gguf_file).data_offset
 
 
 def test_gguf_without_a_tensor(tmp_path, untied):

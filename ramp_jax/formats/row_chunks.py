@@ -130,8 +130,8 @@ def in_row_chunks(
     arrays = _arrays()
     together = [arrays.asarray(a) for a in (w, *beside)]
 
-    def chunk(start: int) -> list[Float[Array, "S ..."]]:
-        return [jnp.asarray(_filled(a[start : start + size], size), jnp.float32) for a in together]
+    def chunk(start: int) -> tuple[Float[Array, "S ..."], ...]:
+        return tuple(jnp.asarray(_filled(a[start : start + size], size), jnp.float32) for a in together)
 
     def all_jobs(starts: Sequence[int]) -> list[Any]:
         if devices.current() is not None:

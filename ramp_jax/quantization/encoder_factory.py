@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ramp_jax import data
-from ramp_jax.allocation import Allocation, read_saved
+from ramp_jax.allocation import Allocation
 from ramp_jax.checkpoint import digest
 from ramp_jax.models import Model
 from ramp_jax.quantization.encoder import REFERENCE, Encoder, EncoderName
@@ -42,7 +42,7 @@ def make_encoder(
 
 
 def recorded_encoder(
-    path: str | Path,
+    allocation: Allocation,
     model: Model,
     name: EncoderName | None = None,
     imatrix: str | Path | None = None,
@@ -50,13 +50,13 @@ def recorded_encoder(
     trust_calibration: bool = False,
     say: Callable[[str], None] = print,
 ) -> Encoder:
-    """The encoder that the allocation file at `path` asks for, or the one of that name.
+    """The encoder that an allocation asks for, or the one of that name.
 
-    `model` is as it was loaded. What calibration found is found again on the windows that the file records (see
-    `calibration_windows`), or, for `best`, read from an importance matrix of llama.cpp. Raises `ValueError` where the
-    file does not say how it was calibrated, or names a text that it may not.
+    `model` is as it was loaded. What calibration found is found again on the windows that the allocation records (see
+    `calibration_windows`), or, for `best`, read from an importance matrix of llama.cpp. Raises `ValueError` where it
+    does not say how it was calibrated, or names a text that it may not.
     """
-    name = name or ("best" if imatrix else read_saved(path).get("encoder", "reference"))
+    name = name or ("best" if imatrix else allocation.made.get("encoder", "reference"))
     if imatrix is not None:
         if name != "best":
             raise ValueError(f"--imatrix serves --encoder=best, not {name}; leave one of them out.")
@@ -64,9 +64,8 @@ def recorded_encoder(
         return Encoder("best", importance, origin=origin)
     if name == "reference":
         return REFERENCE
-    loaded = Allocation.load(path, model)
-    windows = calibration_windows(loaded, model, trust_calibration=trust_calibration, say=say)
-    return make_encoder(name, windows, dataset=loaded.calibration["data"])
+    windows = calibration_windows(allocation, model, trust_calibration=trust_calibration, say=say)
+    return make_encoder(name, windows, dataset=allocation.calibration["data"])
 
 
 def calibration_windows(

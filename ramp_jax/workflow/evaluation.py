@@ -114,7 +114,7 @@ def _quantized(
     if allocation is None:
         return model
     loaded = Allocation.load(allocation, model)
-    rounding = recorded_encoder(allocation, model, encoder, trust_calibration=trust_calibration)
+    rounding = recorded_encoder(loaded, model, encoder, trust_calibration=trust_calibration)
     params = fake_quantize(model, loaded, rounding)
     return dataclasses.replace(refold(model, loaded.folding), params=params)
 

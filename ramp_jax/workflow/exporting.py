@@ -52,7 +52,7 @@ def export(
     loaded = Allocation.load(allocation, model)
     used = encoder or ("best" if imatrix else loaded.made.get("encoder", "reference"))
     loaded = dataclasses.replace(loaded, made={**loaded.made, "encoder": used})
-    rounding = recorded_encoder(allocation, model, encoder, imatrix, trust_calibration=trust_calibration)
+    rounding = recorded_encoder(loaded, model, encoder, imatrix, trust_calibration=trust_calibration)
     inputs = job_inputs(model) | {
         "allocation": digest(np.frombuffer(Path(allocation).read_bytes(), np.uint8)),
         "encoder": f"{rounding.effort} {rounding.compensated}",
