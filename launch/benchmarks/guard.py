@@ -10,22 +10,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from benchmarks.measuring import Numbers
-from jaxtyping import Int
 
 from ramp_jax import data
-from ramp_jax.allocation import Allocation, costs, from_levels
+from ramp_jax.allocation import costs, from_levels
 from ramp_jax.formats.check import EncodeCache
-from ramp_jax.halo import llama_quantize
-from ramp_jax.halo.export import export_gguf
-from ramp_jax.models import Model, load_model
+from ramp_jax.halo.llama_quantize import Mixes, predicted_bytes
+from ramp_jax.models import load_model
 from ramp_jax.policy import inference
 from ramp_jax.policy.inference import find_allocator
 from ramp_jax.quantization import Encoder, calibrate_and_fold, fake_quantize, importance_of
-from ramp_jax.quantization.importance import Importance
-from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
+from ramp_jax.scoring.perplexity import evaluate, reference_of
 from ramp_jax.scoring.scores import Evaluation, paired
 
 _MODELS = flags.DEFINE_list("guard_models", ["smollm2-135m", "ref-llama"], "Models of the suite `guard`.")
@@ -53,26 +49,18 @@ def _rows(ref: str, text: str) -> Iterator[Numbers]:
     known = inference.problem(folded, stats, allocator.levels, sizes)
     encoder = Encoder("best", importance, EncodeCache(1 << 33))
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "F16.gguf"
-        export_gguf(model, Allocation.uniform(model, "F16"), source)
-        budgets = llama_quantize.predicted_bytes(source, importance)
+        mixes = Mixes.of(model, importance, Path(folder))
+        budgets = predicted_bytes(*mixes)
         for budget in sorted({size for size in budgets.values() if sizes.smallest <= size <= sizes.largest}):
-            mix = llama_quantize.mix_below(source, budget, importance)
-            theirs = _mix(source, mix, importance, heldout, reference)
+            mix = mixes.below(budget)
+            path = mixes.write(mix)
+            theirs = evaluate(load_model(str(path)), heldout, reference=reference, doing=f"scoring {mix}")
+            path.unlink()
             actions = allocator.choose(known, sizes.units(budget))
             allocation = from_levels(folded, [allocator.levels[action] for action in actions])
             params = fake_quantize(folded, allocation, encoder)
             ours = evaluate(folded, heldout, params=params, reference=reference, doing="scoring")
             yield _said(ref, text, budget, mix, allocation.file_bytes, ours, theirs)
-
-
-def _mix(
-    source: Path, mix: str, importance: Importance, heldout: Int[np.ndarray, "W T"], reference: Reference
-) -> Evaluation:
-    path = source.with_name("mix.gguf")
-    llama_quantize.quantize(source, path, mix, importance)
-    loaded: Model = load_model(str(path))
-    return evaluate(loaded, heldout, reference=reference, doing=f"scoring {mix}")
 
 
 def _said(ref: str, text: str, budget: int, mix: str, size: int, ours: Evaluation, theirs: Evaluation) -> Numbers:

@@ -23,13 +23,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from ramp_jax import data
-from ramp_jax.allocation import Allocation, Costs, costs, from_levels
+from ramp_jax.allocation import Costs, costs, from_levels
 from ramp_jax.allocators import Actions, Allocator, Problem, simple
 from ramp_jax.allocators.allocator import RULES, by_evolution, by_rule, by_table, tables
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.formats.check import EncodeCache
-from ramp_jax.halo import llama_quantize
-from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, load_model
 from ramp_jax.policy import inference
 from ramp_jax.policy.inference import Policy, check_levels, load_policy
@@ -149,12 +147,11 @@ def _mixes(
 ) -> Iterator[tuple[str, int, float]]:
     """llama.cpp's mixes: name, file bytes, mean KL divergence."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "F16.gguf"
-        export_gguf(model, Allocation.uniform(model, "F16"), source)
+        mixes = Mixes.of(model, importance_of(model.spec, stats), Path(folder))
         for mix in _MIXES.value:
-            path = Path(folder) / f"{mix}.gguf"
-            size = llama_quantize.quantize(source, path, mix, importance_of(model.spec, stats))
+            path = mixes.write(mix)
             scored = evaluate(load_model(str(path)), heldout, reference=reference, doing=f"scoring {mix}")
+            size = path.stat().st_size
             path.unlink()
             yield mix, size, scored.mean_kld
 

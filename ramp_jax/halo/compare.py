@@ -22,6 +22,7 @@ from ramp_jax.files import write_bytes
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
+from ramp_jax.halo.llama_quantize import Mixes
 from ramp_jax.halo.verify import evaluate_gguf
 from ramp_jax.models import Model, allocatable, load_model, tensors
 from ramp_jax.quantization import EncoderName, Stats, calibrate, importance_of, make_encoder, refold
@@ -144,9 +145,10 @@ class Bench:
             fmt = fitting[-1]
             yield self.allocated(f"uniform {fmt}", "uniform", f"uniform-{fmt}", every[fmt], 0.0)
         started = time.monotonic()
-        if self.with_llama_cpp and (mix := llama_quantize.mix_below(self.source, budget_bytes, self.importance)):
+        mixes = Mixes(self.source, self.importance)
+        if self.with_llama_cpp and (mix := mixes.below(budget_bytes)):
             path, seconds = self.workdir / f"llama.cpp-{mix}.gguf", time.monotonic() - started
-            write = functools.partial(llama_quantize.quantize, self.source, mix=mix, importance=self.importance)
+            write = functools.partial(mixes.write, mix)
             yield Contender(f"llama.cpp {mix} + imatrix", "llama.cpp", path, write, seconds)
         if self.table is not None:
             best, seconds = _knapsack(self.folded, self.table, budget_bytes)

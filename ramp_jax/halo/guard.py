@@ -13,7 +13,7 @@ from ramp_jax.allocation import Allocation
 from ramp_jax.files import folder_beside
 from ramp_jax.formats import get_format
 from ramp_jax.halo import llama_quantize
-from ramp_jax.halo.export import export_gguf
+from ramp_jax.halo.llama_quantize import Mixes
 from ramp_jax.halo.verify import evaluate_gguf, generate
 from ramp_jax.models import Model, allocatable, load_model
 from ramp_jax.models.gguf_source import parts_beside
@@ -97,15 +97,17 @@ def check(
         unguarded = f"not compared with llama.cpp's mixes: that takes {needed:,} bytes of disk, {free:,} are free"
     else:
         with folder_beside(path.with_name(f"{path.name}.guard")) as folder:
-            source = folder / "F16.gguf"
-            export_gguf(model, Allocation.uniform(model, "F16"), source)
-            same = _same(mine.tokens, generate(source, prompt, _WRITTEN).tokens)
-            rival = _rival(path, allocation, source, importance(), heldout, reference, ours, prompt)
-            if rival is None:
+            mixes = Mixes.of(model, importance(), folder)
+            same = _same(mine.tokens, generate(mixes.source, prompt, _WRITTEN).tokens)
+            mix = mixes.below(allocation.made.get("budget_bytes", path.stat().st_size))
+            if mix is None:
                 unguarded = "none of llama.cpp's mixes fits the budget"
-            elif guard == "replace" and rival["kld_beyond"] > rival["kld_beyond_stderr"]:
-                os.replace(_mix_path(folder, rival["mix"]), path)
-                rival["replaced"] = True
+            else:
+                written = mixes.write(mix)
+                rival = _rival(mix, written, heldout, reference, ours)
+                if guard == "replace" and rival["kld_beyond"] > rival["kld_beyond_stderr"]:
+                    os.replace(written, path)
+                    rival["replaced"] = True
     return {
         "file_bytes": sum(part.stat().st_size for part in parts_beside(path)),
         "budget_bytes": allocation.made.get("budget_bytes"),
@@ -133,28 +135,14 @@ def levels(allocation: Allocation) -> dict[str, float]:
     return {f"{level:g}": sizes[level] / sizes.total() for level in sorted(sizes)}
 
 
-def _rival(
-    path: Path,
-    allocation: Allocation,
-    source: Path,
-    importance: Importance,
-    heldout: Int[np.ndarray, "W T"],
-    reference: Reference,
-    ours: Evaluation,
-    prompt: Int[np.ndarray, " T"],
-) -> Rival | None:
-    """The mix, written beside its F16 `source`; None where none fits."""
-    mix = llama_quantize.mix_below(source, allocation.made.get("budget_bytes", path.stat().st_size), importance)
-    if mix is None:
-        return None
-    other = _mix_path(source.parent, mix)
-    llama_quantize.quantize(source, other, mix, importance)
-    scored = evaluate(load_model(str(other)), heldout, reference=reference, doing=f"scoring llama.cpp's {mix}")
+def _rival(mix: str, path: Path, heldout: Int[np.ndarray, "W T"], reference: Reference, ours: Evaluation) -> Rival:
+    """llama.cpp's mix, whose file is at `path`, beside ours."""
+    scored = evaluate(load_model(str(path)), heldout, reference=reference, doing=f"scoring llama.cpp's {mix}")
     beyond, stderr = paired(ours, scored)
-    written = generate(other, prompt, _WRITTEN)
+    written = generate(path, heldout[0][:_PROMPT], _WRITTEN)
     return {
         "mix": mix,
-        "file_bytes": other.stat().st_size,
+        "file_bytes": path.stat().st_size,
         "kld": scored.mean_kld,
         "kld_beyond": beyond,
         "kld_beyond_stderr": stderr,
@@ -162,10 +150,6 @@ def _rival(
         "read_per_second": written.read_per_second,
         "written_per_second": written.written_per_second,
     }
-
-
-def _mix_path(folder: Path, mix: str) -> Path:
-    return folder / f"{mix}.gguf"
 
 
 def _same(tokens: list[int], others: list[int]) -> int:

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -23,7 +23,7 @@ from ramp_jax.allocators.allocator import FOLD_LEVEL
 from ramp_jax.allocators.tables import Cost, total
 from ramp_jax.cores import cores
 from ramp_jax.formats import EXPORTABLE, Format, get_format
-from ramp_jax.halo.export import write_skeleton
+from ramp_jax.halo.export import export_gguf, write_skeleton
 from ramp_jax.models import Model, allocatable
 from ramp_jax.quantization.importance import Importance
 
@@ -85,6 +85,30 @@ def mix_below(source: Path, budget_bytes: int, importance: Importance | None = N
     sizes = predicted_bytes(source, importance)
     fitting = [mix for mix in MIXES if sizes[mix] <= budget_bytes]
     return max(fitting, key=sizes.__getitem__, default=None)
+
+
+class Mixes(NamedTuple):
+    """llama.cpp's mixes of the model that `source` holds in F16, with an importance matrix."""
+
+    source: Path
+    importance: Importance
+
+    @classmethod
+    def of(cls, model: Model, importance: Importance, folder: Path) -> "Mixes":
+        """Writes the model in F16 into the folder; raises as `export_gguf`."""
+        source = folder / "F16.gguf"
+        export_gguf(model, Allocation.uniform(model, "F16"), source)
+        return cls(source, importance)
+
+    def below(self, budget_bytes: int) -> str | None:
+        """The largest that fits the budget, None where none does."""
+        return mix_below(self.source, budget_bytes, self.importance)
+
+    def write(self, mix: str, path: Path | None = None) -> Path:
+        """The mix of that name, by default beside the source."""
+        path = path or self.source.with_name(f"{mix}.gguf")
+        quantize(self.source, path, mix, self.importance)
+        return path
 
 
 MIX = "llama.cpp"
