@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from ramp_jax.models.layers import matmul, rms_norm, soft_cap
 from ramp_jax.models.layout import Block, Params, by_run, lookup, nest, scan_blocks, stack, tensors
@@ -21,43 +21,68 @@ from ramp_jax.models.store import StoredParams, rows_named
 _HEAD_ROWS = 1 << 13  # of a head, that are held in another dtype than the head at a time
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["cap", "dtype"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["cap", "dtype", "stored"])
 @dataclasses.dataclass(frozen=True)
 class Head:
     """What makes logits f32 of normed hidden states: a matrix, and a cap that keeps them within ±cap.
 
-    Products are taken in `dtype`, by default the matrix's own; a narrower matrix is converted some rows at a time.
+    Products are taken in `dtype`, by default the matrix's own. A matrix of another dtype is held as the bits of what
+    is `stored`, and converted some rows at a time: on CPUs XLA cuts no bfloat16, but converts and keeps all of it.
     """
 
-    weight: Float[Array, "V D"]
+    weight: Float[Array, "V D"] | UInt[Array, "V D"]
     cap: float | None = None
     dtype: Any = None
+    stored: Any = None
+
+    @classmethod
+    def of_stored(cls, weight: Float[np.ndarray, "V D"], cap: float | None, dtype: Any) -> "Head":
+        """Of a matrix as a checkpoint holds it."""
+        if weight.dtype == dtype:
+            return cls(jax.device_put(weight), cap)
+        bits = weight.view(f"uint{8 * weight.dtype.itemsize}")
+        return cls(jax.device_put(bits), cap, jnp.dtype(dtype), weight.dtype)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Logits."""
-        return soft_cap(matmul(x, self.weight.astype(self.dtype or self.weight.dtype)), self.cap)
+        weight = self._values(self.weight)
+        return soft_cap(matmul(x, weight.astype(self.dtype or weight.dtype)), self.cap)
 
     def vocabulary_first(self, x: Float[Array, "T D"]) -> Float[Array, "V T"]:
         """Logits whose sums over the vocabulary run side by side for all tokens: twice as fast on CPUs."""
-        dtype, size = self.dtype or self.weight.dtype, len(self.weight)
+        size, dtype = len(self.weight), self.dtype or self.weight.dtype
         x = x.astype(dtype)
 
         def some(rows: Float[Array, "R D"]) -> Float[Array, "R T"]:
             return jnp.einsum("VD,TD->VT", rows.astype(dtype), x, preferred_element_type=jnp.float32)
 
-        if dtype == self.weight.dtype or size <= _HEAD_ROWS:
-            return soft_cap(some(self.weight), self.cap)
-
-        # As integers: on CPUs XLA cuts no bfloat16, but converts the whole matrix first and keeps that.
-        stored = self.weight.view(f"uint{8 * self.weight.dtype.itemsize}")
+        if self.stored is None or size <= _HEAD_ROWS:
+            return soft_cap(some(self._values(self.weight)), self.cap)
 
         def more(i: jax.Array, found: Float[Array, "V T"]) -> Float[Array, "V T"]:
             start = jnp.minimum(i * _HEAD_ROWS, size - _HEAD_ROWS)
-            rows = jax.lax.dynamic_slice_in_dim(stored, start, _HEAD_ROWS).view(self.weight.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(found, some(rows), start, axis=0)
+            return jax.lax.dynamic_update_slice_in_dim(found, some(self._rows(start)), start, axis=0)
 
         found = jnp.zeros((size, len(x)), jnp.float32)
         return soft_cap(jax.lax.fori_loop(0, -(-size // _HEAD_ROWS), more, found), self.cap)
+
+    @jax.jit
+    def finite(self) -> Bool[Array, ""]:
+        """Whether all weights are."""
+        size = len(self.weight)
+        if size <= _HEAD_ROWS:
+            return jnp.isfinite(self._values(self.weight)).all()
+
+        def more(i: jax.Array, whole: Bool[Array, ""]) -> Bool[Array, ""]:
+            return whole & jnp.isfinite(self._rows(jnp.minimum(i * _HEAD_ROWS, size - _HEAD_ROWS))).all()
+
+        return jax.lax.fori_loop(0, -(-size // _HEAD_ROWS), more, jnp.bool(True))
+
+    def _rows(self, start: jax.Array) -> Float[Array, "R D"]:
+        return self._values(jax.lax.dynamic_slice_in_dim(self.weight, start, _HEAD_ROWS))
+
+    def _values(self, held: jax.Array) -> Float[Array, "R D"]:
+        return held if self.stored is None else held.view(self.stored)
 
 
 def embed(spec: DecoderSpec, params: Params, ids: Int[Array, "*b T"]) -> Float[Array, "*b T D"]:
@@ -102,7 +127,7 @@ def output_head(spec: DecoderSpec, params: Params) -> Head:
     """The head: `output`, or the tied embedding; of weights on disk as they are stored."""
     name = "token_embd" if spec.tied else "output"
     if isinstance(params, StoredParams):
-        return Head(params.narrow(name), spec.final_cap, params.dtype)
+        return Head.of_stored(params.as_stored(name), spec.final_cap, params.dtype)
     return Head(params[name]["weight"], spec.final_cap)
 
 

@@ -72,10 +72,10 @@ class StoredParams(Mapping[str, Any]):
         value = self.finish(tensor, self.read(tensor, rows))
         return value.astype(self.dtype) if tensor.is_matrix else value
 
-    def narrow(self, name: str) -> jax.Array:
+    def as_stored(self, name: str) -> np.ndarray:
         """A matrix outside the blocks in its own dtype or the tree's, whichever is narrower."""
         (tensor,) = (tensor for tensor in self._outside if tensor.path[0] == name)
-        return jax.device_put(self.read(tensor, ALL))
+        return self.read(tensor, ALL)
 
     def fetch(self, index: int) -> dict[Tensor, np.ndarray]:
         """A block's tensors as they are stored: what can be done while another block computes."""

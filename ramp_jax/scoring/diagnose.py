@@ -36,9 +36,7 @@ def explain(spec: DecoderSpec, params: Params, window: Int[np.ndarray, " T"]) ->
         gain = params["output_norm"]["weight"]
         return _damaged("output_norm.weight") if not _finite(gain) else _overflow("output_norm")
     head = "token_embd" if spec.tied else "output"
-    return (
-        _damaged(f"{head}.weight") if not _finite(output_head(spec, params).weight) else _overflow(f"the head, {head}")
-    )
+    return _overflow(f"the head, {head}") if output_head(spec, params).finite() else _damaged(f"{head}.weight")
 
 
 def _damaged(tensor: str) -> str:

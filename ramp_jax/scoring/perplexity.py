@@ -79,7 +79,7 @@ def _running(model: Model, windows: Int[np.ndarray, "W T"], start: int) -> Refer
     head = output_head(model.spec, model.params)
 
     def checked() -> Iterator[Float[Array, "S D"]]:
-        whole = bool(jnp.isfinite(head.weight).all())
+        whole = bool(head.finite())
         states = _window_hidden(model.spec, model.params, windows, start, "running the reference")
         for i, hidden in enumerate(states):
             if not (whole and jnp.isfinite(hidden).all()):
