@@ -11,6 +11,8 @@ from ramp_jax.quantization import fake_quantize
 from ramp_jax.scoring.perplexity import evaluate
 from ramp_jax.sensitivity import additive
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LEVELS = (4, 5, 8)
 MEMBERS = [Tensor(Weight(f"{name}.weight", (4, 4), "matrix", "x"), layer) for layer in range(2) for name in LINEARS]
 

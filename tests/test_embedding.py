@@ -15,6 +15,8 @@ from ramp_jax.policy import embedding
 from ramp_jax.quantization import calibrate, refold
 from ramp_jax.quantization.calibrate import Moments
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64
 
 

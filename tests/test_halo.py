@@ -19,6 +19,8 @@ from ramp_jax.policy.inference import allocate
 from ramp_jax.quantization import Encoder, calibrate, fake_quantize, fold, importance_of, refold
 from ramp_jax.scoring.perplexity import evaluate
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LEVELS = (4, 5, 8)
 FORMATS = ("Q4_0", "Q5_0", "Q8_0", "F16", "BF16", "F32")
 

@@ -14,6 +14,8 @@ from ramp_jax import checkpoint, journal, sweep
 from ramp_jax.journal import NOWHERE, Journal, beside
 from ramp_jax.quantization import calibrate_and_fold
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 INPUTS = {"model": "a", "windows": "b"}
 
 KILLED_AGAIN_AND_AGAIN = """

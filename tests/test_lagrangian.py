@@ -11,6 +11,8 @@ from tables import COST, LOSS, TENSORS, random_table
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.policy.lagrangian import lagrangian_bound, least_loss, lookahead, symlog, uniform_loss, unit_of_loss
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BOUND = lagrangian_bound(LOSS, COST)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
-import jax
 import numpy as np
 import pytest
 
@@ -28,6 +27,8 @@ from ramp_jax.quantization import DEFAULT_ENCODER
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 from benchmarks import kills
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -213,16 +214,6 @@ def test_second_comparison_reuses_the_first(whole, call):
     assert (whole.workdir / "comparison.json").read_bytes() == before
 
 
-def test_same_seed_gives_the_same_allocation(whole, allocate, untied, tmp_path):
-    output = tmp_path / "alloc.json"
-    script(whole.cache, "train", f"--config={whole.config}", f"--workdir={tmp_path / 'run'}")
-    printed = script(whole.cache, "allocate", *allocate(source_policy=tmp_path / "run", output=output))
-    assert "bits per weight" in printed
-    first, second = (Allocation.load(path, untied) for path in (whole.allocation, output))
-    assert first.formats == second.formats
-    jax.tree.map(np.testing.assert_array_equal, first.folding, second.folding)
-
-
 def test_a_training_that_is_killed_twice_ends_with_the_same_files(whole, tmp_path):
     """Where it has measured a little, then where it has learned a little: all bytes are those of the run that was not
     killed, but for the seconds that the table records. More kills are in the suite `kills`."""
@@ -257,14 +248,13 @@ def test_a_killed_allocation_goes_on(whole, allocate, fails, tmp_path):
 
 def test_a_killed_export_goes_on(whole, tmp_path):
     """What a second run finds already written stays as it is, so that what it makes alone shows."""
-    output, parts = tmp_path / "out.gguf", ("--model", whole.model, "--allocation", whole.allocation)
-    arguments = (*parts, "--encoder", "compensated", "--output")
-    script(whole.cache, "export_gguf", *arguments, tmp_path / "whole.gguf")
-    killed(journal.beside(output) / "encoding.step", whole.cache, "export_gguf", *arguments, output)
+    output = tmp_path / "out.gguf"
+    arguments = (f"--model={whole.model}", f"--allocation={whole.allocation}", f"--output={output}")
+    killed(journal.beside(output) / "encoding.step", whole.cache, "export_gguf", *arguments)
     assert not output.exists()
-    script(whole.cache, "export_gguf", *arguments, output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
-    assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    script(whole.cache, "export_gguf", *arguments)
+    assert list(tmp_path.iterdir()) == [output]
+    assert output.read_bytes() == whole.exported.read_bytes()
 
 
 def test_budgets_in_every_unit(whole, call, allocate, untied, tmp_path):

@@ -13,6 +13,8 @@ from ramp_jax.sensitivity.exact import cells
 from ramp_jax.sensitivity.fisher import Change, fisher_moves, fisher_sensitivity, rounding_errors
 from ramp_jax.sensitivity.pairs import estimate, shrunk_products
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LEVELS = (4, 5, 8)
 
 

@@ -19,6 +19,8 @@ from ramp_jax.policy.env import (
     valid_levels,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TENSORS, BITS = 6, (2, 4, 5, 8)
 # two tensors of 256 and 512 weights at 4 and 8 bits; a unit of 32 bytes holds 256 bits
 TWO = Problem(

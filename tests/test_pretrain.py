@@ -16,6 +16,8 @@ from ramp_jax.models.layout import nest
 from ramp_jax.models.spec import make_spec
 from ramp_jax.pretrain import OptimizerConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SIZES = {
     "n_layers": 2,
     "d_model": 32,

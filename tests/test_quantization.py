@@ -21,6 +21,8 @@ from ramp_jax.quantization import calibrate, calibrate_and_fold, fake_quantize, 
 from ramp_jax.quantization.calibrate import Moments, second_moment
 from ramp_jax.quantization.fold import ALPHAS, BETAS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def ggml_round_trip(w, name):
     return libggml.dequantize(name, libggml.quantize(name, np.asarray(w)))

@@ -9,6 +9,8 @@ from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.policy import refinement
 from ramp_jax.policy.refinement import search
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 COST = np.tile([3, 4, 6], (7, 1))
 LOSS = np.geomspace(1, 20, 7)[:, None] * np.array([1.0, 0.3, 0.02])[None]
 BUDGET = 28

@@ -20,6 +20,8 @@ from ramp_jax.refs import make
 from ramp_jax.refs.make import DecoderConfig, PretrainConfig, make_checkpoint
 from ramp_jax.scoring.perplexity import evaluate
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("ref_*.py"))
 TINY = PretrainConfig(
     DecoderConfig("gemma", 2, 64, 2, 1, 32, 64, context_length=48),

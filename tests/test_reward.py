@@ -14,6 +14,8 @@ from ramp_jax.policy import reward
 from ramp_jax.policy.lagrangian import lagrangian_bound, least_loss
 from ramp_jax.policy.reward import NO_PENALTY, Penalty
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BOUND = lagrangian_bound(LOSS, COST)
 PENALTY = Penalty(cliff=1.0, c_over=10.0, c_under=0.1)
 

@@ -11,6 +11,8 @@ from ramp_jax.policy.networks import masked_log_softmax
 from ramp_jax.policy.replay import Batch, transitions
 from ramp_jax.policy.sac import SacConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LN2 = float(np.log(2))
 CONFIG = SacConfig(hidden=(8,), target_rate=0.25)
 update = jax.jit(sac.update, static_argnames="config")

@@ -27,6 +27,8 @@ from ramp_jax.quantization import fake_quantize
 from ramp_jax.scoring.perplexity import evaluate, head_scores, reference_of
 from ramp_jax.scoring.scores import Evaluation, numbers, text_table
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 PROTOCOLS = ("sliding", "llama.cpp")
 SHORT = {"context": 24, "count": 2}
 

@@ -8,6 +8,8 @@ from tables import random_table
 from ramp_jax.policy import table_correction
 from ramp_jax.policy.table_correction import Evidence, add_evidence, correct_table, empty_evidence
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def table_and_actions(rng, count):
     loss, cost = random_table(rng, masked=0.0)

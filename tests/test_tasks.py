@@ -20,6 +20,8 @@ from ramp_jax.scoring import likelihood, questions
 from ramp_jax.scoring.likelihood import bucket, log_likelihoods
 from ramp_jax.scoring.tasks import JaxLM, accuracies, compared, text_table
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LIMIT = 256
 
 

@@ -12,6 +12,8 @@ from scipy.special import log_softmax
 from ramp_jax.halo.torch_model import token_losses, torch_model
 from ramp_jax.models import load_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FAMILIES = ("llama untied", "llama tied", "qwen3 untied", "qwen3 tied", "gemma tied")
 CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gemma": "GemmaForCausalLM"}
 

@@ -14,6 +14,8 @@ from ramp_jax.quantization import fake_quantize
 from ramp_jax.scoring import variants
 from ramp_jax.scoring.perplexity import evaluate
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LEVELS = (3, 4, 5, 8)
 
 

@@ -22,6 +22,7 @@ from ramp_jax.formats.registry import Effort, get_format
 from ramp_jax.formats.search import LANES
 
 _CPU_CHUNK = 256 * LANES  # weights; the searches' own chunks fit into it without a remainder
+_SHARE = 64  # rows; on CPUs products of fewer run in another order, so that results would not be those of one device
 _ACCELERATOR_CHUNK = 1 << 24
 _ACCELERATOR_ROWS = 1 << 27  # weights of rows that go through long loops of small steps, where only their number counts
 
@@ -119,7 +120,7 @@ def in_row_chunks(
     """`run(rows, *rest)` of equal chunks of w's rows in f32, on all cores, devices and hosts; zeros fill up the last.
 
     The rows of arrays `beside` it come after w's. Accelerators take up to `on_accelerator` weights at once, whole
-    matrices as a rule.
+    matrices as a rule; several devices and hosts share what is less than a chunk for each.
     """
     on_cpu = jax.default_backend() == "cpu"
     size = max(1, (_CPU_CHUNK if on_cpu else on_accelerator) // w.shape[1])
@@ -127,6 +128,8 @@ def in_row_chunks(
         size = min(size, len(w))
     elif 2 * (filled := 1 << (len(w) - 1).bit_length()) <= size:
         size = filled  # a program of its own; above half of a chunk, filling it up costs less than compiling
+    if (workers := devices.count() * hosts.count()) > 1:
+        size = min(size, max(_SHARE, -(-len(w) // workers)))
     arrays = _arrays()
     together = [arrays.asarray(a) for a in (w, *beside)]
 
