@@ -14,8 +14,9 @@ from ramp_jax.formats import decode, encode, get_format
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup
 from ramp_jax.models.decoder import embed
-from ramp_jax.quantization import calibrate, fake_quantize, fold, make_encoder, refold
-from ramp_jax.quantization.compensate import factor, in_chunks, loss, read_by
+from ramp_jax.quantization import calibrate, descent, fake_quantize, fold, make_encoder, refold
+from ramp_jax.quantization.compensate import SHRINKAGE, curvature, factor, in_chunks, loss, read_by
+from ramp_jax.quantization.compensate import compensated as one_look_ahead
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -27,12 +28,14 @@ def inputs(rng, channels, tokens=2000):
     return x, (x.T @ x / tokens).astype(np.float32)
 
 
-def test_factor_is_that_of_the_damped_inverse(rng):
+def test_curvature_is_shrunk_and_its_factor_that_of_the_inverse(rng):
     _, second = inputs(rng, 96)
-    upper = np.asarray(factor(second, 0.01), np.float64)
-    damped = second + 0.01 * np.diag(second).mean() * np.eye(96)
+    found = curvature(second.copy())
+    upper = np.asarray(found.upper, np.float64)
+    added = SHRINKAGE * np.sqrt(np.diag(second).mean() * np.diag(second))
+    np.testing.assert_allclose(found.second, second + np.diag(added), rtol=1e-6)
     np.testing.assert_array_equal(np.tril(upper, -1), 0)
-    np.testing.assert_allclose(upper.T @ upper @ damped, np.eye(96), atol=1e-4)
+    np.testing.assert_allclose(upper.T @ upper @ np.asarray(found.second), np.eye(96), atol=1e-4)
 
 
 def gptq(w, upper, d, values):
@@ -53,7 +56,7 @@ def test_codes_are_those_of_gptq(rng, name):
     _, second = inputs(rng, 128)
     w = rng.standard_normal((24, 128)).astype(np.float32)
     upper = factor(second)
-    codes = in_chunks(w, upper, name)
+    codes = one_look_ahead(jnp.asarray(w), upper, name)
     half = 8 if name == "Q4_0" else 16
     expected = gptq(w, np.asarray(upper, np.float64), np.asarray(codes.d, np.float64), np.arange(-half, half))
     assert np.mean(np.asarray(codes.q).reshape(24, 128) == expected) > 0.995
@@ -65,7 +68,7 @@ def test_outputs_lose_less(rng, name):
     channels = 2 * get_format(name).block_size
     x, second = inputs(rng, channels)
     w = rng.standard_normal((40, channels)).astype(np.float32)
-    codes, plain = in_chunks(w, factor(second), name), encode(w, name, np.diag(second), "best")
+    codes, plain = in_chunks(w, curvature(second.copy()), name), encode(w, name, np.diag(second), "best")
     assert jax.tree.map(lambda a: (a.shape, a.dtype), codes) == jax.tree.map(lambda a: (a.shape, a.dtype), plain)
     fmt = get_format(name)
     stored = fmt.from_bytes(fmt.to_bytes(jax.tree.map(np.asarray, codes)))
@@ -76,10 +79,47 @@ def test_outputs_lose_less(rng, name):
     np.testing.assert_allclose(loss(off, by_window).sum(), new / len(x), rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q5_1", "Q2_K", "Q3_K", "Q4_K"])
+def test_descent_ends_where_no_number_can_do_better(rng, name, monkeypatch):
+    """It never loses more; after enough passes no code, sub-scale or minimum next to the one that was found is better,
+    nor a superscale a little larger or smaller."""
+    fmt = get_format(name)
+    _, second = inputs(rng, 2 * fmt.block_size)
+    second, w = second + 0.1 * np.diag(np.diag(second)), rng.standard_normal((6, 2 * fmt.block_size), np.float32)
+    before = encode(w, name, np.diag(second), "best")
+
+    def lost(codes):
+        off = (np.asarray(decode(codes, name)) - w).astype(np.float64)
+        return np.einsum("oi,ij,oj->o", off, second, off)
+
+    once = descent.descended(w, before, second, name)
+    assert (lost(once) <= lost(before) * (1 + 1e-5)).all()
+    assert lost(once).sum() < 0.9 * lost(before).sum()
+    monkeypatch.setattr(descent, "PASSES", 30)
+    found = jax.tree.map(np.asarray, descent.descended(w, before, second, name))
+    least = lost(found)
+    for field in found._fields:
+        values = getattr(found, field)
+        steps = (1,) if values.dtype == np.float16 else values.shape[2:]
+        for place in [(0, *at) for at in np.ndindex(*steps)][:: max(1, int(np.prod(steps)) // 24)]:
+            at = (slice(None), *place)[: values.ndim]
+            for step in (-1, 1):
+                moved = values.copy()
+                if values.dtype == np.float16:
+                    moved[at] *= 1 + step / 64
+                else:
+                    ends = fmt.grid.scales if field == "scales" else fmt.grid.mins if field == "mins" else None
+                    wanted = values[at].astype(np.float32) + step
+                    moved[at] = np.clip(wanted, *ends) if ends else np.asarray(fmt.grid.round(wanted))
+                    if ends is None and name.startswith("IQ4"):
+                        continue  # whose values do not lie side by side
+                assert (lost(found._replace(**{field: moved})) >= least * (1 - 1e-4)).all(), (field, place, step)
+
+
 def test_rows_do_not_depend_on_each_other(rng):
     _, second = inputs(rng, 64)
     w = rng.standard_normal((9, 64)).astype(np.float32)
-    whole, part = in_chunks(w, factor(second), "IQ4_NL"), in_chunks(w[4:6], factor(second), "IQ4_NL")
+    whole, part = (in_chunks(rows, curvature(second.copy()), "IQ4_NL") for rows in (w, w[4:6]))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[4:6], b), whole, part)
 
 
@@ -87,7 +127,7 @@ def test_dead_channels_are_rounded_as_they_are(rng):
     _, second = inputs(rng, 64)
     second[:, 40] = second[40] = 0
     w = rng.standard_normal((8, 64)).astype(np.float32)
-    off = np.asarray(decode(in_chunks(w, factor(second), "Q5_0"), "Q5_0")) - w
+    off = np.asarray(decode(in_chunks(w, curvature(second.copy()), "Q5_0"), "Q5_0")) - w
     assert np.isfinite(off).all()
     assert np.abs(off[:, 40]).max() < 0.2
 

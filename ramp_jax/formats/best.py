@@ -50,6 +50,33 @@ class State(NamedTuple):
     min: jax.Array
     q: jax.Array
 
+    @property
+    def step(self) -> Float[Array, "B N"]:
+        """What a code of each weight of the block is multiplied by."""
+        return self._spread(self.d * self.scale)
+
+    @property
+    def low(self) -> Float[Array, "B N"]:
+        """What is taken from each weight then."""
+        return self._spread(self.dmin * self.min)
+
+    @property
+    def by_column(self) -> Float[Array, "B N"]:
+        """The codes in the order of a block's weights."""
+        return jnp.swapaxes(self.q, 0, 1).reshape(-1, self.q.shape[-1])
+
+    @property
+    def weights(self) -> Float[Array, "B N"]:
+        """What the blocks stand for."""
+        return self.step * self.by_column - self.low
+
+    def with_columns(self, q: Float[Array, "B N"]) -> "State":
+        """With other codes, in the order of `by_column`."""
+        return self._replace(q=_split(q, self.scale.shape[0]))
+
+    def _spread(self, by_sub: Float[Array, "S N"]) -> Float[Array, "B N"]:
+        return jnp.repeat(by_sub, self.q.shape[0], axis=0)
+
 
 def improve(codes: Codes, w: Float[Array, "*rows I"], importance: Float[Array, " I"] | None, grid: Grid) -> Codes:
     """Codes of the same format, no block of which has a larger weighted squared error than `codes`."""
@@ -192,7 +219,7 @@ def _state(kind: type, parts: tuple[jax.Array, ...]) -> State:
 
 
 def _parts(kind: type, state: State) -> tuple[jax.Array, ...]:
-    d, dmin, q = state.d, state.dmin, jnp.swapaxes(state.q, 0, 1).reshape(-1, state.d.shape[-1])
+    d, dmin, q = state.d, state.dmin, state.by_column
     if kind is ScaledCodes:
         return d, q
     if kind is AffineCodes:

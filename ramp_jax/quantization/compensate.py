@@ -4,14 +4,17 @@ Columns of W are rounded one after the other; what a column loses is made up for
 come, which the outputs Σ x_i w_i allow as far as inputs are correlated. With the second moment H = E[x xᵀ] the loss is
 tr(E H Eᵀ), and H⁻¹ = Uᵀ U with upper triangular U tells how: column j loses e_j = (w_j − ŵ_j) / U_jj, and column k > j
 takes w_k − e_j U_jk. A block's scales and minima are chosen when its turn comes, by `effort="best"` on the weights as
-they are then, and its codes replaced column by column; the result is ordinary codes of the format.
+they are then, and its codes replaced column by column. Coordinate descent goes on from there (`descent`); the result is
+ordinary codes of the format.
+
+H is shrunk before: what a few thousand tokens say of correlations holds for other text in part only.
 """
 
 import functools
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +30,23 @@ from ramp_jax.models import Tensor
 from ramp_jax.models.decoder import Params, block_taps
 from ramp_jax.models.layout import Block, of_block, replace_in_block
 from ramp_jax.quantization.calibrate import second_moment
+from ramp_jax.quantization.descent import descended
 from ramp_jax.quantization.encoder import Encoder
 
-DAMPING = 0.01
-"""Added to the diagonal of H, as a share of its mean."""
+SHRINKAGE = 0.5
+"""Of what is added to the diagonal of H: this much of the geometric mean of each entry and of all entries' mean."""
 
 _ROWS = 96
 """That one core of a CPU rounds together."""
 
 _LOG = logging.getLogger(__name__)
+
+
+class Curvature(NamedTuple):
+    """What outputs lose by errors of the columns that they are made of: H, and U with H⁻¹ = Uᵀ U."""
+
+    second: Float[Array, "I I"]
+    upper: Float[Array, "I I"]
 
 
 class Uncompensated:
@@ -76,16 +87,17 @@ def compensated_block(
     for activation in at.block.activations:
         readers = at.block.readers(activation.name)
         gridded = [weight.name for weight in readers if get_format(formats[weight.name]).grid]
-        upper = factor(second_moment(at, x[border:], activation.name)) if gridded else None
-        usable = upper is not None and bool(jnp.isfinite(upper).all())
-        left_out.names += [] if usable else [at.full(name) for name in gridded]
+        loss_of = curvature(second_moment(at, x[border:], activation.name)) if gridded else None
+        if loss_of is not None and not jnp.isfinite(loss_of.upper).all():
+            left_out.names += [at.full(name) for name in gridded]
+            loss_of = None
         changed, fitted = {}, {}
         for name in (weight.name for weight in readers):
             value = of_block(at.weights, name)
             found[name] = plain.encode_rows(members[name], value, formats[name], folding)
-            if usable and name in gridded:
-                fitted[name] = in_chunks(value.astype(jnp.float32), upper, formats[name])
-        del upper
+            if loss_of is not None and name in gridded:
+                fitted[name] = in_chunks(value.astype(jnp.float32), loss_of, formats[name])
+        del loss_of
         if fitted:
             check = read_by(at, x[:border] if border else x, activation.name)
             for name, codes in fitted.items():
@@ -109,14 +121,16 @@ def _read_by(block: Block, w: Params, x: Float[Array, "B T D"], name: str) -> Fl
     return block_taps(block, w, x, lambda a: a)[1][name]
 
 
-def in_chunks(w: Float[Array, "O I"], upper: Float[Array, "I I"], fmt: str) -> Any:
-    """`compensated` in chunks of rows, which are independent, on all cores; accelerators take all rows at once."""
+def in_chunks(w: Float[Array, "O I"], loss_of: Curvature, fmt: str) -> Any:
+    """`compensated`, then `descended`, in chunks of rows, which are independent, on all cores; accelerators take all
+    rows at once."""
     on_cpu = jax.default_backend() == "cpu"
     size = _ROWS if on_cpu else len(w)
 
     def one_chunk(start: int) -> Any:
-        rows = w[start : start + size]
-        return jax.block_until_ready(compensated(jnp.pad(rows, ((0, size - len(rows)), (0, 0))), upper, fmt))
+        rows = jnp.pad(w[start : start + size], ((0, max(0, start + size - len(w))), (0, 0)))
+        codes = compensated(rows, loss_of.upper, fmt)
+        return jax.block_until_ready(descended(rows, codes, loss_of.second, fmt))
 
     with ThreadPoolExecutor(cores() if on_cpu else 1) as pool:
         chunks = list(pool.map(one_chunk, range(0, len(w), size)))
@@ -136,16 +150,21 @@ def _better(w: Float[Array, "O I"], inputs: Float[Array, "W T I"], fmt: str, new
 
 
 @functools.partial(jax.jit, donate_argnames="second")
-def factor(second: Float[Array, "I I"], damping: Float[Array, ""] | float = DAMPING) -> Float[Array, "I I"]:
-    """Upper triangular U with (H + damping · mean diagonal)⁻¹ = Uᵀ U; not finite where H is singular beyond that.
+def curvature(second: Float[Array, "I I"]) -> Curvature:
+    """Of outputs whose inputs have the second moment H, which is given up; not finite where nothing was seen.
 
-    Channels that were never active get the mean, so that their weights are rounded as they are. H is given up.
+    Channels that were never active get the mean, so that their weights are rounded as they are.
     """
     diagonal = jnp.diagonal(second)
     mean = jnp.mean(diagonal)
-    damped = second + jnp.diag(jnp.where(diagonal > 0, damping * mean, mean))
+    shrunk = second + jnp.diag(jnp.where(diagonal > 0, SHRINKAGE * jnp.sqrt(mean * diagonal), mean))
+    return Curvature(shrunk, factor(shrunk))
+
+
+def factor(second: Float[Array, "I I"]) -> Float[Array, "I I"]:
+    """Upper triangular U with H⁻¹ = Uᵀ U; not finite where H is singular."""
     # H = R Rᵀ with R = flipped, turned around
-    flipped = jax.lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
+    flipped = jax.lax.linalg.cholesky(second[::-1, ::-1], symmetrize_input=False)
     return jax.scipy.linalg.solve_triangular(flipped[::-1, ::-1], jnp.eye(len(second)), lower=False)
 
 
@@ -182,10 +201,8 @@ def _round_block(x: Float[Array, "S O"], upper: Float[Array, "S S"], name: str) 
     """Codes of one block per row, and each column's error over U_jj; one compilation per format and number of rows."""
     importance = 1 / jnp.square(jnp.diagonal(upper))  # of a column's error, once later columns have made up for it
     chosen = get_format(name).encode(x.T, importance, "best")
-    state = state_of(chosen)
-    size, subs = x.shape[0], state.scale.shape[0]
-    step, low = (jnp.repeat(a, size // subs, axis=0) for a in (state.d * state.scale, state.dmin * state.min))
-    before = _columns(state.q)
+    state, size = state_of(chosen), x.shape[0]
+    step, low, before = state.step, state.low, state.by_column
 
     def one_column(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, q, errors = carry
@@ -196,15 +213,7 @@ def _round_block(x: Float[Array, "S O"], upper: Float[Array, "S S"], name: str) 
         return x - later[:, None] * error[None], q.at[j].set(code), errors.at[j].set(error)
 
     _, q, errors = jax.lax.fori_loop(0, size, one_column, (x, before, jnp.zeros_like(x)))
-    return codes_of(state._replace(q=_sub_blocks(q, subs)), chosen), errors
-
-
-def _columns(q: Float[Array, "E S N"]) -> Float[Array, "S*E N"]:
-    return jnp.swapaxes(q, 0, 1).reshape(-1, q.shape[-1])
-
-
-def _sub_blocks(q: Float[Array, "S*E N"], subs: int) -> Float[Array, "E S N"]:
-    return jnp.swapaxes(q.reshape(subs, -1, q.shape[-1]), 0, 1)
+    return codes_of(state.with_columns(q), chosen), errors
 
 
 @jax.jit
