@@ -21,6 +21,23 @@ def _weights(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return (np.random.default_rng(seed).standard_t(4, shape) * 0.02).astype(np.float32)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "IQ4_NL", "Q4_K"])
+def test_every_row_may_have_its_own_importance(name: str) -> None:
+    """Each is rounded as it is alone; one row of importance is that of all."""
+    rng = np.random.default_rng(1)
+    w, importance = _weights(0, (5, 512)), rng.exponential(size=(5, 512)).astype(np.float32) ** 3
+    found = round_trip(w, name, importance)
+    for i in range(5):
+        np.testing.assert_array_equal(found[i], round_trip(w[i : i + 1], name, importance[i])[0])
+    np.testing.assert_array_equal(round_trip(w, name, importance[:1]), round_trip(w, name, importance[0]))
+
+
+def test_rows_that_blocks_do_not_divide_are_refused() -> None:
+    for run in (encode, round_trip):
+        with pytest.raises(ValueError, match="Q8_0 holds rows of a multiple of 32 weights, not 48"):
+            run(_weights(0, (4, 48)), "Q8_0")
+
+
 def test_levels() -> None:
     by_256 = {2: "Q2_K", 3: "Q3_K", 4: "IQ4_XS", 4.5: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
     assert {level: format_for(level, 512).name for level in LEVELS} == by_256

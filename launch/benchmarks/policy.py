@@ -28,6 +28,7 @@ from ramp_jax.allocators import Actions, Allocator, Problem, simple
 from ramp_jax.allocators.allocator import RULES, by_evolution, by_rule, by_table, tables
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.formats.check import EncodeCache
+from ramp_jax.halo.llama_quantize import Mixes
 from ramp_jax.models import Model, load_model
 from ramp_jax.policy import inference
 from ramp_jax.policy.inference import Policy, check_levels, load_policy

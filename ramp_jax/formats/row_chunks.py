@@ -1,8 +1,8 @@
 """Whole tensors from the host: rows go in chunks, so that memory is bounded and all cores work.
 
-On CPUs encoders see blocks and not rows, so that one program per format serves tensors of all shapes: compiling an
+On one CPU device encoders see blocks and not rows, so that one program per format serves all row lengths: compiling an
 encoder takes longer than running it on a small model. Accelerators encode rows, up to whole matrices of one row length
-at once. Inside a compiled function the same calls simply become part of it.
+at once, and so do several devices. Inside a compiled function the same calls simply become part of it.
 """
 
 import functools
@@ -22,7 +22,6 @@ from ramp_jax.formats.registry import Effort, get_format
 from ramp_jax.formats.search import LANES
 
 _CPU_CHUNK = 256 * LANES  # weights; the searches' own chunks fit into it without a remainder
-_SHARE = 64  # rows; on CPUs products of fewer run in another order, so that results would not be those of one device
 _ACCELERATOR_CHUNK = 1 << 24
 _ACCELERATOR_ROWS = 1 << 27  # weights of rows that go through long loops of small steps, where only their number counts
 
@@ -90,6 +89,7 @@ def _encode_blocks(w: jax.Array, importance: jax.Array | None, name: str, effort
     """Codes of rows of one block each: those of w, filled up to the lanes of a search or to a chunk."""
     fmt = get_format(name)
     size = fmt.block_size
+    fmt.row_bytes(w.shape[1])  # says so where blocks do not divide rows
     blocks = np.asarray(w, np.float32).reshape(-1, size)
     count = LANES if len(blocks) <= LANES else max(len(blocks), _CPU_CHUNK // size)
     if importance is None:
@@ -115,12 +115,14 @@ def in_row_chunks(
     w: Float[Array, "R I"],
     *rest: Any,
     beside: Sequence[Float[Array, "R ..."]] = (),
+    apart: bool = False,
     on_accelerator: int = _ACCELERATOR_ROWS,
 ) -> list[Any]:
     """`run(rows, *rest)` of equal chunks of w's rows in f32, on all cores, devices and hosts; zeros fill up the last.
 
     The rows of arrays `beside` it come after w's. Accelerators take up to `on_accelerator` weights at once, whole
-    matrices as a rule; several devices and hosts share what is less than a chunk for each.
+    matrices as a rule. Where rows are `apart`, which makes a result the same however many go together, several devices
+    and hosts share what is less than a chunk for each.
     """
     on_cpu = jax.default_backend() == "cpu"
     size = max(1, (_CPU_CHUNK if on_cpu else on_accelerator) // w.shape[1])
@@ -128,8 +130,8 @@ def in_row_chunks(
         size = min(size, len(w))
     elif 2 * (filled := 1 << (len(w) - 1).bit_length()) <= size:
         size = filled  # a program of its own; above half of a chunk, filling it up costs less than compiling
-    if (workers := devices.count() * hosts.count()) > 1:
-        size = min(size, max(_SHARE, -(-len(w) // workers)))
+    if apart and (workers := devices.count() * hosts.count()) > 1:
+        size = min(size, -(-len(w) // workers))
     arrays = _arrays()
     together = [arrays.asarray(a) for a in (w, *beside)]
 
@@ -161,8 +163,8 @@ def _in_chunks(run: Callable[..., Any], w: jax.Array, importance: jax.Array | No
     *lead, n_in = w.shape
     rows = w.reshape(-1, n_in)
     own = importance is not None and importance.ndim > 1
-    beside, rest = ([importance.reshape(-1, n_in)], []) if own else ([], [importance])
-    chunks = in_row_chunks(run, rows, *rest, beside=beside, on_accelerator=_ACCELERATOR_CHUNK)
+    beside, rest = ([_arrays().broadcast_to(importance, w.shape).reshape(-1, n_in)], []) if own else ([], [importance])
+    chunks = in_row_chunks(run, rows, *rest, beside=beside, apart=True, on_accelerator=_ACCELERATOR_CHUNK)
 
     def join(*leaves: jax.Array) -> jax.Array | np.ndarray:
         return _arrays().concatenate(leaves)[: len(rows)].reshape(*lead, *leaves[0].shape[1:])

@@ -70,7 +70,7 @@ class Head:
     def finite(self) -> Bool[Array, ""]:
         """Whether all weights are."""
         size = len(self.weight)
-        if size <= _HEAD_ROWS:
+        if self.stored is None or size <= _HEAD_ROWS:
             return jnp.isfinite(self._values(self.weight)).all()
 
         def more(i: jax.Array, whole: Bool[Array, ""]) -> Bool[Array, ""]:

@@ -80,8 +80,8 @@ def compensated_block(
     The block is folded by `folding`, as it is to be quantized; x comes from blocks that were rounded already. Matrices
     go in order, so that inputs are those that already quantized ones make. A quarter of the windows is not fitted on
     but decides, row by row, whether the outputs lose less than as `plain` rounds them. Tensors before which nothing was
-    seen, or whose second moments are singular, are rounded by `plain` and noted in `left_out`. Second moments of one
-    activation exist at a time.
+    seen, or whose second moments are singular, are rounded by `plain` and noted in `left_out`. What is known of one
+    activation exists at a time.
     """
     border, found = len(x) // 4, {}
     for activation in at.block.activations:
