@@ -8,6 +8,7 @@
 `quantize`, `errors`, `bytes`: the block formats beside ggml's.
 `sensitivity`: the two estimates beside each other and the truth.
 `policy`: what each way of choosing formats loses, at the sizes of llama.cpp's mixes.
+`footprint`: memory as predicted beside what llama.cpp reports on loading.
 `guard`: whether a file is ever worse than the largest of llama.cpp's mixes that fits.
 `sac`: steps per second of the decision process, seeds side by side, a whole run.
 `transfer`: policies on models that they were not trained on, and without each number.
@@ -39,6 +40,7 @@ from benchmarks.devices import devices
 from benchmarks.encoder import encoder
 from benchmarks.end_to_end import end_to_end
 from benchmarks.families import families
+from benchmarks.footprint import footprints
 from benchmarks.forward import forward
 from benchmarks.fuzz import fuzz
 from benchmarks.guard import guard
@@ -77,6 +79,7 @@ SUITES: dict[str, Callable[[int], Any]] = {
     "transfer": transfer,
     "reward": reward,
     "policy": policy,
+    "footprint": footprints,
     "guard": guard,
     "memory": memory,
     "end_to_end": end_to_end,
