@@ -317,9 +317,9 @@ def test_largest_mix_that_fits(reference, tmp_path):
     for mix in ("Q4_0", "Q8_0"):
         assert llama_quantize.quantize(reference, tmp_path / mix, mix) == sizes[mix]
     budget = (sizes["Q5_0"] + sizes["Q8_0"]) // 2
-    chosen = llama_quantize.mix_below(reference, budget)
+    chosen = llama_quantize.Mixes(reference, {}).below(budget)
     assert sizes[chosen] == max(size for size in sizes.values() if size <= budget)
-    assert llama_quantize.mix_below(reference, min(sizes.values()) - 1) is None
+    assert llama_quantize.Mixes(reference, {}).below(min(sizes.values()) - 1) is None
     assert [path.name for path in reference.parent.iterdir()] == ["reference.gguf"]
 
 

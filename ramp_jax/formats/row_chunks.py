@@ -92,12 +92,12 @@ def _encode_blocks(w: jax.Array, importance: jax.Array | None, name: str, effort
     fmt.row_bytes(w.shape[1])  # says so where blocks do not divide rows
     blocks = np.asarray(w, np.float32).reshape(-1, size)
     count = LANES if len(blocks) <= LANES else max(len(blocks), _CPU_CHUNK // size)
-    if importance is None:
-        return _encode(_filled(blocks, count), None, name, effort)
-    weights = np.broadcast_to(np.asarray(importance, np.float32), w.shape).reshape(-1, size)
-    square = np.repeat(np.asarray(_mean_square(w)), w.shape[1] // size) if fmt.weighs_rows else None
-    known = [None if a is None else _filled(a, count) for a in (blocks, weights, square)]
-    return _encode(known[0], known[1], name, effort, known[2])
+    weights = square = None
+    if importance is not None:
+        weights = np.broadcast_to(np.asarray(importance, np.float32), w.shape).reshape(-1, size)
+        square = np.repeat(np.asarray(_mean_square(w)), w.shape[1] // size) if fmt.weighs_rows else None
+    blocks, weights, square = jax.tree.map(lambda a: _filled(a, count), (blocks, weights, square))
+    return _encode(blocks, weights, name, effort, square)
 
 
 _mean_square = jax.jit(mean_square)

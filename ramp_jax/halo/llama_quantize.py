@@ -80,13 +80,6 @@ def predicted_bytes(source: Path, importance: Importance | None = None) -> dict[
     return sizes
 
 
-def mix_below(source: Path, budget_bytes: int, importance: Importance | None = None) -> str | None:
-    """The largest of llama.cpp's mixes that fits the budget, None where none does."""
-    sizes = predicted_bytes(source, importance)
-    fitting = [mix for mix in MIXES if sizes[mix] <= budget_bytes]
-    return max(fitting, key=sizes.__getitem__, default=None)
-
-
 class Mixes(NamedTuple):
     """llama.cpp's mixes of the model that `source` holds in F16, with an importance matrix."""
 
@@ -102,7 +95,9 @@ class Mixes(NamedTuple):
 
     def below(self, budget_bytes: int) -> str | None:
         """The largest that fits the budget, None where none does."""
-        return mix_below(self.source, budget_bytes, self.importance)
+        sizes = predicted_bytes(self.source, self.importance)
+        fitting = [mix for mix in MIXES if sizes[mix] <= budget_bytes]
+        return max(fitting, key=sizes.__getitem__, default=None)
 
     def write(self, mix: str, path: Path | None = None) -> Path:
         """The mix of that name, by default beside the source."""
