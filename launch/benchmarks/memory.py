@@ -82,7 +82,7 @@ def allocate(ref: str, output: Path, policy: str, settings: Mapping[str, str] | 
 
 def export(ref: str, allocation: Path, output: Path, encoder: str, settings: Mapping[str, str] | None = None) -> Took:
     """Export a GGUF, whose importance comes from the windows that the allocation records."""
-    how = (f"--model={ref}", f"--allocation={allocation}", f"--output={output}", f"--encoder={encoder}")
+    how = (f"--model={ref}", f"--allocation={allocation}", f"--output={output}", "--overwrite", f"--encoder={encoder}")
     return watched.run("export_gguf", *how, settings=settings)
 
 
