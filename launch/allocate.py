@@ -35,7 +35,7 @@ from ramp_jax.cli.overrides import OVERRIDE_FLAGS
 from ramp_jax.config import WindowsConfig
 from ramp_jax.data import is_inside
 from ramp_jax.files import write_bytes
-from ramp_jax.formats import LEVELS
+from ramp_jax.formats import LEVELS, levels_of
 from ramp_jax.halo.plan import described, make_plan, plan_json
 from ramp_jax.models.gguf_source import parts_beside
 from ramp_jax.models.references import resolve
@@ -121,7 +121,7 @@ def _from_gguf() -> None:
     output = cli.check_output_path(_OUTPUT.value, models=[_MODEL.value], files=inputs)
     model = cli.load(_MODEL.value, values.dtype, _TOKENIZER.value)
     windows = WindowsConfig(values.data, values.context, values.count)
-    levels = tuple(sorted({*map(float, values.levels)})) if values.levels else LEVELS
+    levels = levels_of(values.levels) if values.levels else LEVELS
     how = {"evaluations": values.refine_evals, "fold_level": FOLD_LEVEL if _FOLD.value else None}
     allocation = workflow.allocate_as(model, path, levels, windows, output, _MODEL.value, _ENCODER.value, **how)
     _say(allocation, allocation.made["budget_bytes"], windows)

@@ -110,7 +110,7 @@ def test_descent_ends_where_no_number_can_do_better(rng, name, monkeypatch):
                 else:
                     ends = fmt.grid.scales if field == "scales" else fmt.grid.mins if field == "mins" else None
                     wanted = values[at].astype(np.float32) + step
-                    moved[at] = np.clip(wanted, *ends) if ends else np.asarray(fmt.grid.round(wanted))
+                    moved[at] = np.clip(wanted, *ends) if ends else np.asarray(fmt.grid.round(wanted, wanted))
                     if ends is None and name.startswith("IQ4"):
                         continue  # whose values do not lie side by side
                 assert (lost(found._replace(**{field: moved})) >= least * (1 - 1e-4)).all(), (field, place, step)

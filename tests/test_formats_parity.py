@@ -13,6 +13,9 @@ from ramp_jax.models.layout import Params
 
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 SUPER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+LATTICE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+EVERY = LEGACY + SUPER + LATTICE
+PLAIN = tuple(name for name in EVERY if not get_format(name).needs_importance)
 
 
 def _inputs(n_in: int) -> dict[str, np.ndarray]:
@@ -57,6 +60,12 @@ def _weighted_error(name: str, raw: np.ndarray, w: np.ndarray, importance: np.nd
     return (off if importance is None else off * importance).reshape(-1, get_format(name).block_size).sum(-1)
 
 
+def _zeros_before_others(w: np.ndarray) -> np.ndarray:
+    """Superblocks in which a sub-block of 32 zeros stands before one of others."""
+    some = w.reshape(-1, 8, 32).any(-1)
+    return (~some & np.flip(np.maximum.accumulate(np.flip(some, 1), axis=1), 1)).any(1)
+
+
 def _assert_parity(name: str, w: np.ndarray, importance: np.ndarray | None, least: float) -> None:
     fmt = get_format(name)
     ours = fmt.to_bytes(encode(w, name, importance))
@@ -64,14 +73,17 @@ def _assert_parity(name: str, w: np.ndarray, importance: np.ndarray | None, leas
     same = (ours.reshape(-1, fmt.block_bytes) == theirs.reshape(-1, fmt.block_bytes)).all(-1)
     a, b = (_weighted_error(name, raw, w, importance) for raw in (ours, theirs))
     gap = np.where(same, 0, np.abs(a - b) / np.maximum(b, 1e-30))
+    if name == "IQ3_S":  # ggml misplaces what follows a sub-block of zeros
+        misplaced = _zeros_before_others(w)
+        assert (a[misplaced] <= b[misplaced]).all()
+        same, gap = same | misplaced, np.where(misplaced, 0, gap)
     worst = int(np.argmax(gap))
     report = f"{name}: {same.mean():.5f} of {same.size} blocks equal; worst block {worst}: errors {a[worst]} {b[worst]}"
     assert same.mean() >= least, report
     assert gap[worst] <= 1e-4, report
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", LEGACY + SUPER)
+@pytest.mark.parametrize(("name", "weighted"), [(name, True) for name in EVERY] + [(name, False) for name in PLAIN])
 def test_reference_bytes(name: str, weighted: bool) -> None:
     n_in = 1024
     importance = np.random.default_rng(1).chisquare(1, n_in).astype(np.float32) if weighted else None
@@ -86,7 +98,7 @@ def test_row_lengths(n_in: int) -> None:
     _assert_parity("Q4_K", w, importance, 1.0)
 
 
-@pytest.mark.parametrize("name", LEGACY + SUPER)
+@pytest.mark.parametrize("name", EVERY)
 def test_decode_and_bytes_on_random_bytes(name: str) -> None:
     fmt = get_format(name)
     raw = np.random.default_rng(3).integers(0, 256, (16, fmt.row_bytes(1024)), dtype=np.uint8)
@@ -103,7 +115,9 @@ def _real_blocks() -> Params:
     return load_model("smollm2-135m", dtype="float32").params["blk"]
 
 
-@pytest.mark.parametrize("name", ["IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])
+@pytest.mark.parametrize(
+    "name", ["IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_S", "IQ3_S"]
+)
 def test_real_weights(name: str) -> None:
     blk = _real_blocks()
     key = "ffn_down" if get_format(name).block_size == 256 else "attn_q"

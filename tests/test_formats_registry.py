@@ -8,13 +8,24 @@ import jax
 import numpy as np
 import pytest
 
-from ramp_jax.formats import LEVELS, encode, format_for, format_up_to, get_format, round_trip
+from ramp_jax.formats import (
+    LEVEL_NAMES,
+    LEVELS,
+    encode,
+    format_for,
+    format_up_to,
+    get_format,
+    levels_of,
+    round_trip,
+    written,
+)
 from ramp_jax.formats.check import EncodeCache, check
 from ramp_jax.formats.integers import BITS, GROUPS
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+BLOCKS += ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
 def _weights(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -60,7 +71,8 @@ def test_file_types_are_those_of_llama_cpp() -> None:
     floats = {"F32": 0, "F16": 1, "BF16": 32}
     legacy = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25}
     supers = {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30}
-    known = {**floats, **legacy, **supers}
+    lattices = {"IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ3_S": 26, "IQ2_S": 28}
+    known = {**floats, **legacy, **supers, **lattices}
     assert {name: int(get_format(name).llama_ftype) for name in known} == known
 
 
@@ -80,10 +92,18 @@ def test_highest_level_that_rows_can_take() -> None:
         ("Q6_K", 6.5625),
         ("IQ4_XS", 4.25),
         ("Q8_0", 8.5),
+        ("IQ2_XXS", 2.0625),
+        ("IQ2_XS", 2.3125),
+        ("IQ2_S", 2.5625),
+        ("IQ3_XXS", 3.0625),
+        ("IQ3_S", 3.4375),
     ],
 )
 def test_bits_per_weight(name: str, bits: float) -> None:
     assert get_format(name).bits_per_weight == bits
+
+
+_GAINED = {"Q2_K": 0.95, "Q4_K": 0.96, "Q3_K": 0.98, **dict.fromkeys(BLOCKS[-5:], 0.95)}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -100,10 +120,10 @@ def test_best_is_never_worse(name: str) -> None:
 
     best, reference = errors("best"), errors("reference")
     assert (best <= reference * (1 + 1e-5)).all()
-    assert best.sum() < reference.sum() * {"Q2_K": 0.95, "Q4_K": 0.96, "Q3_K": 0.98}.get(name, 1.0)
+    assert best.sum() < reference.sum() * _GAINED.get(name, 1.0)
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q5_0", "IQ4_XS"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q5_0", "IQ4_XS", "IQ2_XXS", "IQ3_S"])
 def test_coarse_is_little_worse(name: str) -> None:
     w = _weights(0, (32, 256))
     importance = np.random.default_rng(1).chisquare(1, 256).astype(np.float32) + np.float32(0.05)
@@ -178,12 +198,29 @@ def test_bad_input(change, message: str) -> None:
 @pytest.mark.parametrize("effort", ["reference", "best"])
 def test_the_largest_weights_that_are_let_through_stay_finite(name: str, effort: str) -> None:
     limit = np.float32(get_format(name).largest)
+    importance = np.ones(512, np.float32) if get_format(name).needs_importance else None
     w = np.zeros((2, 512), np.float32)
     w[:, 5], w[1, 300] = 0.999 * limit, -0.999 * limit
-    check("a", w, name)
-    assert np.isfinite(np.asarray(round_trip(w, name, None, effort))).all()
+    check("a", w, name, importance)
+    assert np.isfinite(np.asarray(round_trip(w, name, importance, effort))).all()
     with pytest.raises(ValueError, match="beyond its f16 scales"):
-        check("a", w * np.float32(1.01), name)
+        check("a", w * np.float32(1.01), name, importance)
+
+
+@pytest.mark.parametrize("importance", [None, np.zeros(256, np.float32)])
+def test_formats_that_need_importance_say_so(importance: np.ndarray | None) -> None:
+    w = _weights(4, (2, 256))
+    with pytest.raises(ValueError, match=r"a cannot be IQ2_XS: .*importance.*; calibrate.* or choose another format"):
+        check("a", w, "IQ2_XS", importance)
+    with pytest.raises(ValueError, match="IQ2_XXS is rounded by importance only; calibrate"):
+        encode(w, "IQ2_XXS")
+
+
+def test_levels_are_written_as_numbers_or_names() -> None:
+    assert levels_of(["8", "IQ3_S", "2", "IQ2_XXS", "3", "8"]) == ("IQ2_XXS", 2, 3, "IQ3_S", 8)
+    assert [written(level) for level in (4.5, 2, "IQ2_S")] == ["4.5", "2", "IQ2_S"]
+    assert {"2", "4.5", "IQ2_XXS", "Q4_0"} <= set(LEVEL_NAMES)
+    assert "F16" not in LEVEL_NAMES
 
 
 def test_cache_encodes_once_and_zero_importance_is_none() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from ramp_jax import schema
-from ramp_jax.formats import LEVELS, get_format
+from ramp_jax.formats import LEVELS, get_format, ordered
 from ramp_jax.formats.registry import EXPORTABLE
 from ramp_jax.overrides import Override
 
@@ -113,11 +113,12 @@ def read_saved(path: str | Path) -> Saved:
     return saved
 
 
-def offered_levels(saved: Saved) -> tuple[float, ...]:
+def offered_levels(saved: Saved) -> tuple[float | str, ...]:
     """Among which levels a file says that was chosen, as far as rows hold them; empty where it does not say."""
     several = [known for known in saved.get("choices", {}).values() if len(known) > 1]  # others may be overridden
     formats = {fmt for known in several for fmt in known}
-    return tuple(sorted({level for fmt in formats if (level := get_format(fmt).level) is not None}))
+    known = [get_format(fmt) for fmt in formats if get_format(fmt).level is not None]
+    return ordered(fmt.level if fmt.action else fmt.name for fmt in known)
 
 
 def sha256_of(content: Mapping[str, Any]) -> str:

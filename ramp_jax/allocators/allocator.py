@@ -90,14 +90,14 @@ RULES: Mapping[str, Callable[[Problem, int], Actions]] = {
 """Choices that need neither training nor evaluations, by name."""
 
 
-def by_rule(name: str, levels: tuple[float, ...]) -> Allocator:
+def by_rule(name: str, levels: tuple[float | str, ...]) -> Allocator:
     """One of `RULES` over these levels."""
     return Allocator(
         name, levels, FOLD_LEVEL, RULES[name], sees="sizes" if name in ("uniform", "random") else "estimates"
     )
 
 
-def by_evolution(levels: tuple[float, ...], evaluations: int) -> Allocator:
+def by_evolution(levels: tuple[float | str, ...], evaluations: int) -> Allocator:
     """Evolution from the uniform allocation; its choice raises `ValueError` where a problem cannot be evaluated."""
 
     def choose(problem: Problem, budget: int) -> Actions:
@@ -110,7 +110,7 @@ def by_formats(
     name: str,
     spec: DecoderSpec,
     formats: Mapping[str, str],
-    levels: tuple[float, ...],
+    levels: tuple[float | str, ...],
     *,
     fold_level: float | None = None,
 ) -> Allocator:

@@ -13,7 +13,7 @@ from ramp_jax.cli.inputs import load
 from ramp_jax.cli.overrides import OVERRIDE_FLAGS, define_overrides, overrides
 from ramp_jax.config import WindowsConfig
 from ramp_jax.data import parts_of
-from ramp_jax.formats import LEVELS
+from ramp_jax.formats import LEVEL_NAMES, levels_of
 from ramp_jax.models import Model
 from ramp_jax.policy.inference import POLICY_FILE, find_allocator
 from ramp_jax.workflow import check_context
@@ -53,8 +53,8 @@ def define_choice() -> None:
     flags.DEFINE_list("levels", None, "Levels to choose among; a policy's and a table's must be these.")
     flags.register_validator(
         "levels",
-        lambda levels: levels is None or (bool(levels) and all(level in map(str, LEVELS) for level in levels)),
-        f"must be some of {','.join(f'{level:g}' for level in LEVELS)}.",
+        lambda levels: levels is None or (bool(levels) and set(levels) <= set(LEVEL_NAMES)),
+        f"must be some of {','.join(LEVEL_NAMES)}.",
     )
     flags.DEFINE_string("data", "builtin", TEXTS)
     flags.DEFINE_integer("context", 512, "Tokens of a calibration window.", lower_bound=2)
@@ -88,7 +88,7 @@ def choice(ref: str, tokenizer_from: str | None = None, *, required: bool = True
     model or what can be reached.
     """
     values = flags.FLAGS
-    levels = tuple(map(float, values.levels)) if values.levels else None
+    levels = levels_of(values.levels) if values.levels else None
     allocator = find_allocator(values.source_policy, levels=levels, evaluations=values.refine_evals)
     check_budget_flags(required=required)
     decided = overrides()

@@ -1,16 +1,31 @@
 """GGUF block formats as pure JAX functions."""
 
-from ramp_jax.formats.registry import EXPORTABLE, LEVELS, Format, format_for, format_up_to, get_format
+from ramp_jax.formats.registry import (
+    EXPORTABLE,
+    LEVEL_NAMES,
+    LEVELS,
+    Format,
+    format_for,
+    format_up_to,
+    get_format,
+    levels_of,
+    ordered,
+    written,
+)
 from ramp_jax.formats.row_chunks import decode, encode, round_trip
 
 __all__ = [
     "EXPORTABLE",
     "LEVELS",
+    "LEVEL_NAMES",
     "Format",
     "decode",
     "encode",
     "format_for",
     "format_up_to",
     "get_format",
+    "levels_of",
+    "ordered",
     "round_trip",
+    "written",
 ]

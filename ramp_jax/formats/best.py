@@ -25,20 +25,37 @@ _FACTORS = np.asarray([*np.arange(0.80, 1.0, 0.02), *np.arange(1.02, 1.13, 0.02)
 
 
 class Grid(NamedTuple):
-    """What a format can store: code rounding, and the ends of its integer sub-scales and minima.
+    """What a format can store: code rounding, and the ends of its sub-scales and integer minima.
 
-    `reach` is how far a sub-scale looks for a better neighbour.
+    `round(v, weight)` are the codes nearest to v: of each number alone, or, of `columns` that go together, the ones of
+    smallest weighted squared distance to v `[columns, *n]`. Sub-scales are `unit` apart; `reach` is how many of them a
+    sub-scale looks for a better neighbour.
     """
 
-    round: Callable[[jax.Array], jax.Array]
-    scales: tuple[int, int] = (1, 1)
+    round: Callable[[jax.Array, jax.Array], jax.Array]
+    scales: tuple[float, float] = (1, 1)
     mins: tuple[int, int] = (0, 0)
     reach: int = 1
+    unit: float = 1
+    columns: int = 1
+
+    def rounded(self, v: Float[Array, "E *n"], weight: Float[Array, "E *n"]) -> Float[Array, "E *n"]:
+        """Codes nearest to v, whose first axis are neighbours in a row."""
+        if self.columns == 1:
+            return self.round(v, weight)
+        groups = [jnp.swapaxes(a.reshape(-1, self.columns, *a.shape[1:]), 0, 1) for a in (v, weight)]
+        return jnp.swapaxes(self.round(*groups), 0, 1).reshape(v.shape)
+
+    def nearest_scale(self, v: Float[Array, "*n"], ends: tuple[float, float]) -> Float[Array, "*n"]:
+        """The nearest of what a sub-scale or a minimum between `ends` can be."""
+        if self.unit == 1:
+            return clip(round_half_even(v), *ends)
+        return clip(ends[0] + self.unit * round_half_even((v - ends[0]) / self.unit), *ends)
 
 
-def whole(low: int, high: int) -> Callable[[jax.Array], jax.Array]:
+def whole(low: int, high: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Rounding to the nearest integer in low..high."""
-    return lambda v: clip(round_half_even(v), low, high)
+    return lambda v, _: clip(round_half_even(v), low, high)
 
 
 class State(NamedTuple):
@@ -131,7 +148,7 @@ def _stretch(carry: tuple[State, jax.Array], x: jax.Array, weight: jax.Array, gr
     factors = jnp.asarray(_FACTORS)
 
     def attempt(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-        moved = _rounded(start._replace(d=rounded_to_f16(start.d * factors[i])), x, grid)
+        moved = _rounded(start._replace(d=rounded_to_f16(start.d * factors[i])), x, weight, grid)
         carry = _keep(carry, moved, x, weight)
         return _keep(carry, _fit(moved, x, weight, grid), x, weight)
 
@@ -146,14 +163,14 @@ def _step(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
     table = jnp.asarray(np.asarray(deltas, np.float32))
 
     def attempt(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        scale = clip(state.scale + table[i, 0], *grid.scales)
+        scale = clip(state.scale + grid.unit * table[i, 0], *grid.scales)
         low = clip(state.min + table[i, 1], *grid.mins)
-        e = _sub_errors(_rounded(state._replace(scale=scale, min=low), x, grid), x, weight)
+        e = _sub_errors(_rounded(state._replace(scale=scale, min=low), x, weight, grid), x, weight)
         return tuple(jnp.where(e < best[0], a, b) for a, b in zip((e, scale, low), best, strict=True))
 
     start = (_sub_errors(state, x, weight), state.scale, state.min)
     _, scale, low = lax.fori_loop(0, len(deltas), attempt, start)
-    return _rounded(state._replace(scale=scale, min=low), x, grid)
+    return _rounded(state._replace(scale=scale, min=low), x, weight, grid)
 
 
 def _fit(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
@@ -161,14 +178,14 @@ def _fit(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
     a = state.scale[None] * state.q
     aa, ax = _total(weight * a * a), _total(weight * a * x)
     if grid.mins == (0, 0):
-        return _rounded(state._replace(d=rounded_to_f16(ax / aa)), x, grid)
+        return _rounded(state._replace(d=rounded_to_f16(ax / aa)), x, weight, grid)
     b = jnp.broadcast_to(-state.min[None], a.shape)
     ab, bb, bx = _total(weight * a * b), _total(weight * b * b), _total(weight * b * x)
     det = aa * bb - ab * ab
     both = (rounded_to_f16((ax * bb - bx * ab) / det), rounded_to_f16((bx * aa - ax * ab) / det))
     sound = det > 1e-6 * aa * bb
     d, dmin = (jnp.where(sound, new, old) for new, old in zip(both, (rounded_to_f16(ax / aa), state.dmin), strict=True))
-    return _rounded(state._replace(d=d, dmin=dmin), x, grid)
+    return _rounded(state._replace(d=d, dmin=dmin), x, weight, grid)
 
 
 def _keep(carry: tuple[State, jax.Array], new: State, x: jax.Array, weight: jax.Array) -> tuple[State, jax.Array]:
@@ -183,9 +200,9 @@ def _keep(carry: tuple[State, jax.Array], new: State, x: jax.Array, weight: jax.
     return jax.tree.map(pick, new, old), jnp.where(better, e, least)
 
 
-def _rounded(state: State, x: jax.Array, grid: Grid) -> State:
+def _rounded(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
     step = (state.d * state.scale)[None]
-    q = grid.round((x + (state.dmin * state.min)[None]) * reciprocal(step))
+    q = grid.rounded((x + (state.dmin * state.min)[None]) * reciprocal(step), weight)
     return state._replace(q=jnp.where(step == 0, state.q, q))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ramp_jax.formats.registry import Effort, get_format
+from ramp_jax.formats.registry import NEEDS_IMPORTANCE, Effort, get_format
 from ramp_jax.formats.row_chunks import encode
 
 
@@ -29,6 +29,9 @@ def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = 
     if peak > known.largest:
         bound = f"|weight| {peak:g} is beyond its f16 scales, at most {known.largest:g}"
         raise ValueError(f"{tensor} cannot be {fmt}: {bound}.")
+    if known.needs_importance and (importance is None or not np.any(importance)):
+        lack = "there is no importance of its inputs" if importance is None else "the importance of its inputs is zero"
+        raise ValueError(f"{tensor} cannot be {fmt}: {lack}; {NEEDS_IMPORTANCE}.")
     if importance is None:
         return None
     importance = np.asarray(importance, np.float32)

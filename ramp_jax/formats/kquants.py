@@ -17,21 +17,15 @@ without importance differs where weights are near 1e-6, whose sums are denormals
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from ramp_jax.formats import search
 from ramp_jax.formats.codes import SuperAffineCodes, SuperScaledCodes
 from ramp_jax.formats.rounding import (
-    blocks_of,
     clip,
     divide,
-    map_lanes,
-    opaque_one,
     quotient,
     reciprocal,
     round_half_even,
@@ -41,59 +35,48 @@ from ramp_jax.formats.rounding import (
     to_f16,
 )
 from ramp_jax.formats.search import LANES, AffineGrid
-
-BLOCK = 256
-
-_CHUNK = 2 * LANES  # superblocks whose intermediate arrays exist at one time
-
-Weights = Float[Array, "*rows I"]
-Importance = Float[Array, " I"] | Float[Array, "*rows I"] | None
+from ramp_jax.formats.superblocks import (
+    Importance,
+    Weights,
+    encode_superblocks,
+    error_weights,
+    search_lanes,
+    sub_blocks,
+    whole,
+)
 
 
 def encode_q2_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperAffineCodes:
     """Codes in 0..3, sub-scales and minima in 0..15."""
     grid = AffineGrid(3, -0.5, 0.1, 16, absolute=True) if importance is None else AffineGrid(3, -0.9, 0.05, 37)
-    return _encode(functools.partial(_affine, grid=grid, size=16, top=15, spread=1), w, importance, coarse)
+    return encode_superblocks(functools.partial(_affine, grid=grid, size=16, top=15, spread=1), w, importance, coarse)
 
 
 def encode_q3_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperScaledCodes:
     """Codes in −4..3, sub-scales in −32..31."""
-    return _encode(_q3_k, w, importance, coarse)
+    return encode_superblocks(_q3_k, w, importance, coarse)
 
 
 def encode_q4_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperAffineCodes:
     """Codes in 0..15, sub-scales and minima in 0..63."""
     grid = AffineGrid(15, -1.0, 0.1, 21) if importance is None else AffineGrid(15, -0.9, 0.05, 37)
-    return _encode(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance, coarse)
+    return encode_superblocks(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance, coarse)
 
 
 def encode_q5_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperAffineCodes:
     """Codes in 0..31, sub-scales and minima in 0..63."""
     grid = AffineGrid(31, -0.5, 0.1, 16) if importance is None else AffineGrid(31, -0.9, 0.05, 37)
-    return _encode(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance, coarse)
+    return encode_superblocks(functools.partial(_affine, grid=grid, size=32, top=63, spread=2), w, importance, coarse)
 
 
 def encode_q6_k(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperScaledCodes:
     """Codes in −32..31, sub-scales in −128..127."""
-    return _encode(_q6_k, w, importance, coarse)
+    return encode_superblocks(_q6_k, w, importance, coarse)
 
 
 def encode_iq4_xs(w: Weights, importance: Importance = None, coarse: bool = False) -> SuperScaledCodes:
     """Codes among the 16 IQ4 values, sub-scales in −32..31."""
-    return _encode(_iq4_xs, w, importance, coarse)
-
-
-def _encode(one_chunk: Callable[..., Any], w: Weights, importance: Importance, coarse: bool) -> Any:
-    """Apply `one_chunk(x [256, N], importance [256, N] or None, one, coarse)` → codes, lanes last, to all blocks."""
-    one = opaque_one(w)
-    blocks = blocks_of(w, BLOCK)
-    lead = blocks.shape[:-1]
-    columns = [blocks]
-    if importance is not None:
-        columns.append(jnp.broadcast_to(blocks_of(importance, BLOCK), blocks.shape))
-    lanes = [a.reshape(-1, BLOCK).T for a in columns]
-    codes = map_lanes(lambda x, i=None: one_chunk(x, i, one, coarse), _CHUNK, *lanes)
-    return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0).reshape(*lead, *a.shape[:-1]), codes)
+    return encode_superblocks(_iq4_xs, w, importance, coarse)
 
 
 def _affine(
@@ -109,14 +92,14 @@ def _affine(
 ) -> SuperAffineCodes:
     """Q2_K, Q4_K, Q5_K: `spread` is ggml's factor on the mean square in the error weights."""
     grid = grid.thinned() if coarse else grid
-    subs = _subs(x, size)  # [E, S, N]
+    subs = sub_blocks(x, size)  # [E, S, N]
     if importance is not None:
-        weight = _error_weights(x, importance, spread, size, one)
+        weight = error_weights(x, importance, spread, size, one)
     elif grid.absolute:
         weight = jnp.abs(subs)
     else:
         weight = square_root(sum_rows(list(subs * subs), one) / size)[None] + jnp.abs(subs)
-    scale, low, searched = _search(lambda a, b: search.search_affine(a, b, grid, one), subs, weight)
+    scale, low, searched = search_lanes(lambda a, b: search.search_affine(a, b, grid, one), subs, weight)
     if importance is None:
         d, scales = _largest_scale(scale, top)
         dmin, mins = _largest_scale(low, top)
@@ -130,28 +113,28 @@ def _affine(
     q = clip(round_half_even(quotient(subs + sub_m[None], sub_d[None])), 0, grid.top)
     q = jnp.where(sub_d[None] == 0, searched, q)
     u8 = jnp.uint8
-    return SuperAffineCodes(to_f16(d), to_f16(dmin), scales.astype(u8), mins.astype(u8), _whole(q).astype(u8))
+    return SuperAffineCodes(to_f16(d), to_f16(dmin), scales.astype(u8), mins.astype(u8), whole(q).astype(u8))
 
 
 def _q3_k(x: jax.Array, importance: jax.Array | None, one: jax.Array, coarse: bool) -> SuperScaledCodes:
-    subs = _subs(x, 16)
+    subs = sub_blocks(x, 16)
     if importance is None:
-        scale, searched = _search(lambda a, _: search.descend_symmetric(a, 4, one), subs, subs, 8 * LANES)
+        scale, searched = search_lanes(lambda a, _: search.descend_symmetric(a, 4, one), subs, subs, 8 * LANES)
         largest = search.first_largest(scale)
         inverse = one * quotient(-32.0, largest)
         scales = jnp.where(largest == 0, -32.0, clip(round_half_even(inverse[None] * scale), -32, 31))
         d = jnp.where(largest == 0, 0.0, quotient(1.0, inverse))
     else:
-        weight = _error_weights(x, importance, 2, 16, one)
-        scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 4, one, coarse), subs, weight)
+        weight = error_weights(x, importance, 2, 16, one)
+        scale, searched = search_lanes(lambda a, b: search.search_symmetric(a, b, 4, one, coarse), subs, weight)
         d, scales = search.search_symmetric(scale, sum_rows(list(weight), one), 32, one, coarse)
     return _symmetric_codes(subs, rounded_to_f16(d), scales, searched, 4)
 
 
 def _q6_k(x: jax.Array, importance: jax.Array | None, one: jax.Array, coarse: bool) -> SuperScaledCodes:
-    subs = _subs(x, 16)
-    weight = subs * subs if importance is None else _subs(importance, 16)
-    scale, searched = _search(lambda a, b: search.search_symmetric(a, b, 32, one, coarse), subs, weight)
+    subs = sub_blocks(x, 16)
+    weight = subs * subs if importance is None else sub_blocks(importance, 16)
+    scale, searched = search_lanes(lambda a, b: search.search_symmetric(a, b, 32, one, coarse), subs, weight)
     largest = search.first_largest(scale)
     zero = jnp.abs(largest) < 1e-15
     inverse = one * quotient(-128.0, largest)
@@ -161,15 +144,15 @@ def _q6_k(x: jax.Array, importance: jax.Array | None, one: jax.Array, coarse: bo
 
 
 def _iq4_xs(x: jax.Array, importance: jax.Array | None, one: jax.Array, coarse: bool) -> SuperScaledCodes:
-    subs = _subs(x, 32)
-    weight = subs * subs if importance is None else _error_weights(x, importance, 2, 32, one)
-    (scale,) = _search(lambda a, b: (search.search_iq4(a, b, one, coarse),), subs, weight)
+    subs = sub_blocks(x, 32)
+    weight = subs * subs if importance is None else error_weights(x, importance, 2, 32, one)
+    (scale,) = search_lanes(lambda a, b: (search.search_iq4(a, b, one, coarse),), subs, weight)
     d = -search.first_largest(scale) / 32
     scales = jnp.where(d == 0, 0.0, clip(round_half_even(quotient(1.0, d)[None] * scale), -32, 31))
     sub_d = d[None] * scales
     inverse = reciprocal(sub_d)
     q = search.nearest_iq4(inverse[None] * subs)
-    return SuperScaledCodes(to_f16(d), scales.astype(jnp.int8), _whole(q).astype(jnp.int8))
+    return SuperScaledCodes(to_f16(d), scales.astype(jnp.int8), whole(q).astype(jnp.int8))
 
 
 def _symmetric_codes(
@@ -179,7 +162,7 @@ def _symmetric_codes(
     sub_d = d[None] * scales
     q = clip(round_half_even(quotient(subs, sub_d[None])), -half, half - 1)
     q = jnp.where(sub_d[None] == 0, searched, q)
-    return SuperScaledCodes(to_f16(d), scales.astype(jnp.int8), _whole(q).astype(jnp.int8))
+    return SuperScaledCodes(to_f16(d), scales.astype(jnp.int8), whole(q).astype(jnp.int8))
 
 
 def _largest_scale(scale: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
@@ -187,28 +170,3 @@ def _largest_scale(scale: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     largest = functools.reduce(jnp.maximum, list(scale), jnp.zeros_like(scale[0]))
     codes = clip(round_half_even(quotient(top, largest)[None] * scale), 0, top)
     return divide(largest, top), jnp.where(largest > 0, codes, 0.0)
-
-
-def _error_weights(x: jax.Array, importance: jax.Array, spread: int, size: int, one: jax.Array) -> jax.Array:
-    """importance · √(spread · mean square of the superblock + x²), `[E, S, N]`."""
-    mean_square = spread * sum_rows(list(x * x), one) / BLOCK
-    return _subs(importance * square_root(mean_square[None] + one * (x * x)), size)
-
-
-def _search(
-    find: Callable[..., tuple[jax.Array, ...]], subs: jax.Array, weight: jax.Array, lanes: int = LANES
-) -> tuple[jax.Array, ...]:
-    """Run a search over the lanes of all sub-blocks `[E, S, N]`; results `[…, S, N]`."""
-    tail = subs.shape[1:]
-    found = map_lanes(find, lanes, subs.reshape(subs.shape[0], -1), weight.reshape(subs.shape[0], -1))
-    return tuple(a.reshape(*a.shape[:-1], *tail) for a in found)
-
-
-def _subs(x: jax.Array, size: int) -> jax.Array:
-    """`[256, N]` → elements first, `[size, 256 / size, N]`."""
-    return jnp.swapaxes(x.reshape(-1, size, x.shape[-1]), 0, 1)
-
-
-def _whole(subs: jax.Array) -> jax.Array:
-    """Undo `_subs`."""
-    return jnp.swapaxes(subs, 0, 1).reshape(-1, subs.shape[-1])

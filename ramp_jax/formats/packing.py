@@ -13,58 +13,58 @@ from ramp_jax.formats.search import IQ4_VALUES
 
 def scaled_to_bytes(codes: ScaledCodes, bits: int) -> np.ndarray:
     """Q4_0, Q5_0 (`bits` 4, 5): f16 d, fifth bits, nibbles."""
-    return _join(_halves(codes.d), *_planes(_unsigned(codes.q, 1 << (bits - 1)), bits))
+    return join(halves(codes.d), *_planes(_unsigned(codes.q, 1 << (bits - 1)), bits))
 
 
 def scaled_from_bytes(raw: np.ndarray, bits: int) -> ScaledCodes:
     """Inverse of `scaled_to_bytes`."""
-    d, *planes = _split(raw, 2, *_plane_sizes(bits))
-    return ScaledCodes(_floats(d), _signed(_from_planes(planes), 1 << (bits - 1)))
+    d, *planes = split(raw, 2, *_plane_sizes(bits))
+    return ScaledCodes(floats(d), _signed(_from_planes(planes), 1 << (bits - 1)))
 
 
 def affine_to_bytes(codes: AffineCodes, bits: int) -> np.ndarray:
     """Q4_1, Q5_1: f16 d, f16 m, fifth bits, nibbles."""
-    return _join(_halves(codes.d), _halves(codes.m), *_planes(np.asarray(codes.q, np.uint8), bits))
+    return join(halves(codes.d), halves(codes.m), *_planes(np.asarray(codes.q, np.uint8), bits))
 
 
 def affine_from_bytes(raw: np.ndarray, bits: int) -> AffineCodes:
     """Inverse of `affine_to_bytes`."""
-    d, m, *planes = _split(raw, 2, 2, *_plane_sizes(bits))
-    return AffineCodes(_floats(d), _floats(m), _from_planes(planes))
+    d, m, *planes = split(raw, 2, 2, *_plane_sizes(bits))
+    return AffineCodes(floats(d), floats(m), _from_planes(planes))
 
 
 def q8_0_to_bytes(codes: ScaledCodes) -> np.ndarray:
     """f16 d, 32 signed bytes."""
-    return _join(_halves(codes.d), np.asarray(codes.q, np.int8).view(np.uint8))
+    return join(halves(codes.d), np.asarray(codes.q, np.int8).view(np.uint8))
 
 
 def q8_0_from_bytes(raw: np.ndarray) -> ScaledCodes:
     """Inverse of `q8_0_to_bytes`."""
-    d, q = _split(raw, 2, 32)
-    return ScaledCodes(_floats(d), np.ascontiguousarray(q).view(np.int8))
+    d, q = split(raw, 2, 32)
+    return ScaledCodes(floats(d), np.ascontiguousarray(q).view(np.int8))
 
 
 def iq4_nl_to_bytes(codes: ScaledCodes) -> np.ndarray:
     """f16 d, nibbles of value indices."""
-    return _join(_halves(codes.d), _nibbles(_iq4_index(codes.q)))
+    return join(halves(codes.d), _nibbles(_iq4_index(codes.q)))
 
 
 def iq4_nl_from_bytes(raw: np.ndarray) -> ScaledCodes:
     """Inverse of `iq4_nl_to_bytes`."""
-    d, nibbles = _split(raw, 2, 16)
-    return ScaledCodes(_floats(d), IQ4_VALUES[_from_nibbles(nibbles)])
+    d, nibbles = split(raw, 2, 16)
+    return ScaledCodes(floats(d), IQ4_VALUES[_from_nibbles(nibbles)])
 
 
 def q2_k_to_bytes(codes: SuperAffineCodes) -> np.ndarray:
     """16 bytes of sub-scale and sub-minimum nibbles, bit pairs, f16 d, f16 dmin."""
     scales = np.asarray(codes.scales, np.uint8) | (np.asarray(codes.mins, np.uint8) << 4)
-    return _join(scales, _pack(np.asarray(codes.q, np.uint8), 2), _halves(codes.d), _halves(codes.dmin))
+    return join(scales, _pack(np.asarray(codes.q, np.uint8), 2), halves(codes.d), halves(codes.dmin))
 
 
 def q2_k_from_bytes(raw: np.ndarray) -> SuperAffineCodes:
     """Inverse of `q2_k_to_bytes`."""
-    scales, q, d, dmin = _split(raw, 16, 64, 2, 2)
-    return SuperAffineCodes(_floats(d), _floats(dmin), scales & 15, scales >> 4, _unpack(q, 2))
+    scales, q, d, dmin = split(raw, 16, 64, 2, 2)
+    return SuperAffineCodes(floats(d), floats(dmin), scales & 15, scales >> 4, _unpack(q, 2))
 
 
 def q45_k_to_bytes(codes: SuperAffineCodes, bits: int) -> np.ndarray:
@@ -74,19 +74,19 @@ def q45_k_to_bytes(codes: SuperAffineCodes, bits: int) -> np.ndarray:
     scales = np.concatenate([*low, (s[..., 4:] & 15) | (m[..., 4:] & 15) << 4], axis=-1)
     q = np.asarray(codes.q, np.uint8)
     fifth = [_pack(q >> 4, 1)] if bits == 5 else []
-    return _join(_halves(codes.d), _halves(codes.dmin), scales, *fifth, _pack_pairs(q & 15))
+    return join(halves(codes.d), halves(codes.dmin), scales, *fifth, _pack_pairs(q & 15))
 
 
 def q45_k_from_bytes(raw: np.ndarray, bits: int) -> SuperAffineCodes:
     """Inverse of `q45_k_to_bytes`."""
-    d, dmin, packed, *fifth, nibbles = _split(raw, 2, 2, 12, *([32] if bits == 5 else []), 128)
+    d, dmin, packed, *fifth, nibbles = split(raw, 2, 2, 12, *([32] if bits == 5 else []), 128)
     s, m, mixed = packed[..., :4], packed[..., 4:8], packed[..., 8:]
     scales = np.concatenate([s & 63, (mixed & 15) | (s >> 6 << 4)], axis=-1)
     mins = np.concatenate([m & 63, (mixed >> 4) | (m >> 6 << 4)], axis=-1)
     q = _unpack_pairs(nibbles)
     if fifth:
         q = q | _unpack(fifth[0], 1) << 4
-    return SuperAffineCodes(_floats(d), _floats(dmin), scales, mins, q)
+    return SuperAffineCodes(floats(d), floats(dmin), scales, mins, q)
 
 
 def q3_k_to_bytes(codes: SuperScaledCodes) -> np.ndarray:
@@ -95,16 +95,16 @@ def q3_k_to_bytes(codes: SuperScaledCodes) -> np.ndarray:
     high = s >> 4
     top = high[..., :4] | high[..., 4:8] << 2 | high[..., 8:12] << 4 | high[..., 12:] << 6
     scales = np.concatenate([(s[..., :8] & 15) | (s[..., 8:] & 15) << 4, top], axis=-1)
-    return _join(_pack(q >> 2, 1), _pack(q & 3, 2), scales, _halves(codes.d))
+    return join(_pack(q >> 2, 1), _pack(q & 3, 2), scales, halves(codes.d))
 
 
 def q3_k_from_bytes(raw: np.ndarray) -> SuperScaledCodes:
     """Inverse of `q3_k_to_bytes`."""
-    third, pairs, packed, d = _split(raw, 32, 64, 12, 2)
+    third, pairs, packed, d = split(raw, 32, 64, 12, 2)
     low, top = packed[..., :8], packed[..., 8:]
     high = np.concatenate([top >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
     s = np.concatenate([low & 15, low >> 4], axis=-1) | high << 4
-    return SuperScaledCodes(_floats(d), _signed(s, 32), _signed(_unpack(pairs, 2) | _unpack(third, 1) << 2, 4))
+    return SuperScaledCodes(floats(d), _signed(s, 32), _signed(_unpack(pairs, 2) | _unpack(third, 1) << 2, 4))
 
 
 def q6_k_to_bytes(codes: SuperScaledCodes) -> np.ndarray:
@@ -112,16 +112,16 @@ def q6_k_to_bytes(codes: SuperScaledCodes) -> np.ndarray:
     q = _unsigned(codes.q, 32)
     four = (q & 15).reshape(*q.shape[:-1], 2, 2, 64)
     low = (four[..., 0, :] | four[..., 1, :] << 4).reshape(*q.shape[:-1], 128)
-    return _join(low, _pack(q >> 4, 2), np.asarray(codes.scales, np.int8).view(np.uint8), _halves(codes.d))
+    return join(low, _pack(q >> 4, 2), np.asarray(codes.scales, np.int8).view(np.uint8), halves(codes.d))
 
 
 def q6_k_from_bytes(raw: np.ndarray) -> SuperScaledCodes:
     """Inverse of `q6_k_to_bytes`."""
-    low, high, scales, d = _split(raw, 128, 64, 16, 2)
+    low, high, scales, d = split(raw, 128, 64, 16, 2)
     halves = low.reshape(*low.shape[:-1], 2, 64)
     q = np.stack([halves & 15, halves >> 4], axis=-2).reshape(*low.shape[:-1], 256)
     s = np.ascontiguousarray(scales).view(np.int8)
-    return SuperScaledCodes(_floats(d), s, _signed(q | _unpack(high, 2) << 4, 32))
+    return SuperScaledCodes(floats(d), s, _signed(q | _unpack(high, 2) << 4, 32))
 
 
 def iq4_xs_to_bytes(codes: SuperScaledCodes) -> np.ndarray:
@@ -131,16 +131,16 @@ def iq4_xs_to_bytes(codes: SuperScaledCodes) -> np.ndarray:
     low = (s[..., 0::2] & 15) | (s[..., 1::2] & 15) << 4
     index = _iq4_index(codes.q)
     nibbles = _nibbles(index.reshape(*index.shape[:-1], 8, 32)).reshape(*index.shape[:-1], 128)
-    return _join(_halves(codes.d), high[..., None].view(np.uint8), low, nibbles)
+    return join(halves(codes.d), high[..., None].view(np.uint8), low, nibbles)
 
 
 def iq4_xs_from_bytes(raw: np.ndarray) -> SuperScaledCodes:
     """Inverse of `iq4_xs_to_bytes`."""
-    d, high, low, nibbles = _split(raw, 2, 2, 4, 128)
+    d, high, low, nibbles = split(raw, 2, 2, 4, 128)
     pairs = np.ascontiguousarray(high).view(np.uint16) >> (2 * np.arange(8, dtype=np.uint16)) & 3
     s = np.stack([low & 15, low >> 4], axis=-1).reshape(*low.shape[:-1], 8) | pairs.astype(np.uint8) << 4
     index = _from_nibbles(nibbles.reshape(*nibbles.shape[:-1], 8, 16)).reshape(*nibbles.shape[:-1], 256)
-    return SuperScaledCodes(_floats(d), _signed(s, 32), IQ4_VALUES[index])
+    return SuperScaledCodes(floats(d), _signed(s, 32), IQ4_VALUES[index])
 
 
 def _pack(q: np.ndarray, bits: int) -> np.ndarray:
@@ -205,21 +205,21 @@ def _signed(q: np.ndarray, offset: int) -> np.ndarray:
     return (q.astype(np.int16) - offset).astype(np.int8)
 
 
-def _halves(d: np.ndarray) -> np.ndarray:
+def halves(d: np.ndarray) -> np.ndarray:
     return np.asarray(d, np.float16)[..., None].view(np.uint8)
 
 
-def _floats(raw: np.ndarray) -> np.ndarray:
+def floats(raw: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(raw).view(np.float16)[..., 0]
 
 
-def _join(*parts: np.ndarray) -> np.ndarray:
+def join(*parts: np.ndarray) -> np.ndarray:
     """Parts `[*rows, blocks, n_i]` → `[*rows, blocks · Σ n_i]`."""
     joined = np.concatenate(parts, axis=-1)
     return joined.reshape(*joined.shape[:-2], -1)
 
 
-def _split(raw: np.ndarray, *sizes: int) -> list[np.ndarray]:
+def split(raw: np.ndarray, *sizes: int) -> list[np.ndarray]:
     """`[*rows, blocks · Σ sizes]` → parts `[*rows, blocks, size]`."""
     blocks = np.asarray(raw, np.uint8).reshape(*raw.shape[:-1], -1, sum(sizes))
     return np.split(blocks, np.cumsum(sizes)[:-1], axis=-1)

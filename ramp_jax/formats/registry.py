@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import gguf
@@ -11,13 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ramp_jax.formats import codes, integers, kquants, legacy, packing
+from ramp_jax.formats import codes, integers, kquants, lattice_search, legacy, packing
 from ramp_jax.formats.best import Grid, improve, whole
+from ramp_jax.formats.lattice import LATTICES, SIGNED, Lattice
+from ramp_jax.formats.lattice_packing import packers
 from ramp_jax.formats.rounding import rounded_to_f16
 from ramp_jax.formats.search import nearest_iq4
 
 Effort = Literal["coarse", "reference", "best"]
 """How long an encoder searches."""
+
+NEEDS_IMPORTANCE = "calibrate, as the encoders best and compensated do, or choose another format"
+"""The way out where importance is missing."""
 
 _F16_MAX = 65504.0
 
@@ -27,7 +32,8 @@ class Format:
     """One block format: all that is known of it.
 
     `encoder(w, importance, coarse)` maps weights f32 `[*rows, I]` to a pytree of codes, `decode` these to f32; both
-    are pure and jittable. An encoder that `weighs_rows` takes the rows' mean squares as well. `to_bytes` and
+    are pure and jittable. An encoder that `weighs_rows` takes the rows' mean squares as well, one that
+    `needs_importance` makes nothing without. `to_bytes` and
     `from_bytes` map codes to and from `[*rows, row_bytes(I)]` uint8 on the host, None where no GGUF type stores the
     format. No |weight| may be above `largest`. `llama_ftype` is the type of a file that is made of it. `grid` is what
     `effort="best"` searches, None where it is the reference.
@@ -50,6 +56,7 @@ class Format:
     grid: Grid | None = None
     action: bool = False
     weighs_rows: bool = False
+    needs_importance: bool = False
 
     def encode(
         self,
@@ -71,6 +78,8 @@ class Format:
         """
         if effort not in get_args(Effort):
             raise ValueError(f"unknown effort {effort!r}; choose {', '.join(get_args(Effort))}.")
+        if importance is None and self.needs_importance:
+            raise ValueError(f"{self.name} is rounded by importance only; {NEEDS_IMPORTANCE}.")
         of_rows = (row_square,) if self.weighs_rows else ()
         found = self.encoder(w, importance, effort == "coarse", *of_rows)
         if effort == "best" and self.grid is not None:
@@ -134,19 +143,20 @@ def _blocks(
     name: str,
     level: float,
     encoder: Callable[..., codes.Codes],
-    packers: tuple[Callable[..., Any], Callable[..., Any]],
+    pair: tuple[Callable[..., Any], Callable[..., Any]],
     most: int,
     grid: Grid,
     bits: int | None = None,
     mix: str = "",
     action: bool = True,
     weighs_rows: bool = False,
+    needs_importance: bool = False,
 ) -> Format:
-    """A type of ggml's: `packers` to and from bytes take `bits`, unless None; weights reach `most` f16 scales.
+    """A type of ggml's: the `pair` to and from bytes takes `bits`, unless None; weights reach `most` f16 scales.
 
     llama.cpp names files after mixes of K-quants: `mix` is the ending of the one that is mostly this type.
     """
-    to_bytes, from_bytes = packers if bits is None else (functools.partial(packer, bits=bits) for packer in packers)
+    to_bytes, from_bytes = pair if bits is None else (functools.partial(packer, bits=bits) for packer in pair)
     return Format(
         name,
         level,
@@ -160,6 +170,7 @@ def _blocks(
         grid=grid,
         action=action,
         weighs_rows=weighs_rows,
+        needs_importance=needs_importance,
     )
 
 
@@ -168,8 +179,26 @@ def _block_sizes(name: str) -> tuple[int, int]:
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
 
 
+def _lattice(lattice: Lattice, level: float) -> Format:
+    ends = lattice.unit, 31 * lattice.unit
+    return _blocks(
+        lattice.name,
+        level,
+        functools.partial(lattice_search.encode, lattice=lattice),
+        packers(lattice),
+        int(12 * lattice.unit * lattice.values[-1]),
+        Grid(functools.partial(lattice_search.nearest, lattice=lattice), ends, unit=2 * lattice.unit, columns=SIGNED),
+        action=False,
+        needs_importance=lattice.needs_importance,
+    )
+
+
 def _group(name: str, bits: int, group: int, encoder: Callable[..., integers.GroupCodes]) -> Format:
     return Format(name, bits, group, group * bits // 8 + 4, encoder, integers.decode)
+
+
+def _nearest_iq4(v: jax.Array, _: jax.Array) -> jax.Array:
+    return nearest_iq4(v)
 
 
 _rows = functools.partial(_blocks, weighs_rows=True)
@@ -195,13 +224,18 @@ _FORMATS = {
         _rows("Q5_0", 5, legacy.encode_q5_0, _SCALED, 16, Grid(whole(-16, 15)), bits=5),
         _rows("Q5_1", 6, legacy.encode_q5_1, _AFFINE, 1, Grid(whole(0, 31), mins=(1, 1)), bits=5),
         _blocks("Q8_0", 8, legacy.encode_q8_0, _Q8_0, 127, Grid(whole(-127, 127))),
-        _blocks("IQ4_NL", 4, legacy.encode_iq4_nl, _IQ4_NL, 113, Grid(nearest_iq4)),
+        _blocks("IQ4_NL", 4, legacy.encode_iq4_nl, _IQ4_NL, 113, Grid(_nearest_iq4)),
         _blocks("Q2_K", 2, kquants.encode_q2_k, _Q2_K, 15, Grid(whole(0, 3), (0, 15), (0, 15))),
         _blocks("Q3_K", 3, kquants.encode_q3_k, _Q3_K, 4 * 31, Grid(whole(-4, 3), (-32, 31), reach=3), mix="_M"),
         _blocks("Q4_K", 4.5, kquants.encode_q4_k, _Q45_K, 63, Grid(whole(0, 15), (0, 63), (0, 63)), bits=4, mix="_M"),
         _blocks("Q5_K", 5, kquants.encode_q5_k, _Q45_K, 63, Grid(whole(0, 31), (0, 63), (0, 63)), bits=5, mix="_M"),
         _blocks("Q6_K", 6, kquants.encode_q6_k, _Q6_K, 32 * 127, Grid(whole(-32, 31), (-128, 127))),
-        _blocks("IQ4_XS", 4, kquants.encode_iq4_xs, _IQ4_XS, 113 * 31, Grid(nearest_iq4, (-32, 31))),
+        _blocks("IQ4_XS", 4, kquants.encode_iq4_xs, _IQ4_XS, 113 * 31, Grid(_nearest_iq4, (-32, 31))),
+        _lattice(LATTICES["IQ2_XXS"], 1.75),
+        _lattice(LATTICES["IQ2_XS"], 1.9),
+        _lattice(LATTICES["IQ2_S"], 1.95),
+        _lattice(LATTICES["IQ3_XXS"], 2.9),
+        _lattice(LATTICES["IQ3_S"], 3.25),
         *(_group(name, *parts) for name, parts in integers.named().items()),
     )
 }
@@ -209,7 +243,7 @@ _FORMATS = {
 _ACTIONS = [fmt for fmt in _FORMATS.values() if fmt.action]
 
 LEVELS = tuple(sorted({fmt.level for fmt in _ACTIONS if fmt.level is not None}))
-"""The largest action set."""
+"""The levels that name formats by their bits; a format's own name is a level too."""
 
 
 def get_format(name: str) -> Format:
@@ -221,6 +255,29 @@ def get_format(name: str) -> Format:
 
 EXPORTABLE = tuple(fmt.name for fmt in _FORMATS.values() if fmt.exportable)
 """Names of the formats that a GGUF can hold; `format_for` takes them in place of levels."""
+
+
+LATTICE_LEVELS = tuple(LATTICES)
+"""Levels below four bits that have no number."""
+
+LEVEL_NAMES = (*(f"{level:g}" for level in LEVELS), *(name for name in EXPORTABLE if get_format(name).grid))
+"""How levels are written."""
+
+
+def levels_of(names: Iterable[str]) -> tuple[float | str, ...]:
+    """Levels of some of `LEVEL_NAMES`, each once, in the order of their sizes."""
+    return ordered(name if name in EXPORTABLE else float(name) for name in names)
+
+
+def ordered(levels: Iterable[float | str]) -> tuple[float | str, ...]:
+    """Levels, each once, by the bits per weight of their largest blocks."""
+    found = {level: format_for(level, 256) for level in levels}
+    return tuple(sorted(found, key=lambda level: (found[level].bits_per_weight, found[level].code_bits)))
+
+
+def written(level: float | str) -> str:
+    """A level as one of `LEVEL_NAMES`."""
+    return level if isinstance(level, str) else f"{level:g}"
 
 
 def format_for(level: float | str, n_in: int) -> Format | None:

@@ -29,7 +29,7 @@ from ramp_jax.allocators.allocator import (
 from ramp_jax.allocators.tables import exchange, fill
 from ramp_jax.checkpoint import digest
 from ramp_jax.files import write_bytes
-from ramp_jax.formats import LEVELS, get_format
+from ramp_jax.formats import LEVELS, get_format, ordered, written
 from ramp_jax.halo import llama_quantize
 from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, allocatable
@@ -173,7 +173,9 @@ def problem(
     )
 
 
-def find_allocator(source: str | Path, *, levels: tuple[float, ...] | None = None, evaluations: int = 0) -> Allocator:
+def find_allocator(
+    source: str | Path, *, levels: Sequence[float | str] | None = None, evaluations: int = 0
+) -> Allocator:
     """The allocator that `source` names, refined by `evaluations` true evaluations where there are any.
 
     `fisher`, `greedy`, `uniform` and `random` choose among `levels`, by default all, and so does `evolution`, which
@@ -182,7 +184,7 @@ def find_allocator(source: str | Path, *, levels: tuple[float, ...] | None = Non
     `ValueError` for evolution without evaluations, for llama.cpp with them or with levels, and where a policy or a
     table has other levels.
     """
-    chosen = LEVELS if levels is None else tuple(sorted(set(levels)))
+    chosen = LEVELS if levels is None else ordered(levels)
     if source == llama_quantize.MIX:
         if levels is not None or evaluations:
             raise ValueError(
@@ -297,7 +299,7 @@ def process(known: Problem) -> Process:
     return Process(**{name: getattr(known, name) for name in Process._fields})
 
 
-def check_levels(found: Policy | Allocator, levels: tuple[float, ...]) -> None:
+def check_levels(found: Policy | Allocator, levels: Sequence[float | str]) -> None:
     """Raise `ValueError` where a policy, or a measured table's allocator, has other levels than those asked for."""
     if found.levels != levels:
         raise ValueError(
@@ -307,4 +309,4 @@ def check_levels(found: Policy | Allocator, levels: tuple[float, ...]) -> None:
 
 
 def _list(levels: tuple[float | str, ...]) -> str:
-    return ",".join(f"{level:g}" for level in levels)
+    return ",".join(map(written, levels))

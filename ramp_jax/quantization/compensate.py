@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from ramp_jax import sweep
 from ramp_jax.cores import cores
 from ramp_jax.formats import decode, get_format
-from ramp_jax.formats.best import codes_of, state_of
+from ramp_jax.formats.best import Grid, State, codes_of, state_of
 from ramp_jax.formats.rounding import reciprocal
 from ramp_jax.models import Tensor
 from ramp_jax.models.decoder import Params, block_taps
@@ -201,19 +201,54 @@ def _round_block(x: Float[Array, "S O"], upper: Float[Array, "S S"], name: str) 
     """Codes of one block per row, and each column's error over U_jj; one compilation per format and number of rows."""
     importance = 1 / jnp.square(jnp.diagonal(upper))  # of a column's error, once later columns have made up for it
     chosen = get_format(name).encode(x.T, importance, "best")
-    state, size = state_of(chosen), x.shape[0]
+    state = state_of(chosen)
+    if get_format(name).grid.columns > 1:
+        q, errors = _by_groups(x, upper, state, get_format(name).grid)
+    else:
+        q, errors = _by_columns(x, upper, state, get_format(name).grid)
+    return codes_of(state.with_columns(q), chosen), errors
+
+
+def _by_columns(x: Float[Array, "S O"], upper: Float[Array, "S S"], state: State, grid: Grid) -> tuple[Any, ...]:
+    """Codes by column, and errors as `_round_block` gives them."""
     step, low, before = state.step, state.low, state.by_column
+    size = len(x)
 
     def one_column(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, q, errors = carry
-        rounded = get_format(name).grid.round((x[j] + low[j]) * reciprocal(step[j]))
+        rounded = grid.round((x[j] + low[j]) * reciprocal(step[j]), x[j])
         code = jnp.where(step[j] == 0, before[j], rounded)
         error = (x[j] - (step[j] * code - low[j])) / upper[j, j]
         later = jnp.where(jnp.arange(size) > j, upper[j], 0)
         return x - later[:, None] * error[None], q.at[j].set(code), errors.at[j].set(error)
 
     _, q, errors = jax.lax.fori_loop(0, size, one_column, (x, before, jnp.zeros_like(x)))
-    return codes_of(state.with_columns(q), chosen), errors
+    return q, errors
+
+
+def _by_groups(x: Float[Array, "S O"], upper: Float[Array, "S S"], state: State, grid: Grid) -> tuple[Any, ...]:
+    """The same where codes go together: errors e of a group lose |z|² with Uᵀ z = e for its part of U."""
+    size, step, before = grid.columns, state.step, state.by_column
+    within = jnp.stack([upper[at : at + size, at : at + size] for at in range(0, len(x), size)])
+    eye = jnp.broadcast_to(jnp.eye(size), within.shape)
+    solved = jnp.swapaxes(jax.scipy.linalg.solve_triangular(within, eye, lower=False), 1, 2)
+    weight = jnp.sum(jnp.square(solved), axis=1)
+
+    def one_group(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        x, q, errors = carry
+        at = j * size
+        wanted, by, old = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (x, step, before))
+        rounded = grid.round(wanted * reciprocal(by), jnp.broadcast_to(weight[j][:, None], old.shape))
+        code = jnp.where(by == 0, old, rounded)
+        error = jnp.matmul(solved[j], wanted - by * code, precision="highest")
+        rows = jax.lax.dynamic_slice_in_dim(upper, at, size)
+        later = jnp.where(jnp.arange(len(x)) >= at + size, rows, 0)
+        x = x - jnp.matmul(later.T, error, precision="highest")
+        put = jax.lax.dynamic_update_slice_in_dim
+        return x, put(q, code, at, 0), put(errors, error, at, 0)
+
+    _, q, errors = jax.lax.fori_loop(0, len(within), one_group, (x, before, jnp.zeros_like(x)))
+    return q, errors
 
 
 @jax.jit

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ramp_jax.formats import decode, get_format
 from ramp_jax.formats.best import Grid, State, codes_of, state_of
-from ramp_jax.formats.rounding import clip, reciprocal, round_half_even, rounded_to_f16
+from ramp_jax.formats.rounding import reciprocal, rounded_to_f16
 
 PASSES = 2
 """Over all columns; a third gains a hundredth."""
@@ -61,17 +61,43 @@ def _descend(
 def _codes(
     state: State, slope: Float[Array, "B N"], h: Float[Array, "B B"], grid: Grid
 ) -> tuple[State, Float[Array, "B N"]]:
-    """One code after the other."""
+    """One code after the other, or those that go together."""
+    if grid.columns > 1:
+        return _groups(state, slope, h, grid)
     step = state.step
     free = (step != 0) & (jnp.diagonal(h)[:, None] > 0)
     per_step = reciprocal(step) / jnp.where(jnp.diagonal(h) > 0, jnp.diagonal(h), 1)[:, None]
 
     def one(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         q, slope = carry
-        code = jnp.where(free[j], grid.round(q[j] - slope[j] * per_step[j]), q[j])
+        code = jnp.where(free[j], grid.round(q[j] - slope[j] * per_step[j], slope[j]), q[j])
         return q.at[j].set(code), slope + h[j][:, None] * (step[j] * (code - q[j]))[None]
 
     q, slope = jax.lax.fori_loop(0, len(h), one, (state.by_column, slope))
+    return state.with_columns(q), slope
+
+
+def _groups(
+    state: State, slope: Float[Array, "B N"], h: Float[Array, "B B"], grid: Grid
+) -> tuple[State, Float[Array, "B N"]]:
+    """One group of codes after the other: the one nearest to the minimum over its weights, where that loses less."""
+    size, step = grid.columns, state.step
+    within = jnp.stack([h[at : at + size, at : at + size] for at in range(0, len(h), size)])
+    inverse, curve = jnp.linalg.inv(within), jnp.diagonal(within, axis1=1, axis2=2)
+
+    def one(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        q, slope = carry
+        at = j * size
+        old, pulled, by = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (q, slope, step))
+        wanted = old - _matmul(inverse[j], pulled) * reciprocal(by)
+        off = by * (grid.round(wanted, jnp.broadcast_to(curve[j][:, None], old.shape)) - old)
+        moved = _matmul(jax.lax.dynamic_slice_in_dim(h, at, size, axis=1), off)
+        lost = jnp.sum(off * (2 * pulled + jax.lax.dynamic_slice_in_dim(moved, at, size)), axis=0)
+        better = lost < 0
+        codes = jnp.where(better & (by != 0), old + off * reciprocal(by), old)
+        return jax.lax.dynamic_update_slice_in_dim(q, jnp.round(codes), at, 0), slope + jnp.where(better, moved, 0)
+
+    q, slope = jax.lax.fori_loop(0, len(within), one, (state.by_column, slope))
     return state.with_columns(q), slope
 
 
@@ -82,13 +108,13 @@ def _sub_scales(
     size, subs, _ = state.q.shape
 
     def moved(
-        value: Float[Array, " N"], ends: tuple[int, int], at: jax.Array, slope: jax.Array, unit: Float[Array, "E N"]
+        value: Float[Array, " N"], ends: tuple[float, float], at: jax.Array, slope: jax.Array, unit: Float[Array, "E N"]
     ) -> tuple[Float[Array, " N"], Float[Array, "B N"]]:
-        """The best integer for what the weights of a sub-block hold `unit` times."""
+        """The best number for what the weights of a sub-block hold `unit` times."""
         pulled = _matmul(jax.lax.dynamic_slice_in_dim(h, at, size, axis=1), unit)
         curve = jnp.sum(unit * jax.lax.dynamic_slice_in_dim(pulled, at, size), axis=0)
         gradient = jnp.sum(unit * jax.lax.dynamic_slice_in_dim(slope, at, size), axis=0)
-        best = clip(round_half_even(value - gradient / jnp.where(curve > 0, curve, 1)), *ends)
+        best = grid.nearest_scale(value - gradient / jnp.where(curve > 0, curve, 1), ends)
         new = jnp.where((curve > 0) & (_change(best - value, gradient, curve) < 0), best, value)
         return new, slope + pulled * (new - value)[None]
 

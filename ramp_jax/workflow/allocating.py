@@ -110,7 +110,7 @@ def is_made(
 def allocate_as(
     model: Model,
     path: str | Path,
-    levels: tuple[float, ...],
+    levels: tuple[float | str, ...],
     calibration: WindowsConfig,
     output: Path,
     ref: str,

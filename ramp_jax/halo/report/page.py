@@ -164,7 +164,7 @@ def _commands(facts: Facts) -> str:
     allocate = {
         "model": facts.model,
         "source_policy": facts.source,
-        "levels": ",".join(f"{level:g}" for level in offered_levels(known)) if facts.source in RULES else None,
+        "levels": ",".join(map(written, offered_levels(known))) if facts.source in RULES else None,
         "budget_bytes": known.get("budget_bytes"),
         **({"data": how["data"], "context": how["context"], "count": how["count"]} if how else {}),
         **{
