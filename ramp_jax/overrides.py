@@ -9,7 +9,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from ramp_jax.formats import EXPORTABLE, format_for, get_format
+from ramp_jax.formats import EXPORTABLE, Format, format_for, get_format
 from ramp_jax.models import DecoderSpec, Tensor, matrices
 
 Kind = Literal["keep", "floor", "ceiling"]
@@ -36,6 +36,13 @@ def parse_override(kind: Kind, text: str) -> Override:
     return Override(kind=kind, pattern=pattern, format=fmt.upper())
 
 
+def format_at(level: float | str, tensor: Tensor) -> Format | None:
+    """What a level means for a matrix; None where its rows cannot hold it, and where it needs importance, which only
+    matrices of blocks have."""
+    found = format_for(level, tensor.shape[-1])
+    return None if found and found.needs_importance and tensor.layer is None else found
+
+
 def formats_of(
     spec: DecoderSpec, levels: Sequence[float | str], overrides: Sequence[Override] = ()
 ) -> dict[str, tuple[str | None, ...]]:
@@ -54,8 +61,7 @@ def _held(tensor: Tensor, levels: Sequence[float | str]) -> tuple[str | None, ..
     """What levels mean for a matrix before anything is overridden."""
     if not tensor.allocatable:
         return FALLBACK, *[None] * (len(levels) - 1)
-    found = (format_for(level, tensor.shape[-1]) for level in levels)
-    return tuple(fmt.name if fmt else None for fmt in found)
+    return tuple(fmt.name if (fmt := format_at(level, tensor)) else None for level in levels)
 
 
 def _left(tensor: Tensor, held: tuple[str | None, ...], overrides: Sequence[Override]) -> tuple[str | None, ...]:

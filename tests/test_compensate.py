@@ -62,7 +62,7 @@ def test_codes_are_those_of_gptq(rng, name):
     assert np.mean(np.asarray(codes.q).reshape(24, 128) == expected) > 0.995
 
 
-@pytest.mark.parametrize("name", ["IQ4_NL", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K"])
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "IQ2_XXS", "IQ2_S", "IQ3_S"])
 def test_outputs_lose_less(rng, name):
     """Mean squared error of the outputs themselves beside the importance-weighted search; a fifth less at level 3."""
     channels = 2 * get_format(name).block_size

@@ -13,9 +13,8 @@ from jaxtyping import Bool, Int
 
 from ramp_jax.allocation.allocation import Allocation
 from ramp_jax.allocation.sizes import ALIGNMENT, fallback, tensor_bytes
-from ramp_jax.formats import format_for
 from ramp_jax.models import DecoderSpec, Model, allocatable
-from ramp_jax.overrides import Override, formats_of
+from ramp_jax.overrides import Override, format_at, formats_of
 
 
 class Costs(NamedTuple):
@@ -97,7 +96,7 @@ def from_levels(model: Model, levels: Iterable[float | str]) -> Allocation:
     """Allocation from one level per allocatable tensor; raises `ValueError` for a masked level."""
     formats = {}
     for tensor, level in zip(allocatable(model.spec), levels, strict=True):
-        fmt = format_for(level, tensor.shape[-1])
+        fmt = format_at(level, tensor)
         if fmt is None:
             raise ValueError(f"{tensor.name} has rows of {tensor.shape[-1]} weights, which level {level} cannot hold.")
         formats[tensor.name] = fmt.name

@@ -117,8 +117,8 @@ def offered_levels(saved: Saved) -> tuple[float | str, ...]:
     """Among which levels a file says that was chosen, as far as rows hold them; empty where it does not say."""
     several = [known for known in saved.get("choices", {}).values() if len(known) > 1]  # others may be overridden
     formats = {fmt for known in several for fmt in known}
-    known = [get_format(fmt) for fmt in formats if get_format(fmt).level is not None]
-    return ordered(fmt.level if fmt.action else fmt.name for fmt in known)
+    known = [get_format(fmt) for fmt in formats]
+    return ordered(fmt.level if fmt.action else fmt.name for fmt in known if fmt.level is not None)
 
 
 def sha256_of(content: Mapping[str, Any]) -> str:

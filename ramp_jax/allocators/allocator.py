@@ -13,8 +13,8 @@ from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.simple import greedy, random, uniform
 from ramp_jax.allocators.tables import Actions, Cost, Loss, Pairs, exchange, total_loss
 from ramp_jax.checkpoint import digest
-from ramp_jax.formats import format_for
 from ramp_jax.models import DecoderSpec, Model, allocatable
+from ramp_jax.overrides import format_at
 from ramp_jax.sensitivity.table import Sensitivity
 
 Sees = Literal["sizes", "estimates", "embeddings"]
@@ -119,7 +119,7 @@ def by_formats(
     A format that no level means for its row is a level of its own.
     """
     members = allocatable(spec)
-    meant = [{level: format_for(level, tensor.shape[-1]) for level in levels} for tensor in members]
+    meant = [{level: format_at(level, tensor) for level in levels} for tensor in members]
     of_level = [{fmt.name: level for level, fmt in by_level.items() if fmt is not None} for by_level in meant]
     wanted = [known.get(formats[t.name], formats[t.name]) for t, known in zip(members, of_level, strict=True)]
     every = (*levels, *sorted({level for level in wanted if isinstance(level, str)}))

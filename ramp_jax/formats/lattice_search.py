@@ -17,7 +17,20 @@ from jaxtyping import Array, Float
 
 from ramp_jax.formats.codes import SuperScaledCodes
 from ramp_jax.formats.lattice import SIGNED, Lattice, listed
-from ramp_jax.formats.rounding import clip, divide, nearest_int, quotient, square_root, sum_rows, to_f16
+from ramp_jax.formats.rounding import (
+    clip,
+    divide,
+    map_lanes,
+    nearest_int,
+    quotient,
+    reciprocal,
+    round_half_even,
+    rounded_to_f16,
+    square_root,
+    sum_rows,
+    to_f16,
+)
+from ramp_jax.formats.search import LANES
 from ramp_jax.formats.superblocks import (
     BLOCK,
     Importance,
@@ -31,6 +44,9 @@ from ramp_jax.formats.superblocks import (
 
 _EDGES = (8, 24, 56)
 
+_REACHES = (0.8, 0.95, 1.1)
+"""Of the largest magnitude: where a sub-block's largest weight comes to lie in a coarse search."""
+
 _UNROLLED = 16
 
 
@@ -42,6 +58,8 @@ def encode(w: Weights, importance: Importance = None, coarse: bool = False, *, l
 def _superblocks(
     x: jax.Array, importance: jax.Array | None, one: jax.Array, coarse: bool, *, lattice: Lattice
 ) -> SuperScaledCodes:
+    if coarse:
+        return _coarse(x, jnp.ones_like(x) if importance is None else importance, lattice)
     subs = sub_blocks(x, lattice.sub)  # [E, S, N]
     if importance is not None:
         weight = error_weights(x, importance, lattice.spread, lattice.sub, one)
@@ -50,7 +68,7 @@ def _superblocks(
         weight = (0.25 * mean_square)[None, None] + one * (subs * subs)
     else:
         weight = subs * subs
-    find = functools.partial(_search, lattice=lattice, one=one, coarse=coarse)
+    find = functools.partial(_search, lattice=lattice, one=one)
     scale, level, negative = search_lanes(find, subs, weight)
     largest = jnp.max(scale, axis=0)
     d = divide(largest, 31)
@@ -63,8 +81,32 @@ def _superblocks(
     return SuperScaledCodes(to_f16(d), (lattice.unit * (2 * s + 1)).astype(jnp.float16), q.astype(jnp.int8))
 
 
+def _coarse(x: Float[Array, "256 N"], weight: Float[Array, "256 N"], lattice: Lattice) -> SuperScaledCodes:
+    """Scales of sub-blocks as the best of three, the nearest points under these, and again under what is stored."""
+    subs, weight = (sub_blocks(a, lattice.sub) for a in (x, weight))  # [E, S, N]
+    largest = jnp.max(jnp.abs(subs), axis=0)
+
+    def points(step: jax.Array) -> jax.Array:
+        groups = [a.reshape(-1, SIGNED, *largest.shape).swapaxes(0, 1) for a in (subs * reciprocal(step)[None], weight)]
+        return nearest(groups[0], groups[1], lattice).swapaxes(0, 1).reshape(subs.shape)
+
+    def attempt(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        q = points(largest / (jnp.asarray(_REACHES, jnp.float32)[i] * lattice.values[-1]))
+        xq, qq = jnp.sum(weight * subs * q, axis=0), jnp.sum(weight * q * q, axis=0)
+        better = xq * xq > best[0] * qq
+        return jnp.where(better, xq * xq / qq, best[0]), jnp.where(better, xq / qq, best[1])
+
+    start = jnp.zeros_like(largest), jnp.zeros_like(largest)
+    _, scale = lax.fori_loop(0, len(_REACHES), attempt, start)
+    d = rounded_to_f16(jnp.max(scale, axis=0) / (31 * lattice.unit))
+    s = clip(round_half_even(0.5 * (scale * reciprocal(d * lattice.unit)[None] - 1)), 0, 15)
+    scales = lattice.unit * (2 * s + 1)
+    q = whole(points(d[None] * scales))
+    return SuperScaledCodes(to_f16(d), scales.astype(jnp.float16), q.astype(jnp.int8))
+
+
 def _search(
-    x: Float[Array, "E N"], weight: Float[Array, "E N"], *, lattice: Lattice, one: Float[Array, ""], coarse: bool
+    x: Float[Array, "E N"], weight: Float[Array, "E N"], *, lattice: Lattice, one: Float[Array, ""]
 ) -> tuple[Float[Array, " N"], Float[Array, "E N"], Float[Array, "E N"]]:
     """Scale, indices of magnitudes and where weights are negative, sub-block by sub-block."""
     negative = x < 0
@@ -74,7 +116,7 @@ def _search(
     largest = functools.reduce(jnp.maximum, list(value))
     root = square_root(weight)
     top = len(lattice.values)
-    steps = np.arange(-lattice.tries, lattice.tries + 1, 3 if coarse else 1).astype(np.float32)
+    steps = np.arange(-lattice.tries, lattice.tries + 1, dtype=np.float32)
     numerators = jnp.asarray(np.float32(2 * top - 1) + steps * np.float32(lattice.step))
     span, start = largest, divide(largest, 2 * top - 1)
     if lattice.fitted:
@@ -253,9 +295,12 @@ def nearest(v: Float[Array, "8 *n"], weight: Float[Array, "8 *n"], lattice: Latt
     Where signs are even and those of v are not, one turns, which costs 4 · weight · |v| · magnitude at the weight where
     that is least; of two points that share their signs, either has it.
     """
-    shape, dim = v.shape, lattice.dim
-    v, weight = v.reshape(SIGNED, -1), weight.reshape(SIGNED, -1)
-    negative, size = v < 0, jnp.abs(v)
+    lanes = v.reshape(SIGNED, -1), weight.reshape(SIGNED, -1)
+    return map_lanes(functools.partial(_nearest, lattice=lattice), LANES, *lanes).reshape(v.shape)
+
+
+def _nearest(v: Float[Array, "8 M"], weight: Float[Array, "8 M"], *, lattice: Lattice) -> Float[Array, "8 M"]:
+    dim, negative, size = lattice.dim, v < 0, jnp.abs(v)
     values = jnp.asarray(lattice.values)[:, None]
     apart = [w[None] * jnp.square(a[None] - values) for a, w in zip(size, weight, strict=True)]  # 8 × [L, M]
     parts = [slice(start, start + dim) for start in range(0, SIGNED, dim)]
@@ -271,7 +316,7 @@ def nearest(v: Float[Array, "8 *n"], weight: Float[Array, "8 *n"], lattice: Latt
         cost = weight * size * magnitude
         places = [jnp.argmin(cost[part], axis=0)[None] == jnp.arange(dim)[:, None] for part in parts]
         negative ^= jnp.concatenate([turn[None] & place for turn, place in zip(turns, places, strict=True)])
-    return jnp.where(negative, -magnitude, magnitude).reshape(shape)
+    return jnp.where(negative, -magnitude, magnitude)
 
 
 def _points_with_a_turn(

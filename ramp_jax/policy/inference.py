@@ -308,5 +308,5 @@ def check_levels(found: Policy | Allocator, levels: Sequence[float | str]) -> No
         )
 
 
-def _list(levels: tuple[float | str, ...]) -> str:
+def _list(levels: Sequence[float | str]) -> str:
     return ",".join(map(written, levels))

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from ramp_jax import sweep
 from ramp_jax.cores import cores
 from ramp_jax.formats import decode, get_format
-from ramp_jax.formats.best import Grid, State, codes_of, state_of
+from ramp_jax.formats.best import Grid, State, codes_of, improve, state_of
 from ramp_jax.formats.rounding import reciprocal
 from ramp_jax.models import Tensor
 from ramp_jax.models.decoder import Params, block_taps
@@ -200,12 +200,12 @@ def _passed_on(
 def _round_block(x: Float[Array, "S O"], upper: Float[Array, "S S"], name: str) -> tuple[Any, Float[Array, "S O"]]:
     """Codes of one block per row, and each column's error over U_jj; one compilation per format and number of rows."""
     importance = 1 / jnp.square(jnp.diagonal(upper))  # of a column's error, once later columns have made up for it
-    chosen = get_format(name).encode(x.T, importance, "best")
+    fmt = get_format(name)
+    if (grid := fmt.grid) is None:
+        raise ValueError(f"{name} has no codes to choose among.")
+    chosen = improve(fmt.encode(x.T, importance, "coarse"), x.T, importance, grid)
     state = state_of(chosen)
-    if get_format(name).grid.columns > 1:
-        q, errors = _by_groups(x, upper, state, get_format(name).grid)
-    else:
-        q, errors = _by_columns(x, upper, state, get_format(name).grid)
+    q, errors = (_by_columns if grid.columns == 1 else _by_groups)(x, upper, state, grid)
     return codes_of(state.with_columns(q), chosen), errors
 
 

@@ -25,10 +25,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ramp_jax import devices, hosts, sweep
-from ramp_jax.formats import Format, format_for
+from ramp_jax.formats import Format
 from ramp_jax.models import DecoderSpec, Model, Tensor, allocatable
 from ramp_jax.models.decoder import Params, block_forward, embed, final_norm, look_up, output_head
 from ramp_jax.models.layout import replace_in_block
+from ramp_jax.overrides import format_at
 from ramp_jax.progress import track
 from ramp_jax.quantization import REFERENCE, Encoder, decoded
 from ramp_jax.scoring.perplexity import Protocol, first_scored, mean_divergences
@@ -105,7 +106,7 @@ def cells(members: Sequence[Tensor], levels: tuple[float | str, ...]) -> list[Ce
         Cell(row, column, tensor, fmt)
         for row, tensor in enumerate(members)
         for column, level in enumerate(levels)
-        if (fmt := format_for(level, tensor.shape[-1]))
+        if (fmt := format_at(level, tensor))
     ]
 
 

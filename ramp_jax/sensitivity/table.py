@@ -16,9 +16,9 @@ from ramp_jax import schema
 from ramp_jax.allocation import Levels
 from ramp_jax.checkpoint import digest
 from ramp_jax.files import write_bytes
-from ramp_jax.formats import format_for
 from ramp_jax.models import Model, Tensor, store
 from ramp_jax.models.decoder import weights_dtype
+from ramp_jax.overrides import format_at
 from ramp_jax.quantization import Encoder
 from ramp_jax.scoring.perplexity import Protocol
 
@@ -137,7 +137,7 @@ class Sensitivity:
                     f"delete it to measure again, or choose another folder."
                 )
             return found
-        valid = [[format_for(level, tensor.shape[-1]) is not None for level in levels] for tensor in members]
+        valid = [[format_at(level, tensor) is not None for level in levels] for tensor in members]
         kld = np.where(valid, np.nan, 0.0)
         return cls(names, levels, kld, np.full(len(members), np.nan), 0.0, inputs)
 
@@ -152,7 +152,7 @@ def fingerprint(
     encoder: Encoder,
 ) -> dict[str, str]:
     """What a table depends on, by name; arrays as SHA-256 digests."""
-    formats = [fmt.name if (fmt := format_for(a, tensor.shape[-1])) else "" for tensor in members for a in levels]
+    formats = [fmt.name if (fmt := format_at(a, tensor)) else "" for tensor in members for a in levels]
     return {
         _CODE: str(VERSION),
         "method": method,

@@ -12,7 +12,7 @@ from typing import get_args
 from ramp_jax.allocation import offered_levels
 from ramp_jax.allocators.allocator import RULES
 from ramp_jax.files import write_bytes
-from ramp_jax.formats import get_format
+from ramp_jax.formats import get_format, written
 from ramp_jax.halo.report.curves import curve, table, training
 from ramp_jax.halo.report.facts import Cell, Facts
 from ramp_jax.halo.report.maps import bit_map, origins, sensitivities
