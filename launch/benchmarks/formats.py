@@ -21,9 +21,10 @@ from ramp_jax.models import Tensor, allocatable, load_model, lookup
 from ramp_jax.progress import track
 
 SUPERBLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+LATTICES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 
-_SPEED_FORMATS = (*SUPERBLOCKS, "IQ4_NL")
+_SPEED_FORMATS = (*SUPERBLOCKS, "IQ4_NL", *LATTICES)
 _SPEED_SHAPE = (4224, 1024)
 _ERROR_SHAPE = (264, 1024)
 
@@ -59,7 +60,7 @@ def errors(repeats: int) -> list[Row]:
     rng = np.random.default_rng(0)
     w = (rng.standard_t(4, _ERROR_SHAPE) * 0.02).astype(np.float32)
     rows = []
-    for name, importance in _settings(SUPERBLOCKS + BLOCKS, _importance(rng, w.shape[1])):
+    for name, importance in _settings(SUPERBLOCKS + BLOCKS + LATTICES, _importance(rng, w.shape[1])):
         reference, best = (
             _block_errors(name, np.asarray(round_trip(w, name, importance, effort)), w, importance)
             for effort in ("reference", "best")
@@ -77,8 +78,8 @@ def equal_bytes(repeats: int) -> list[Row]:
     members = allocatable(model.spec)
     rows = []
     with ThreadPoolExecutor(2) as pool:
-        for name in SUPERBLOCKS + BLOCKS:
-            for weighted in (False, True):
+        for name in SUPERBLOCKS + BLOCKS + LATTICES:
+            for weighted in (False, True)[get_format(name).needs_importance :]:
                 fitting = [t for t in members if t.shape[-1] % get_format(name).block_size == 0]
                 found = [_compare(pool, name, model.params, t, weighted) for t in track(fitting, name, "tensor")]
                 blocks, equal, worst = (np.asarray(column) for column in zip(*found, strict=True))
@@ -105,7 +106,8 @@ def _compare(
 
 
 def _settings(names: tuple[str, ...], importance: Importance) -> Iterator[tuple[str, Importance]]:
-    return ((name, imp) for name in names for imp in (None, importance))
+    both = ((name, imp) for name in names for imp in (None, importance))
+    return ((name, imp) for name, imp in both if imp is not None or not get_format(name).needs_importance)
 
 
 def _importance(rng: np.random.Generator, n_in: int) -> Float[np.ndarray, " I"]:

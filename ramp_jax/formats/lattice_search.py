@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ramp_jax.formats.codes import SuperScaledCodes
 from ramp_jax.formats.lattice import SIGNED, Lattice, listed
@@ -301,12 +301,12 @@ def nearest(v: Float[Array, "8 *n"], weight: Float[Array, "8 *n"], lattice: Latt
 
 def _nearest(v: Float[Array, "8 M"], weight: Float[Array, "8 M"], *, lattice: Lattice) -> Float[Array, "8 M"]:
     dim, negative, size = lattice.dim, v < 0, jnp.abs(v)
-    values = jnp.asarray(lattice.values)[:, None]
-    apart = [w[None] * jnp.square(a[None] - values) for a, w in zip(size, weight, strict=True)]  # 8 × [L, M]
+    values = jnp.asarray(lattice.values)[None, :, None]
+    apart = weight[:, None] * jnp.square(size[:, None] - values)  # [8, L, M]
     parts = [slice(start, start + dim) for start in range(0, SIGNED, dim)]
     if lattice.even:
         odd = jnp.sum(negative, axis=0) % 2 == 1
-        turned = [jnp.where(odd[None], (4 * w * a)[None] * values, 0) for a, w in zip(size, weight, strict=True)]
+        turned = _spread(jnp.where(odd[None], 4 * weight * size, 0), lattice)
         points, turns = _points_with_a_turn(lattice, [(apart[part], turned[part]) for part in parts])
         turns = [odd & turn for turn in turns]
     else:
@@ -319,8 +319,14 @@ def _nearest(v: Float[Array, "8 M"], weight: Float[Array, "8 M"], *, lattice: La
     return jnp.where(negative, -magnitude, magnitude)
 
 
+def _spread(a: Float[Array, "8 M"], lattice: Lattice) -> Float[Array, "8 L M"]:
+    """Times every magnitude, as a matrix product: that is computed once, all else again in every consumer."""
+    spread = np.kron(np.eye(SIGNED, dtype=np.float32), lattice.values[:, None])
+    return jnp.matmul(spread, a, precision="highest").reshape(SIGNED, -1, a.shape[-1])
+
+
 def _points_with_a_turn(
-    lattice: Lattice, parts: list[tuple[list[jax.Array], list[jax.Array]]]
+    lattice: Lattice, parts: list[tuple[jax.Array, jax.Array]]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """The point of each part and whether it has the turn: just one of them has."""
     turned = [_least_point(lattice, *part) for part in parts]
@@ -333,36 +339,35 @@ def _points_with_a_turn(
 
 
 def _least_point(
-    lattice: Lattice, apart: list[jax.Array], turned: list[jax.Array] | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Which point has the least sum of `apart` `[L, M]` of its weights and the least of `turned`, and that sum.
+    lattice: Lattice, apart: Float[Array, "D L M"], turned: Float[Array, "D L M"] | None = None
+) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
+    """Which point has the least sum of `apart` of its weights and the least of `turned`, and that sum.
 
-    Sums and minima go over weights, so each half of a point is looked up in a table of its own.
+    Sums and minima go over weights, so each half of a point is looked up in a table of its own. Sums give up the last
+    bits of their mantissas, a ten-thousandth of them at most, to the point's number: one minimum finds both.
     """
-    half = lattice.dim // 2
+    half, count, lanes = lattice.dim // 2, len(lattice.values), apart.shape[-1]
+    digits = np.arange(count**half)[:, None] // count ** np.arange(half)[::-1] % count
+    ones = np.eye(count, dtype=np.float32)[digits].reshape(len(digits), -1)
+    sums = [jnp.matmul(ones, part.reshape(-1, lanes), precision="highest") for part in (apart[:half], apart[half:])]
+    least = []
+    if turned is not None:
+        halves = turned[:half], turned[half:]
+        least = [functools.reduce(jnp.minimum, [part[i][digits[:, i]] for i in range(half)]) for part in halves]
+    places = count ** np.arange(half)[::-1]
+    first, second = (jnp.asarray(part @ places) for part in (lattice.levels[:, :half], lattice.levels[:, half:]))
+    low = np.int32(len(lattice.points) - 1)
 
-    def outer(terms: list[jax.Array], join: Any) -> jax.Array:
-        return functools.reduce(lambda a, b: join(a[:, None], b[None]).reshape(-1, a.shape[-1]), terms)
-
-    sums = [outer(apart[:half], jnp.add), outer(apart[half:], jnp.add)]
-    least = [outer(turned[:half], jnp.minimum), outer(turned[half:], jnp.minimum)] if turned else []
-    count = len(lattice.values)
-    digits = count ** np.arange(half)[::-1]
-    first = jnp.asarray(lattice.levels[:, :half] @ digits)
-    second = jnp.asarray(lattice.levels[:, half:] @ digits)
-
-    def some(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def some(i: jax.Array, best: Int[Array, " M"]) -> Int[Array, " M"]:
         for j in range(_UNROLLED):
             place = i * _UNROLLED + j
             a, b = first[place], second[place]
             cost = sums[0][a] + sums[1][b]
-            if turned:
+            if least:
                 cost = cost + jnp.minimum(least[0][a], least[1][b])
-            better = cost < best[0]
-            best = jnp.where(better, cost, best[0]), jnp.where(better, place, best[1])
+            best = jnp.minimum(best, (lax.bitcast_convert_type(cost, jnp.int32) & ~low) | place)
         return best
 
-    lanes = apart[0].shape[-1]
-    start = jnp.full(lanes, jnp.inf), jnp.zeros(lanes, jnp.int32)
-    cost, point = lax.fori_loop(0, len(lattice.points) // _UNROLLED, some, start)
-    return point, cost
+    start = jnp.full(lanes, np.iinfo(np.int32).max)
+    best = lax.fori_loop(0, len(lattice.points) // _UNROLLED, some, start)
+    return best & low, lax.bitcast_convert_type(best & ~low, jnp.float32)
