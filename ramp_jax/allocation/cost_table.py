@@ -66,9 +66,12 @@ class Costs(NamedTuple):
 
     def fallback(self, spec: DecoderSpec, budget_bytes: int) -> str | None:
         """What matrices that blocks cannot hold cost in a file of that size, before anybody has chosen."""
-        weights = sum(tensor.size for tensor in allocatable(spec))
         fixed = {name: row[0] for name, row in self.formats.items() if row[0] is not None}
-        return fallback(spec, fixed, 8 * (budget_bytes - self.fixed) / weights)
+        return fallback(spec, fixed, self.bits(spec, budget_bytes))
+
+    def bits(self, spec: DecoderSpec, budget_bytes: int) -> float:
+        """Per allocated weight in a file of that size, scales included."""
+        return 8 * (budget_bytes - self.fixed) / sum(tensor.size for tensor in allocatable(spec))
 
     def _in(self, unit: int) -> Int[np.ndarray, "T A"]:
         return -(-self.per_level // unit)

@@ -1,5 +1,6 @@
 """How formats are chosen, for the scripts that choose: flags, and what they ask for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ from ramp_jax.cli.inputs import load
 from ramp_jax.cli.overrides import OVERRIDE_FLAGS, define_overrides, overrides
 from ramp_jax.config import WindowsConfig
 from ramp_jax.data import parts_of
-from ramp_jax.formats import LEVEL_NAMES, levels_of
+from ramp_jax.formats import LEVEL_NAMES, levels_near, levels_of, ordered
+from ramp_jax.formats.registry import LATTICE_LEVELS
 from ramp_jax.models import Model
 from ramp_jax.policy.inference import POLICY_FILE, find_allocator
 from ramp_jax.workflow import check_context
@@ -29,6 +31,9 @@ _FLAGS = (
     *BUDGET_FLAGS,
     *OVERRIDE_FLAGS,
 )
+
+
+_SEES_ESTIMATES = ("fisher", "greedy")
 
 
 class Choice(NamedTuple):
@@ -50,7 +55,12 @@ def define_choice() -> None:
         "Who chooses: the workdir of a training run, pretrained, fisher, greedy, uniform, random, evolution, "
         "llama.cpp, or a measured table (.npz).",
     )
-    flags.DEFINE_list("levels", None, "Levels to choose among; a policy's and a table's must be these.")
+    flags.DEFINE_list(
+        "levels",
+        None,
+        "Levels to choose among, or formats by name; a policy's and a table's must be these. fisher and greedy add IQ2 "
+        "and IQ3 formats of at least half the budget's bits by default.",
+    )
     flags.register_validator(
         "levels",
         lambda levels: levels is None or (bool(levels) and set(levels) <= set(LEVEL_NAMES)),
@@ -89,7 +99,8 @@ def choice(ref: str, tokenizer_from: str | None = None, *, required: bool = True
     """
     values = flags.FLAGS
     levels = levels_of(values.levels) if values.levels else None
-    allocator = find_allocator(values.source_policy, levels=levels, evaluations=values.refine_evals)
+    thinned = levels is None and values.source_policy in _SEES_ESTIMATES
+    allocator = _allocator(levels_near(0) if thinned else levels)
     check_budget_flags(required=required)
     decided = overrides()
     model = load(ref, values.dtype, tokenizer_from)
@@ -102,4 +113,12 @@ def choice(ref: str, tokenizer_from: str | None = None, *, required: bool = True
         print(f"Budget: {size:,} bytes")
         if cost := table.fallback(model.spec, size):
             print(cost)
+        if thinned:
+            asked = {override["format"] for override in decided} & set(LATTICE_LEVELS)
+            allocator = _allocator(ordered((*levels_near(table.bits(model.spec, size)), *asked)))
+            table = costs(model, allocator.levels, decided)
     return Choice(allocator, WindowsConfig(values.data, values.context, values.count), model, size, table)
+
+
+def _allocator(levels: Sequence[float | str] | None) -> Allocator:
+    return find_allocator(flags.FLAGS.source_policy, levels=levels, evaluations=flags.FLAGS.refine_evals)

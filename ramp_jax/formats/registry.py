@@ -260,6 +260,13 @@ EXPORTABLE = tuple(fmt.name for fmt in _FORMATS.values() if fmt.exportable)
 LATTICE_LEVELS = tuple(LATTICES)
 """Levels below four bits that have no number."""
 
+
+def levels_near(bits: float) -> tuple[float | str, ...]:
+    """What a file of so many bits per weight is chosen among: `LEVELS`, and lattices of at least half as many bits,
+    since smaller ones are chosen there for next to nothing."""
+    return ordered((*LEVELS, *(name for name in LATTICE_LEVELS if 2 * get_format(name).bits_per_weight >= bits)))
+
+
 LEVEL_NAMES = (*(f"{level:g}" for level in LEVELS), *(name for name in EXPORTABLE if get_format(name).grid))
 """How levels are written."""
 
