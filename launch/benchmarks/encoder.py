@@ -1,9 +1,10 @@
 """The suite `encoder` of launch/benchmark.py: what each way of rounding loses at equal tensor types.
 
-SmolLM2-135M, or --encoder_model. Cases are llama.cpp's mixes and uniform levels of every block tensor that can hold
-them, embeddings F16; --encoder_cases chooses. Columns: llama-quantize with the importance matrix of the calibration
-windows, ggml's bytes without one, `best`, `best` with folding, and `compensated` with folding. Held-out text, every
-fit on the same calibration windows. With --plots (or --json, beside whose file it then lies) a plot is written.
+SmolLM2-135M, or --encoder_model. Cases are llama.cpp's mixes and levels (2, or uniform:IQ2_S) of every block tensor
+that can hold them, embeddings F16; --encoder_cases chooses. Columns: llama-quantize with the importance matrix of the
+calibration windows, ggml's bytes without one, `best`, `best` with folding, and `compensated` with folding. Held-out
+text, every fit on the same calibration windows. With --plots (or --json, beside whose file it then lies) a plot is
+written.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation
-from ramp_jax.formats import format_for
+from ramp_jax.formats import format_for, get_format
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import Model, allocatable, load_model
@@ -42,11 +43,14 @@ from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
 from ramp_jax.scoring.scores import numbers
 
 _MODEL = flags.DEFINE_string("encoder_model", "smollm2-135m", "The model of the suite encoder.")
-_CASES = flags.DEFINE_list("encoder_cases", ["2", "3", "4", "5", "Q3_K_M", "Q4_K_M"], "Levels and mixes.")
+_CASES = flags.DEFINE_list(
+    "encoder_cases", ["2", "3", "4", "5", "Q3_K_M", "Q4_K_M"], "Levels, uniform:FORMAT and mixes."
+)
 _CALIBRATION = flags.DEFINE_integer("encoder_calibration", 32, "Calibration windows of 512 tokens.", lower_bound=1)
 _HELDOUT = flags.DEFINE_integer("encoder_heldout", 8, "Held-out windows of 512 tokens.", lower_bound=1)
 
-_CONTEXT, _FOLD_LEVEL = 512, 4.5  # the level that mixes are folded for
+_CONTEXT, _FOLD_LEVEL = 512, 4.5  # the level that mixes and formats are folded for
+_UNIFORM = "uniform:"
 
 Row = dict[str, Any]
 Cost = dict[str, float]
@@ -102,17 +106,21 @@ def _case(bench: Bench, case: str, source: Path, folder: Path) -> list[Row]:
     theirs = load_model(str(path))
     rows.append(bench.scored(case, "llama-quantize", theirs, theirs.params, cost))
     best = Encoder("best", importance)
-    for column, encoder in {"plain": REFERENCE, "best": best}.items():
+    unweighted = not any(get_format(fmt).needs_importance for fmt in allocation.formats.values())
+    for column, encoder in (({"plain": REFERENCE} if unweighted else {}) | {"best": best}).items():
         rows.append(_rounded(bench, case, column, model, allocation, encoder, {}))
-    cost, (folded, _) = _cost(lambda: calibrate_and_fold(model, bench.fit, level or _FOLD_LEVEL))
+    fold_level = level if isinstance(level, float) else _FOLD_LEVEL
+    cost, (folded, _) = _cost(lambda: calibrate_and_fold(model, bench.fit, fold_level))
     rows.append(_rounded(bench, case, "best, folded", folded, allocation, best, cost))
     compensated = make_encoder("compensated", bench.fit, importance=importance)
     rows.append(_rounded(bench, case, "compensated, folded", folded, allocation, compensated, cost))
     return rows
 
 
-def _level(case: str) -> float | None:
+def _level(case: str) -> float | str | None:
     """The level that a case names, None for a mix."""
+    if case.startswith(_UNIFORM):
+        return case.removeprefix(_UNIFORM)
     return float(case) if case.replace(".", "", 1).isdigit() else None
 
 
@@ -124,7 +132,7 @@ def _rounded(
     return bench.scored(case, column, model, params, {name: cost[name] + before.get(name, 0.0) for name in cost})
 
 
-def _uniform(model: Model, level: float) -> Allocation:
+def _uniform(model: Model, level: float | str) -> Allocation:
     """Every block tensor at the level where it can hold the rows, all else F16."""
 
     def name(n_in: int) -> str:
@@ -145,11 +153,11 @@ def _cost(run: Callable[[], Any]) -> tuple[Cost, Any]:
 def table(rows: list[Row]) -> str:
     """Mean KL divergence, one line per case, and over llama-quantize's."""
     columns, lines = list(dict.fromkeys(row["column"] for row in rows)), []
-    lines.append("case".ljust(8) + "".join(column.rjust(24) for column in columns))
+    lines.append("case".ljust(16) + "".join(column.rjust(24) for column in columns))
     for case in dict.fromkeys(row["case"] for row in rows):
         kld = {row["column"]: row["kld"] for row in rows if row["case"] == case}
-        cells = [f"{kld[c]:.4f} ({kld[c] / kld['llama-quantize']:.2f})" for c in columns]
-        lines.append(case.ljust(8) + "".join(cell.rjust(24) for cell in cells))
+        cells = [f"{kld[c]:.4f} ({kld[c] / kld['llama-quantize']:.2f})" if c in kld else "–" for c in columns]
+        lines.append(case.ljust(16) + "".join(cell.rjust(24) for cell in cells))
     return "\n".join(lines)
 
 
@@ -160,7 +168,7 @@ def plot(rows: list[Row]) -> Figure:
     cases, columns = (list(dict.fromkeys(row[name] for row in rows)) for name in ("case", "column"))
     kld = {(row["case"], row["column"]): row["kld"] for row in rows}
     for i, column in enumerate(columns[1:]):
-        heights = [kld[case, column] / kld[case, columns[0]] for case in cases]
+        heights = [kld.get((case, column), np.nan) / kld[case, columns[0]] for case in cases]
         axes.bar(np.arange(len(cases)) + 0.15 * i, heights, 0.15, label=column)
     axes.axhline(1.0, color="gray", linewidth=0.8)
     axes.axhline(0.5, color="gray", linewidth=0.8, linestyle="--")

@@ -39,6 +39,9 @@ SHRINKAGE = 0.5
 _ROWS = 96
 """That one core of a CPU rounds together."""
 
+_PANEL = 1024
+"""Columns that are inverted at a time."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -149,23 +152,48 @@ def _better(w: Float[Array, "O I"], inputs: Float[Array, "W T I"], fmt: str, new
     return jax.tree.map(pick, new, old)
 
 
-@functools.partial(jax.jit, donate_argnames="second")
 def curvature(second: Float[Array, "I I"]) -> Curvature:
     """Of outputs whose inputs have the second moment H, which is given up; not finite where nothing was seen.
 
     Channels that were never active get the mean, so that their weights are rounded as they are.
     """
-    diagonal = jnp.diagonal(second)
-    mean = jnp.mean(diagonal)
-    shrunk = second + jnp.diag(jnp.where(diagonal > 0, SHRINKAGE * jnp.sqrt(mean * diagonal), mean))
+    shrunk = _shrunk(jnp.asarray(second))
     return Curvature(shrunk, factor(shrunk))
 
 
+@functools.partial(jax.jit, donate_argnames="second")
+def _shrunk(second: Float[Array, "I I"]) -> Float[Array, "I I"]:
+    diagonal = jnp.diagonal(second)
+    mean = jnp.mean(diagonal)
+    added = jnp.where(diagonal > 0, SHRINKAGE * jnp.sqrt(mean * diagonal), mean)
+    return jnp.fill_diagonal(second, diagonal + added, inplace=False)
+
+
 def factor(second: Float[Array, "I I"]) -> Float[Array, "I I"]:
-    """Upper triangular U with H⁻¹ = Uᵀ U; not finite where H is singular."""
-    # H = R Rᵀ with R = flipped, turned around
-    flipped = jax.lax.linalg.cholesky(second[::-1, ::-1], symmetrize_input=False)
-    return jax.scipy.linalg.solve_triangular(flipped[::-1, ::-1], jnp.eye(len(second)), lower=False)
+    """Upper triangular U with H⁻¹ = Uᵀ U; not finite where H is singular. Three matrices of its size exist at most."""
+    turned = _root_of_turned(second)  # R Rᵀ = H turned around, of which R⁻¹ turned around is U
+    for start in range(0, len(second), _PANEL):
+        turned = _with_inverse_columns(turned, start, min(_PANEL, len(second) - start))
+    return _turned(turned)
+
+
+@jax.jit
+def _root_of_turned(second: Float[Array, "I I"]) -> Float[Array, "I I"]:
+    return jax.lax.linalg.cholesky(second[::-1, ::-1], symmetrize_input=False)
+
+
+@functools.partial(jax.jit, static_argnames="size", donate_argnames="lower")
+def _with_inverse_columns(lower: Float[Array, "I I"], start: int, size: int) -> Float[Array, "I I"]:
+    """Some columns replaced by those of the inverse: zeros above them, so what stands there by now does not matter."""
+    rows = jnp.arange(len(lower))
+    unit = (rows[:, None] == start + jnp.arange(size)[None]).astype(lower.dtype)
+    columns = jax.scipy.linalg.solve_triangular(lower, unit, lower=True)
+    return jax.lax.dynamic_update_slice_in_dim(lower, columns, start, 1)
+
+
+@functools.partial(jax.jit, donate_argnames="a")
+def _turned(a: Float[Array, "I I"]) -> Float[Array, "I I"]:
+    return a[::-1, ::-1]
 
 
 def compensated(w: Float[Array, "O I"], upper: Float[Array, "I I"], name: str) -> Any:
