@@ -170,6 +170,7 @@ def test_guard_suite_has_a_row_per_budget_and_counts_regressions(monkeypatch, un
         "_MODELS": SimpleNamespace(value=[str(untied_directory)]),
         "_TEXTS": SimpleNamespace(value=["builtin"]),
         "_POLICY": SimpleNamespace(value="random"),
+        "_ENCODER": SimpleNamespace(value="best"),
     }.items():
         monkeypatch.setattr(guard_suite, name, value)
     known = llama_quantize.MIXES
@@ -180,6 +181,7 @@ def test_guard_suite_has_a_row_per_budget_and_counts_regressions(monkeypatch, un
         assert row["bytes"] <= row["budget"]
         assert row["beyond"] == pytest.approx(row["kld"] - row["mix_kld"], abs=1e-6)
     assert found["regressions"] == sum(row["beyond"] > row["stderr"] for row in found["rows"]) > 0
+    assert found["ratio"] == pytest.approx(np.mean([row["kld"] / row["mix_kld"] for row in found["rows"]]))
 
 
 def test_sac_suite_ends_near_the_optimum(monkeypatch):

@@ -27,11 +27,11 @@ from ramp_jax.halo.export import export_gguf, write_skeleton
 from ramp_jax.models import Model, allocatable
 from ramp_jax.quantization.importance import Importance
 
-_NAMES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M")
-_NAMES += ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M")
+_NAMES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M")
+_NAMES += ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M")
 _NAMES += ("Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
 MIXES = {name: int(gguf.LlamaFileType[f"MOSTLY_{name}"]) for name in _NAMES}
-"""llama.cpp's names of its mixes → `llama_ftype`."""
+"""llama.cpp's names of its mixes → `llama_ftype`, the better ones of equal size first."""
 
 
 def available() -> bool:
