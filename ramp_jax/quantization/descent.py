@@ -94,8 +94,8 @@ def _groups(
         moved = _matmul(jax.lax.dynamic_slice_in_dim(h, at, size, axis=1), off)
         lost = jnp.sum(off * (2 * pulled + jax.lax.dynamic_slice_in_dim(moved, at, size)), axis=0)
         better = lost < 0
-        codes = jnp.where(better & (by != 0), old + off * reciprocal(by), old)
-        return jax.lax.dynamic_update_slice_in_dim(q, jnp.round(codes), at, 0), slope + jnp.where(better, moved, 0)
+        codes = jnp.where(better[None] & (by != 0), old + off * reciprocal(by), old)
+        return jax.lax.dynamic_update_slice_in_dim(q, jnp.round(codes), at, 0), slope + jnp.where(better[None], moved, 0)
 
     q, slope = jax.lax.fori_loop(0, len(within), one, (state.by_column, slope))
     return state.with_columns(q), slope
