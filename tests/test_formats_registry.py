@@ -15,6 +15,7 @@ from ramp_jax.formats import (
     format_for,
     format_up_to,
     get_format,
+    levels_near,
     levels_of,
     round_trip,
     written,
@@ -221,6 +222,23 @@ def test_levels_are_written_as_numbers_or_names() -> None:
     assert [written(level) for level in (4.5, 2, "IQ2_S")] == ["4.5", "2", "IQ2_S"]
     assert {"2", "4.5", "IQ2_XXS", "Q4_0"} <= set(LEVEL_NAMES)
     assert "F16" not in LEVEL_NAMES
+
+
+@pytest.mark.parametrize(
+    ("bits", "added"),
+    [
+        (0, ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]),
+        (4.5, ["IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]),
+        (6, ["IQ3_XXS", "IQ3_S"]),
+        (7, []),
+    ],
+)
+def test_lattices_are_offered_where_the_budget_may_want_them(bits: float, added: list[str]) -> None:
+    levels = levels_near(bits)
+    assert [level for level in levels if isinstance(level, str)] == added
+    assert set(LEVELS) <= set(levels)
+    sizes = [format_for(level, 256).bits_per_weight for level in levels]
+    assert sizes == sorted(sizes)
 
 
 def test_cache_encodes_once_and_zero_importance_is_none() -> None:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 KINDS = {
     "qwen3-tied": ("Q4_K", "F16"),
-    "phi3": ("Q4_K", "IQ4_XS"),
+    "phi3": ("IQ3_S", "IQ4_XS"),
     "qwen2": ("Q4_0", "F16"),
     "gemma2": ("Q5_0", "Q8_0"),
 }
@@ -210,6 +210,14 @@ def test_recipe_without_blocks(tied, tmp_path, fmt):
     write_recipe(tied, allocation, tmp_path / "recipe")
     export_gguf(tied, allocation, tmp_path / "ours.gguf")
     assert_same_files(follow(tmp_path / "recipe"), gguf.GGUFReader(tmp_path / "ours.gguf"))
+
+
+def test_types_that_llama_quantize_makes_by_importance_only(prepared, tmp_path):
+    model = prepared("qwen3-tied")[0]
+    allocation = Allocation.uniform(model, "IQ2_S")
+    with pytest.raises(ValueError, match=r"llama-quantize makes blk.0.attn_q.weight IQ2_S by importance only; calibr"):
+        write_recipe(model, allocation, tmp_path / "recipe")
+    assert not (tmp_path / "recipe").exists()
 
 
 def test_encoders_that_search_have_their_types_and_importance(untied, windows, tmp_path):

@@ -35,6 +35,7 @@ from ramp_jax.allocation import (
 )
 from ramp_jax.checkpoint import digest
 from ramp_jax.formats import get_format
+from ramp_jax.formats.registry import NEEDS_IMPORTANCE
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.llama_quantize import pattern
 from ramp_jax.models import Model, matrices
@@ -51,6 +52,7 @@ COMMAND, PLAN, OUTPUT = "command.txt", "plan.json", "model.gguf"
 
 _FLOATS = {"F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _EXACT = "F32"
+_BY_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 _OF_ITS_OWN = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
 """Matrices whose option of llama-quantize comes before any pattern."""
 _OF_THE_ALLOCATION = {
@@ -131,6 +133,8 @@ def write_recipe(
     folder = Path(folder)
     check_folder(folder)
     importance, origin = _importance(model, allocation, encoder)
+    if not importance:
+        _check_goes_without(allocation)
     found = _plan(model, allocation, encoder, bool(importance))
     known = (folder / PLAN).is_file()
     if known and read_plan(folder) != found:
@@ -154,6 +158,13 @@ def write_recipe(
         files.write_bytes(partial / COMMAND, (found["command"] + "\n").encode())
         files.write_bytes(partial / PLAN, (json.dumps(found, indent=1) + "\n").encode())
     return found
+
+
+def _check_goes_without(allocation: Allocation) -> None:
+    """Raise `ValueError` where llama-quantize makes a type by importance only."""
+    for tensor in matrices(allocation.spec):
+        if tensor.layer is not None and (fmt := allocation.format_of(tensor)) in _BY_IMPORTANCE:
+            raise ValueError(f"llama-quantize makes {tensor.name} {fmt} by importance only; {NEEDS_IMPORTANCE}.")
 
 
 def tensor_types(allocation: Allocation) -> str:

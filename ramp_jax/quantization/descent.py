@@ -95,7 +95,9 @@ def _groups(
         lost = jnp.sum(off * (2 * pulled + jax.lax.dynamic_slice_in_dim(moved, at, size)), axis=0)
         better = lost < 0
         codes = jnp.where(better[None] & (by != 0), old + off * reciprocal(by), old)
-        return jax.lax.dynamic_update_slice_in_dim(q, jnp.round(codes), at, 0), slope + jnp.where(better[None], moved, 0)
+        return jax.lax.dynamic_update_slice_in_dim(q, jnp.round(codes), at, 0), slope + jnp.where(
+            better[None], moved, 0
+        )
 
     q, slope = jax.lax.fori_loop(0, len(within), one, (state.by_column, slope))
     return state.with_columns(q), slope
