@@ -72,7 +72,7 @@ def _dry_run() -> None:
     if _JSON.value and not printed:
         cli.check_output_path(_JSON.value, models=[_MODEL.value], files=(*cli.choice_files(), _TOKENIZER.value))
     with contextlib.redirect_stdout(sys.stderr) if printed else contextlib.nullcontext():
-        asked = cli.choice(_MODEL.value, _TOKENIZER.value, required=False)
+        asked = cli.choice(_MODEL.value, _TOKENIZER.value, required=False, encoder=_ENCODER.value)
         plan = make_plan(
             asked.model,
             _MODEL.value,
@@ -94,7 +94,7 @@ def _allocate() -> None:
         raise ValueError("--output is missing; name the file that receives the allocation.")
     files = (*cli.choice_files(), _TOKENIZER.value)
     cli.check_output_path(_OUTPUT.value, models=[_MODEL.value], files=files)
-    chosen = cli.choice(_MODEL.value, _TOKENIZER.value)
+    chosen = cli.choice(_MODEL.value, _TOKENIZER.value, encoder=_ENCODER.value)
     allocation = workflow.allocate(
         chosen.model,
         chosen.allocator,

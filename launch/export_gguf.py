@@ -127,7 +127,7 @@ def _chosen(output: Path) -> Path:
     path, encoder = output.with_suffix(".json"), _ENCODER.value or DEFAULT_ENCODER
     _check_outputs(*cli.choice_files())
     cli.check_output_path(path, models=[_MODEL.value], files=[*cli.choice_files(), _JSON.value])
-    allocator, windows, model, size, table = cli.choice(_MODEL.value, _TOKENIZER.value)
+    allocator, windows, model, size, table = cli.choice(_MODEL.value, _TOKENIZER.value, encoder=encoder)
     if not path.exists() or _OVERWRITE.value:
         workflow.allocate(model, allocator, size, windows, path, _MODEL.value, encoder, table.overrides)
     elif workflow.is_made(path, allocator, model, size, windows, encoder, table.overrides):

@@ -17,6 +17,7 @@ from ramp_jax.formats import (
     get_format,
     levels_near,
     levels_of,
+    ordered,
     round_trip,
     written,
 )
@@ -208,11 +209,12 @@ def test_the_largest_weights_that_are_let_through_stay_finite(name: str, effort:
         check("a", w * np.float32(1.01), name, importance)
 
 
-@pytest.mark.parametrize("importance", [None, np.zeros(256, np.float32)])
-def test_formats_that_need_importance_say_so(importance: np.ndarray | None) -> None:
+def test_formats_that_need_importance_say_so() -> None:
+    """Zeros count as ones."""
     w = _weights(4, (2, 256))
+    np.testing.assert_array_equal(check("a", w, "IQ2_XS", np.zeros(256, np.float32)), np.ones(256))
     with pytest.raises(ValueError, match=r"a cannot be IQ2_XS: .*importance.*; calibrate.* or choose another format"):
-        check("a", w, "IQ2_XS", importance)
+        check("a", w, "IQ2_XS")
     with pytest.raises(ValueError, match="IQ2_XXS is rounded by importance only; calibrate"):
         encode(w, "IQ2_XXS")
 
@@ -221,7 +223,9 @@ def test_levels_are_written_as_numbers_or_names() -> None:
     assert levels_of(["8", "IQ3_S", "2", "IQ2_XXS", "3", "8"]) == ("IQ2_XXS", 2, 3, "IQ3_S", 8)
     assert [written(level) for level in (4.5, 2, "IQ2_S")] == ["4.5", "2", "IQ2_S"]
     assert {"2", "4.5", "IQ2_XXS", "Q4_0"} <= set(LEVEL_NAMES)
-    assert "F16" not in LEVEL_NAMES
+    assert not {"F16", "Q4_K"} & set(LEVEL_NAMES)
+    with pytest.raises(ValueError, match="no format has level 7"):
+        ordered([7, 8])
 
 
 @pytest.mark.parametrize(

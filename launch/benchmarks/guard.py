@@ -1,10 +1,10 @@
 """The suite `guard` of launch/benchmark.py: is a file ever worse than the largest of llama.cpp's mixes that fits?
 
 The sizes of llama.cpp's mixes are the budgets. Every model of `--guard_models` is calibrated on every text of
-`--guard_texts`, allocated by `--guard_policy`, rounded by `--guard_encoder`, and scored on the part of the text that
-calibration does not see, beside the mix with an importance matrix of the same windows. `ratio` is the mean of our KL
-divergences over the mixes'. `beyond` is how much more KL
-divergence our file has, `stderr` the standard error of that over tokens; a regression is more than one of it.
+`--guard_texts`, allocated by `--guard_policy` (fisher and greedy choose among all IQ2 and IQ3 formats at every size),
+rounded by `--guard_encoder`, and scored on the part of the text that calibration does not see, beside the mix with an
+importance matrix of the same windows. `beyond` is how much more KL divergence our file has, `stderr` the standard error
+of that over tokens; a regression is more than one of it. `ratio` is the mean of our KL divergences over the mixes'.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from benchmarks.measuring import Numbers
 
 from ramp_jax import data
 from ramp_jax.allocation import costs, from_levels
-from ramp_jax.allocators.allocator import RULES
 from ramp_jax.formats import levels_near
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo.llama_quantize import Mixes, predicted_bytes
@@ -48,7 +47,7 @@ def guard(repeats: int) -> Numbers:
 
 
 def _rows(ref: str, text: str) -> Iterator[Numbers]:
-    levels = levels_near(0) if _POLICY.value in RULES else None
+    levels = levels_near(0) if _POLICY.value in ("fisher", "greedy") else None
     allocator, model = find_allocator(_POLICY.value, levels=levels), load_model(ref)
     heldout = data.windows(text, model.tokenizer, split="heldout", **_HELDOUT)
     reference = reference_of(model, heldout)

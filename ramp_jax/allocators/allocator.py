@@ -122,7 +122,10 @@ def by_formats(
     meant = [{level: format_at(level, tensor) for level in levels} for tensor in members]
     of_level = [{fmt.name: level for level, fmt in by_level.items() if fmt is not None} for by_level in meant]
     wanted = [known.get(formats[t.name], formats[t.name]) for t, known in zip(members, of_level, strict=True)]
-    every = (*levels, *sorted({level for level in wanted if isinstance(level, str)}))
+    for tensor, level in zip(members, wanted, strict=True):
+        if format_at(level, tensor) is None:
+            raise ValueError(f"{tensor.name} is {level}, which needs importance that only matrices of blocks have.")
+    every = (*levels, *sorted({level for level in wanted if isinstance(level, str)} - set(levels)))
     actions = np.asarray([every.index(level) for level in wanted])
     return Allocator(name, every, fold_level, lambda problem, budget: actions, sees="sizes")
 

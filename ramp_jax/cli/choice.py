@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from ramp_jax.allocation import Costs, costs
+from ramp_jax.allocation import Costs, EncoderName, costs
 from ramp_jax.allocators import Allocator
 from ramp_jax.cli.budget import BUDGET_FLAGS, budget, check_budget_flags, define_budget
 from ramp_jax.cli.flags import TEXTS, define_dtype, refuse_flags
@@ -14,10 +14,11 @@ from ramp_jax.cli.inputs import load
 from ramp_jax.cli.overrides import OVERRIDE_FLAGS, define_overrides, overrides
 from ramp_jax.config import WindowsConfig
 from ramp_jax.data import parts_of
-from ramp_jax.formats import LEVEL_NAMES, levels_near, levels_of, ordered
+from ramp_jax.formats import LEVEL_NAMES, get_format, levels_near, levels_of
 from ramp_jax.formats.registry import LATTICE_LEVELS
 from ramp_jax.models import Model
 from ramp_jax.policy.inference import POLICY_FILE, find_allocator
+from ramp_jax.quantization import DEFAULT_ENCODER
 from ramp_jax.workflow import check_context
 
 _FLAGS = (
@@ -91,16 +92,19 @@ def choice_files() -> list[str]:
     ]
 
 
-def choice(ref: str, tokenizer_from: str | None = None, *, required: bool = True) -> Choice:
+def choice(
+    ref: str, tokenizer_from: str | None = None, *, required: bool = True, encoder: EncoderName = DEFAULT_ENCODER
+) -> Choice:
     """What the flags ask for, with the model loaded; says which sizes can be reached and what fallbacks cost.
 
     Without a `required` budget, its size may be None. Raises `ValueError` where the flags contradict each other, the
-    model or what can be reached.
+    model, what can be reached, or what the `encoder` can do.
     """
     values = flags.FLAGS
     levels = levels_of(values.levels) if values.levels else None
+    _check_encoder(levels or (), encoder)
     thinned = levels is None and values.source_policy in _SEES_ESTIMATES
-    allocator = _allocator(levels_near(0) if thinned else levels)
+    allocator = _allocator(_offered(0, encoder) if thinned else levels)
     check_budget_flags(required=required)
     decided = overrides()
     model = load(ref, values.dtype, tokenizer_from)
@@ -113,11 +117,29 @@ def choice(ref: str, tokenizer_from: str | None = None, *, required: bool = True
         print(f"Budget: {size:,} bytes")
         if cost := table.fallback(model.spec, size):
             print(cost)
-        if thinned:
-            asked = {override["format"] for override in decided} & set(LATTICE_LEVELS)
-            allocator = _allocator(ordered((*levels_near(table.bits(model.spec, size)), *asked)))
-            table = costs(model, allocator.levels, decided)
+        fewer = _offered(table.bits(model.spec, size), encoder)
+        if thinned and not any(override["format"] in LATTICE_LEVELS for override in decided):
+            few = costs(model, fewer, decided)
+            if few.smallest <= size:
+                allocator, table = _allocator(fewer), few
     return Choice(allocator, WindowsConfig(values.data, values.context, values.count), model, size, table)
+
+
+def _offered(bits: float, encoder: EncoderName) -> tuple[float | str, ...]:
+    """`levels_near` so many bits, less those that the encoder cannot make."""
+    return tuple(level for level in levels_near(bits) if not _unmade(level, encoder))
+
+
+def _check_encoder(levels: Sequence[float | str], encoder: EncoderName) -> None:
+    if unmade := [level for level in levels if _unmade(level, encoder)]:
+        raise ValueError(
+            f"{unmade[0]} is rounded by importance only, which --encoder=reference goes without; choose another "
+            f"encoder or other --levels."
+        )
+
+
+def _unmade(level: float | str, encoder: EncoderName) -> bool:
+    return encoder == "reference" and isinstance(level, str) and get_format(level).needs_importance
 
 
 def _allocator(levels: Sequence[float | str] | None) -> Allocator:

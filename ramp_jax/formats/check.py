@@ -16,7 +16,7 @@ from ramp_jax.formats.row_chunks import encode
 def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = None) -> np.ndarray | None:
     """Raise `ValueError` where format `fmt` cannot encode w `[*rows, I]` of the tensor of that name.
 
-    Returns the importance `[I]` to encode with: None where it is all zeros.
+    Returns the importance `[I]` to encode with: where it is all zeros None, or ones for formats that need some.
     """
     known = get_format(fmt)
     n_in = w.shape[-1]
@@ -29,9 +29,8 @@ def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = 
     if peak > known.largest:
         bound = f"|weight| {peak:g} is beyond its f16 scales, at most {known.largest:g}"
         raise ValueError(f"{tensor} cannot be {fmt}: {bound}.")
-    if known.needs_importance and (importance is None or not np.any(importance)):
-        lack = "there is no importance of its inputs" if importance is None else "the importance of its inputs is zero"
-        raise ValueError(f"{tensor} cannot be {fmt}: {lack}; {NEEDS_IMPORTANCE}.")
+    if known.needs_importance and importance is None:
+        raise ValueError(f"{tensor} cannot be {fmt}: there is no importance of its inputs; {NEEDS_IMPORTANCE}.")
     if importance is None:
         return None
     importance = np.asarray(importance, np.float32)
@@ -39,7 +38,9 @@ def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = 
         raise ValueError(f"{tensor} cannot be {fmt}: importance has shape {importance.shape}, not ({n_in},).")
     if not np.isfinite(importance).all() or (importance < 0).any():
         raise ValueError(f"{tensor} cannot be {fmt}: importance has a negative or non-finite entry.")
-    return importance if importance.any() else None
+    if importance.any():
+        return importance
+    return np.ones_like(importance) if known.needs_importance else None
 
 
 @jax.jit

@@ -118,8 +118,8 @@ def q6_k_to_bytes(codes: SuperScaledCodes) -> np.ndarray:
 def q6_k_from_bytes(raw: np.ndarray) -> SuperScaledCodes:
     """Inverse of `q6_k_to_bytes`."""
     low, high, scales, d = split(raw, 128, 64, 16, 2)
-    halves = low.reshape(*low.shape[:-1], 2, 64)
-    q = np.stack([halves & 15, halves >> 4], axis=-2).reshape(*low.shape[:-1], 256)
+    two = low.reshape(*low.shape[:-1], 2, 64)
+    q = np.stack([two & 15, two >> 4], axis=-2).reshape(*low.shape[:-1], 256)
     s = np.ascontiguousarray(scales).view(np.int8)
     return SuperScaledCodes(floats(d), s, _signed(q | _unpack(high, 2) << 4, 32))
 
@@ -206,10 +206,12 @@ def _signed(q: np.ndarray, offset: int) -> np.ndarray:
 
 
 def halves(d: np.ndarray) -> np.ndarray:
+    """Bytes of f16 scales, as a part of each block."""
     return np.asarray(d, np.float16)[..., None].view(np.uint8)
 
 
 def floats(raw: np.ndarray) -> np.ndarray:
+    """Undo `halves`."""
     return np.ascontiguousarray(raw).view(np.float16)[..., 0]
 
 

@@ -33,14 +33,13 @@ class Format:
 
     `encoder(w, importance, coarse)` maps weights f32 `[*rows, I]` to a pytree of codes, `decode` these to f32; both
     are pure and jittable. An encoder that `weighs_rows` takes the rows' mean squares as well, one that
-    `needs_importance` makes nothing without. `to_bytes` and
-    `from_bytes` map codes to and from `[*rows, row_bytes(I)]` uint8 on the host, None where no GGUF type stores the
-    format. No |weight| may be above `largest`. `llama_ftype` is the type of a file that is made of it. `grid` is what
-    `effort="best"` searches, None where it is the reference.
+    `needs_importance` makes nothing without. `to_bytes` and `from_bytes` map codes to and from `[*rows, row_bytes(I)]`
+    uint8 on the host, None where no GGUF type stores the format. No |weight| may be above `largest`. `llama_ftype` is
+    the type of a file that is made of it. `grid` is what `effort="best"` searches, None where it is the reference.
 
-    `level` orders formats by size and is about the bits of a code; None for plain floats. The levels that an allocation
-    may choose, `LEVELS`, are those of the formats with `action`; of several at one level, the one with the largest
-    block that divides a row stands for it.
+    `level` orders formats by size and is about the bits of a code; None for plain floats. An allocation may choose
+    among numbers, `LEVELS`, which are those of the formats with `action`: of several at one level, the one with the
+    largest block that divides a row stands for it. All others are chosen by their names.
     """
 
     name: str
@@ -71,8 +70,9 @@ class Format:
 
         `reference` makes the bytes of `ggml_quantize_chunk` for all blocks of 32 and IQ4_XS and for at least 99.968 %
         of the blocks of K-quants (measured on SmolLM2-135M); the others have other codes where their scale is 0, and
-        exactly ggml's error. Weights, sums and scales that are f32 denormals are zeros on CPUs, but not in ggml.
-        `coarse` tries fewer scales, for comparing formats and not for files: weighted errors are up to 4 % larger.
+        exactly ggml's error. IQ2 and IQ3 are ggml's bytes but where it misplaces what follows zeros (IQ3_S). Weights,
+        sums and scales that are f32 denormals are zeros on CPUs, but not in ggml. `coarse` tries fewer scales, for
+        comparing formats: weighted errors are up to 4 % larger, of IQ2 and IQ3, where it looks at all points, smaller.
         `best` searches on from the reference; no block's weighted squared error, summed in f32, becomes larger. Inputs
         are not checked here: `formats.check` does, on the host. Raises `ValueError` for an unknown effort.
         """
@@ -267,8 +267,9 @@ def levels_near(bits: float) -> tuple[float | str, ...]:
     return ordered((*LEVELS, *(name for name in LATTICE_LEVELS if 2 * get_format(name).bits_per_weight >= bits)))
 
 
-LEVEL_NAMES = (*(f"{level:g}" for level in LEVELS), *(name for name in EXPORTABLE if get_format(name).grid))
-"""How levels are written."""
+_NAMED = (fmt.name for fmt in _FORMATS.values() if fmt.exportable and fmt.grid and not fmt.action)
+LEVEL_NAMES = (*(f"{level:g}" for level in LEVELS), *_NAMED)
+"""How levels are written: numbers, and formats that no number means."""
 
 
 def levels_of(names: Iterable[str]) -> tuple[float | str, ...]:
@@ -279,7 +280,13 @@ def levels_of(names: Iterable[str]) -> tuple[float | str, ...]:
 def ordered(levels: Iterable[float | str]) -> tuple[float | str, ...]:
     """Levels, each once, by the bits per weight of their largest blocks."""
     found = {level: format_for(level, 256) for level in levels}
-    return tuple(sorted(found, key=lambda level: (found[level].bits_per_weight, found[level].code_bits)))
+
+    def size(level: float | str) -> tuple[float, float]:
+        if (fmt := found[level]) is None:
+            raise ValueError(f"no format has level {written(level)}; choose among {', '.join(LEVEL_NAMES)}.")
+        return fmt.bits_per_weight, fmt.code_bits
+
+    return tuple(sorted(found, key=size))
 
 
 def written(level: float | str) -> str:

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from ramp_jax.allocation import Allocation
 from ramp_jax.files import folder_beside
 from ramp_jax.formats import get_format
+from ramp_jax.formats.registry import LATTICE_LEVELS
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.llama_quantize import Mixes
 from ramp_jax.halo.verify import evaluate_gguf, generate
@@ -128,11 +129,12 @@ def check(
 
 
 def levels(allocation: Allocation) -> dict[str, float]:
-    """Share of the allocated weights at each level, the lowest first."""
-    sizes: collections.Counter[float] = collections.Counter()
+    """Share of the allocated weights at each level, as it is written, the lowest first."""
+    sizes: collections.Counter[tuple[float, str]] = collections.Counter()
     for tensor in allocatable(allocation.spec):
-        sizes[get_format(allocation.formats[tensor.name]).code_bits] += tensor.size
-    return {f"{level:g}": sizes[level] / sizes.total() for level in sorted(sizes)}
+        fmt = get_format(allocation.formats[tensor.name])
+        sizes[fmt.code_bits, fmt.name if fmt.name in LATTICE_LEVELS else f"{fmt.code_bits:g}"] += tensor.size
+    return {name: sizes[bits, name] / sizes.total() for bits, name in sorted(sizes)}
 
 
 def _rival(mix: str, path: Path, heldout: Int[np.ndarray, "W T"], reference: Reference, ours: Evaluation) -> Rival:

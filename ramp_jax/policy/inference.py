@@ -302,9 +302,11 @@ def process(known: Problem) -> Process:
 def check_levels(found: Policy | Allocator, levels: Sequence[float | str]) -> None:
     """Raise `ValueError` where a policy, or a measured table's allocator, has other levels than those asked for."""
     if found.levels != levels:
+        way_out = "ask for its levels"
+        if not any(isinstance(level, str) for level in levels):
+            way_out += f" or train a policy with --config.levels={_list(levels)}"
         raise ValueError(
-            f"the policy or table was made for levels {_list(found.levels)}, not {_list(levels)}; "
-            f"ask for its levels or train a policy with --config.levels={_list(levels)}."
+            f"the policy or table was made for levels {_list(found.levels)}, not {_list(levels)}; {way_out}."
         )
 
 

@@ -65,11 +65,11 @@ class Encoder:
         return encode(tensor.name, w.astype(jnp.float32), fmt, self.weights_of(tensor, folding), self.effort)
 
     def weights_of(self, tensor: Tensor, folding: Mapping[str, jax.Array]) -> Float[np.ndarray, " I"] | None:
-        """What weighs the errors of a tensor's columns in a model of this folding; None where all count alike."""
+        """What weighs the errors of a tensor's columns in a model of this folding: None where nothing is known, zeros
+        where calibration saw nothing, so that all count alike."""
         weights = folded(self.importance, tensor, folding)
         if weights is not None and not weights.any():
             _say_unweighted(tensor.name)
-            return None
         return weights
 
 
