@@ -10,7 +10,10 @@ import pytest
 from ramp_jax import data
 from ramp_jax.allocation import Allocation, costs
 from ramp_jax.checkpoint import digest
+from ramp_jax.formats import levels_near
 from ramp_jax.halo.export import export_gguf
+from ramp_jax.models import load_model
+from ramp_jax.overrides import parse_override
 from ramp_jax.policy import networks
 from ramp_jax.policy.env import CONTEXT
 from ramp_jax.policy.inference import Policy
@@ -96,6 +99,22 @@ def test_levels_are_what_rules_choose_among(call, allocate, untied, source):
     )
     assert code == 0, errors
     assert f"{table.smallest:,} to {table.largest:,} bytes" in printed
+
+
+def test_formats_that_an_encoder_cannot_make(fails, allocate):
+    said = fails("allocate", *allocate(source_policy="fisher"), "--levels=IQ2_XXS,8", "--encoder=reference")
+    assert "IQ2_XXS is rounded by importance only, which --encoder=reference goes without" in said
+
+
+def test_sizes_that_are_said_to_be_reachable_are(call):
+    """Also where a tensor that is kept takes most of the bits, so that the blocks need the smallest formats."""
+    kept = "token_embd.weight=F16"
+    table = costs(load_model("ref-llama"), levels_near(0), [parse_override("keep", kept)])
+    size = table.smallest + 4096
+    arguments = ("--model=ref-llama", "--source_policy=fisher", f"--keep={kept}", f"--budget_bytes={size}", "--dry_run")
+    code, said, _ = call("allocate", *arguments)
+    assert code == 0
+    assert f"{table.smallest:,} to {table.largest:,} bytes" in said
 
 
 def test_windows_longer_than_the_model(fails, allocate, untied_directory, exported, tmp_path):
