@@ -33,7 +33,8 @@ class Lattice:
     by importance · √(`spread` · mean square + x²), tries inverse scales (top + `step` · i) / largest for |i| ≤ `tries`,
     looks among the points of the `shells` smallest distances, and stretches d by `fudge`. Sub-blocks below `least` are
     zero. `fitted` ones are searched around a first fit of the scale; `again` looks for all points once more at the end,
-    not only for those that rounding missed.
+    not only for those that rounding missed. Without importance, where it does not need any, ggml weighs by `floor` ·
+    mean square + x².
     """
 
     name: str
@@ -48,16 +49,13 @@ class Lattice:
     least: float
     fitted: bool = False
     again: bool = False
+    needs_importance: bool = False
+    floor: float = 0.0
 
     @property
     def points(self) -> Int[np.ndarray, "G D"]:
         """Magnitudes of the weights of each point."""
         return _points(self.name)
-
-    @property
-    def needs_importance(self) -> bool:
-        """Whether ggml refuses to go without."""
-        return self.name in ("IQ2_XXS", "IQ2_XS")
 
     @property
     def dim(self) -> int:
@@ -133,9 +131,9 @@ def _unbeaten(u: np.ndarray, levels: np.ndarray, distance: np.ndarray, shells: i
 LATTICES = {
     lattice.name: lattice
     for lattice in (
-        Lattice("IQ2_XXS", 32, 0.125, True, 1, 0.1, 6, 2, 1.0, 1e-15, fitted=True),
-        Lattice("IQ2_XS", 16, 0.125, True, 1, 0.1, 9, 2, 1.0, 1e-15),
-        Lattice("IQ2_S", 16, 0.125, False, 2, 0.1, 9, 1, 0.9875, 1e-8),
+        Lattice("IQ2_XXS", 32, 0.125, True, 1, 0.1, 6, 2, 1.0, 1e-15, fitted=True, needs_importance=True),
+        Lattice("IQ2_XS", 16, 0.125, True, 1, 0.1, 9, 2, 1.0, 1e-15, needs_importance=True),
+        Lattice("IQ2_S", 16, 0.125, False, 2, 0.1, 9, 1, 0.9875, 1e-8, floor=0.5),
         Lattice("IQ3_XXS", 32, 0.25, True, 2, 0.2, 15, 2, 1.0125, 1e-8),
         Lattice("IQ3_S", 32, 1.0, False, 2, 0.2, 9, 3, 1.033, 0.0, again=True),
     )

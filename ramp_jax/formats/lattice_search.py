@@ -63,9 +63,9 @@ def _superblocks(
     subs = sub_blocks(x, lattice.sub)  # [E, S, N]
     if importance is not None:
         weight = error_weights(x, importance, lattice.spread, lattice.sub, one)
-    elif lattice.name == "IQ2_S":
-        mean_square = lattice.spread * sum_rows(list(x * x), one) / BLOCK
-        weight = (0.25 * mean_square)[None, None] + one * (subs * subs)
+    elif lattice.floor:
+        mean_square = sum_rows(list(x * x), one) / BLOCK
+        weight = (lattice.floor * mean_square)[None, None] + one * (subs * subs)
     else:
         weight = subs * subs
     find = functools.partial(_search, lattice=lattice, one=one)
