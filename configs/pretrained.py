@@ -3,13 +3,15 @@
     python launch/pretrain.py --config=configs/ref_gemma.py --output=runs/ref-gemma    # and ref_qwen3; ref-llama ships
     python launch/train.py --config=configs/pretrained.py --workdir=runs/pretrained
 
-Half of the episodes lack the lowest levels, as models do whose rows no superblock divides. Longer training serves the
-reference checkpoints better and others worse: 80 iterations did best on the one that was left out (WORKSPACE_NOTES.md).
+Half of the episodes lack the lowest levels, as models do whose rows no superblock divides, and half lack any, as where
+other formats are offered. Longer training serves the reference checkpoints better and others worse: 80 iterations did
+best on the one that was left out (WORKSPACE_NOTES.md).
 """
 
 from ml_collections import ConfigDict
 
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
+from ramp_jax.formats import levels_near
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import TrainConfig
 
@@ -19,10 +21,10 @@ def get_config() -> ConfigDict:
     config = RunConfig(
         models=("ref-llama", "ref-gemma", "ref-qwen3"),
         dtype="float32",
-        levels=(2, 3, 4, 4.5, 5, 6, 8),
+        levels=levels_near(0),
         fold_level=4.5,
         calibration=WindowsConfig(count=4),
         sensitivity=WindowsConfig(context=128, count=4),
-        train=TrainConfig(iterations=80, narrowed=0.5, shift=0.5, sac=SacConfig(batch_size=256)),
+        train=TrainConfig(iterations=80, narrowed=0.5, thinned=0.5, shift=0.5, sac=SacConfig(batch_size=256)),
     )
     return ConfigDict(as_dict(config))

@@ -1,8 +1,8 @@
 """What a file or a config may hold, written as types, and the gate through which its content comes in.
 
 A schema is `str`, `bool`, `int`, `float` (finite; whole numbers count as well), a `Literal`, `tuple[X, ...]`,
-`Mapping[str, X]`, a `TypedDict`, a dataclass (whose fields may be left out), a union of these and None, or one of them
-`Annotated` with a `Check`. Nothing is converted but lists, which become tuples.
+`Mapping[str, X]`, a `TypedDict`, a dataclass (whose fields may be left out), a union of one of these and None or of the
+plain ones, or one of them `Annotated` with a `Check`. Nothing is converted but lists, which become tuples.
 """
 
 import contextlib
@@ -64,6 +64,10 @@ def read(kind: Any, value: Any, name: str = "") -> Any:
     if origin in (Union, types.UnionType) and type(None) in arguments:
         (other,) = (argument for argument in arguments if argument is not type(None))
         return None if value is None else read(other, value, name)
+    if origin in (Union, types.UnionType):
+        expected = " or ".join(_PLAIN[argument] for argument in arguments)
+        _expect(any(_is_plain(argument, value) for argument in arguments), name, value, expected)
+        return value
     if origin is Annotated:
         found = read(arguments[0], value, name)
         for check in kind.__metadata__:

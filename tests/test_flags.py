@@ -178,7 +178,7 @@ def test_text_that_only_the_allocation_names(call, fails, untied, untied_directo
 
 def test_outputs_that_are_inputs_of_an_allocation(fails, allocate, tmp_path):
     """A policy in its folder, and a table."""
-    actor = networks.actor((8,), 3).init(jax.random.key(0), 11 + CONTEXT + 3)
+    actor = networks.actor((8,)).init(jax.random.key(0), 11 + CONTEXT)
     Policy(actor, (8,), (4, 5, 8), 4.5, ("tiny",)).save(tmp_path)
     Sensitivity(("a",), (4, 5, 8), np.ones((1, 3)), np.zeros(1)).save(tmp_path / "table.npz")
     for source, output in ((tmp_path, "policy.msgpack"), (tmp_path / "table.npz", "table.npz")):

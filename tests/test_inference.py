@@ -22,8 +22,8 @@ from ramp_jax.formats import format_for
 from ramp_jax.models import allocatable
 from ramp_jax.models.layout import foldable
 from ramp_jax.policy import embedding, inference, networks, train
-from ramp_jax.policy.env import CONTEXT
-from ramp_jax.policy.inference import POLICY_FILE, Policy, allocate, check_levels, find_allocator, load_policy
+from ramp_jax.policy.env import ACTION, CONTEXT, Observation
+from ramp_jax.policy.inference import POLICY_FILE, Policy, allocate, find_allocator, load_policy
 from ramp_jax.policy.refinement import refine
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import Task, TrainConfig
@@ -39,7 +39,7 @@ LEVELS, HIDDEN = (4, 5, 8), (16,)
 
 def policy_of(seed):
     """An actor that nobody trained, with opinions strong enough to use every level, whatever the estimate says."""
-    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(seed), 11 + CONTEXT + len(LEVELS))
+    actor = networks.actor(HIDDEN).init(jax.random.key(seed), 11 + CONTEXT)
     actor = jax.tree.map(lambda leaf: leaf * 50, actor)
     actor["trust"] = jnp.float32(0.0)
     return Policy(actor, HIDDEN, LEVELS, 4, ("tiny",))
@@ -64,9 +64,10 @@ def test_policy_comes_back(tmp_path):
 def test_shipped_policy_says_what_it_was_trained_to():
     """Logits of one observation, as they were when it was trained."""
     policy = load_policy("pretrained")
-    network = networks.actor(policy.hidden, len(policy.levels))
+    network = networks.actor(policy.hidden)
+    seen = Observation(jnp.linspace(-1, 1, 17), jnp.linspace(-1, 1, 7 * ACTION).reshape(7, ACTION))
     expected = [-0.103248, -2.493431, -5.185165, -7.703527, -8.983441, -5.750149, 3.465502]
-    np.testing.assert_allclose(network.apply(policy.actor, jnp.linspace(-1, 1, 24)), expected, rtol=1e-4)
+    np.testing.assert_allclose(network.apply(policy.actor, seen), expected, rtol=1e-4)
 
 
 def test_policy_of_another_embedding_is_refused(tmp_path):
@@ -82,7 +83,7 @@ def with_leaf(actor, path, change):
     return {**actor, first: with_leaf(actor[first], rest, change) if rest else change(actor[first])}
 
 
-NO_NETWORK = "it is no network of the 20 numbers that this program shows it"
+NO_NETWORK = "it is no network of the 17 numbers that this program shows it"
 
 
 @pytest.mark.parametrize(
@@ -91,17 +92,18 @@ NO_NETWORK = "it is no network of the 20 numbers that this program shows it"
         (lambda known: {"a": 1}, "it has no field 'a'"),
         (lambda known: [known], "expected an object"),
         (lambda known: {k: v for k, v in known.items() if k != "fold_level"}, "it lacks the field 'fold_level'"),
-        (lambda known: known | {"levels": [4, 8, 5]}, r"levels is \[4, 8, 5\], expected increasing levels"),
-        (lambda known: known | {"levels": [4, 5, "8"]}, r"levels\[2\] is '8', expected a finite number"),
-        (lambda known: known | {"levels": [4, 5, float("nan")]}, r"levels\[2\] is nan, expected a finite number"),
+        (lambda known: known | {"levels": [4, 8, 5]}, r"levels is \[4, 8, 5\], expected levels by increasing size"),
+        (lambda known: known | {"levels": [4, "IQ3_S"]}, r"levels is \[4, 'IQ3_S'\], expected levels by increasing"),
+        (lambda known: known | {"levels": [4, 5, "8"]}, r"levels is \[4, 5, '8'\], expected levels by increasing size"),
+        (lambda known: known | {"levels": [4, 5, float("nan")]}, r"levels\[2\] is nan, expected a finite number or"),
+        (lambda known: known | {"levels": [4, [5]]}, r"levels\[1\] is \[5\], expected a finite number or a text"),
         (lambda known: known | {"levels": 4}, "levels is 4, expected a list"),
-        (lambda known: known | {"levels": [4, 5]}, "no network of the 19 numbers"),
         (lambda known: known | {"fold_level": float("inf")}, "fold_level is inf, expected a finite number"),
         (lambda known: known | {"fold_level": "4"}, "fold_level is '4', expected a finite number"),
         (lambda known: known | {"hidden": [0]}, r"hidden\[0\] is 0, expected a number from 1 to 65,536"),
-        (lambda known: known | {"hidden": [1] * 10**5}, "at most 16 widths of layers"),
+        (lambda known: known | {"hidden": [1] * 10**5}, "1 to 16 widths of layers"),
         (lambda known: known | {"hidden": [65536] * 16}, NO_NETWORK),
-        (lambda known: known | {"hidden": []}, NO_NETWORK),
+        (lambda known: known | {"hidden": []}, "1 to 16 widths of layers"),
         (lambda known: known | {"trained_on": "tiny"}, "trained_on is 'tiny', expected a list"),
         (lambda known: known | {"embedding_version": None}, "embedding_version is None, expected a whole number"),
         (lambda known: known | {"actor": {}}, NO_NETWORK),
@@ -115,13 +117,13 @@ NO_NETWORK = "it is no network of the 20 numbers that this program shows it"
         ),
         (
             lambda known: (
-                known | {"actor": with_leaf(known["actor"], ["head", "bias"], lambda w: w.astype(np.float16))}
+                known | {"actor": with_leaf(known["actor"], ["head", "kernel"], lambda w: w.astype(np.float16))}
             ),
-            f"by its head.bias {NO_NETWORK}",
+            f"by its head.kernel {NO_NETWORK}",
         ),
         (
-            lambda known: known | {"actor": with_leaf(known["actor"], ["head", "bias"], lambda w: w * np.nan)},
-            "its head.bias is not finite",
+            lambda known: known | {"actor": with_leaf(known["actor"], ["head", "kernel"], lambda w: w * np.nan)},
+            "its head.kernel is not finite",
         ),
     ],
 )
@@ -168,11 +170,16 @@ def known(prepared):
     return inference.problem(*prepared, LEVELS)
 
 
-def test_levels_must_be_the_policy_s():
-    check_levels(policy_of(0), LEVELS)
-    for other in [(4, 5), (4, 5, 6), (8, 5, 4)]:
-        with pytest.raises(ValueError, match="was made for levels 4,5,8, not"):
-            check_levels(policy_of(0), other)
+def test_policies_choose_among_levels_that_they_never_saw(prepared):
+    """More, others, and formats by name; the size of a file is that of the budget all the same."""
+    folded, stats = prepared
+    assert policy_of(0).allocator().levels == LEVELS
+    for levels in [(4, 5), (4, 5, 6, 8), ("Q4_1",), (4, "Q4_1", 6)]:
+        table = costs(folded, levels)
+        budget = (table.smallest + table.largest) // 2
+        found = allocate(policy_of(1).allocator(levels), folded, stats, budget_bytes=budget)
+        assert table.smallest <= found.file_bytes <= budget
+        assert set(found.formats.values()) <= {format_for(level, 64).name for level in levels}
 
 
 def test_units_of_the_environment_are_the_file_s():
@@ -185,7 +192,6 @@ def test_problem_holds_sizes_and_weights(prepared):
     members = allocatable(folded.spec)
     np.testing.assert_array_equal(problem.weights, [t.size for t in members])
     np.testing.assert_array_equal(problem.cost * ALIGNMENT, [[t.size // 32 * b for b in (18, 22, 34)] for t in members])
-    np.testing.assert_array_equal(problem.bits, LEVELS)
     np.testing.assert_allclose(problem.embedding, embedding.embed(folded, stats), atol=1e-5)
     np.testing.assert_allclose(problem.expected, embedding.estimated(folded, stats, LEVELS).loss, rtol=1e-5)
 
@@ -257,11 +263,9 @@ def test_what_is_left_is_spent_where_it_saves_most():
         jnp.zeros((2, 11)),
         jnp.array([256.0, 256.0]),
         jnp.array([[4, 6, 8], [4, 6, 8]], jnp.int32),
-        jnp.array([4.0, 5.0, 8.0]),
         jnp.array([[1.0, 0.25, 0.004], [10.0, 2.5, 0.04]]),
     )
-    actor = jax.tree.map(jnp.zeros_like, policy_of(0).actor)
-    actor["head"]["bias"] = jnp.array([2.0, 1.0, 0.0])
+    actor = jax.tree.map(jnp.zeros_like, policy_of(0).actor)  # all levels alike: the first is taken
     policy = dataclasses.replace(policy_of(0), actor=actor)
     assert inference.choose(policy, known, 9).tolist() == [0, 0]
     assert inference.choose(policy, known, 10).tolist() == [0, 1]
@@ -271,7 +275,7 @@ def test_what_is_left_is_spent_where_it_saves_most():
 
 
 def test_policy_of_another_observation_is_refused(tmp_path):
-    actor = networks.actor(HIDDEN, len(LEVELS)).init(jax.random.key(0), 15)
+    actor = networks.actor(HIDDEN).init(jax.random.key(0), 15)
     dataclasses.replace(policy_of(0), actor=actor).save(tmp_path)
     with pytest.raises(
         ValueError, match=rf"by its hidden.0.linear.kernel {NO_NETWORK}\); delete it and train it again"
@@ -285,8 +289,8 @@ def three_tensors():
     estimate = np.array([1.0, 4.0, 16.0])[:, None] * 4.0 ** -bits[None, :]
     true = np.array([64.0, 4.0, 16.0])[:, None] * 4.0 ** -bits[None, :]
     cost = jnp.asarray(np.tile(10 * bits, (3, 1)), jnp.int32)
-    single = [jnp.asarray(values, jnp.float32) for values in (np.zeros((3, 11)), np.full(3, 2560.0), bits, estimate)]
-    return Problem(single[0], single[1], cost, single[2], single[3]), true
+    single = [jnp.asarray(values, jnp.float32) for values in (np.zeros((3, 11)), np.full(3, 2560.0), estimate)]
+    return Problem(single[0], single[1], cost, single[2]), true
 
 
 @pytest.mark.parametrize("evaluations", [1, 4, 40])
@@ -417,13 +421,26 @@ def test_allocators_without_a_policy_choose_their_levels():
     assert find_allocator("uniform").levels == FORMAT_LEVELS
 
 
-def test_levels_of_a_policy_and_of_a_table_are_theirs(tmp_path):
+def test_levels_of_a_table_are_its_own_and_a_policy_takes_any(tmp_path):
     policy_of(0).save(tmp_path)
     Sensitivity(("a",), LEVELS, np.ones((1, 3)), np.zeros(1)).save(tmp_path / "table.npz")
     for source in (tmp_path, tmp_path / "table.npz"):
-        assert find_allocator(source, levels=LEVELS).levels == LEVELS
-        with pytest.raises(ValueError, match="was made for levels 4,5,8, not 4,6"):
-            find_allocator(source, levels=(4, 6))
+        assert find_allocator(source).levels == find_allocator(source, levels=LEVELS).levels == LEVELS
+    assert find_allocator(tmp_path, levels=("IQ3_S", 4)).levels == ("IQ3_S", 4)
+    with pytest.raises(ValueError, match="was measured for levels 4,5,8, not 4,6; ask for its levels"):
+        find_allocator(tmp_path / "table.npz", levels=(4, 6))
+
+
+def test_tables_know_formats_by_name(tmp_path):
+    """And numbers as they were stored before formats had names."""
+    levels = (2, "IQ3_S", 4.5)
+    found = Sensitivity(("a",), levels, np.ones((1, 3)), np.zeros(1))
+    found.save(tmp_path / "table.npz")
+    assert Sensitivity.load(tmp_path / "table.npz").levels == levels
+    np.savez(
+        tmp_path / "old.npz", tensors=["a"], levels=LEVELS, kld=found.kld, floor=found.floor, seconds=1.0, inputs="{}"
+    )
+    assert Sensitivity.load(tmp_path / "old.npz").levels == LEVELS
 
 
 def test_table_of_another_model_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from ramp_jax.allocators.allocator import Problem
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.allocators.simple import greedy
 from ramp_jax.policy.env import (
+    ACTION,
     CONTEXT,
     budget_range,
     cheapest_completion,
@@ -27,7 +28,6 @@ TWO = Problem(
     jnp.array([[0.25, -1.0], [0.75, 2.0]], jnp.float32),
     jnp.array([256.0, 512.0], jnp.float32),
     jnp.array([[4, 8], [8, 16]], jnp.int32),
-    jnp.array([4.0, 8.0], jnp.float32),
     jnp.array([[1.0, 1 / 256], [2.0, 2 / 256]], jnp.float32),
 )
 
@@ -42,9 +42,12 @@ def random_problem(rng, masked=0.3):
         jnp.asarray(rng.normal(size=(TENSORS, 3)), jnp.float32),
         jnp.asarray(weights, jnp.float32),
         jnp.asarray(cost * valid, jnp.int32),
-        jnp.asarray(BITS, jnp.float32),
         jnp.asarray(weights[:, None] * np.exp(rng.normal(size=(TENSORS, 1))) * 4.0 ** -np.array(BITS), jnp.float32),
     )
+
+
+def finite(observation):
+    return all(np.isfinite(np.asarray(numbers)).all() for numbers in observation)
 
 
 def at_random(key, observation, mask):
@@ -121,7 +124,10 @@ def test_cheapest_completion_and_range_by_hand():
 
 
 def test_observations_by_hand():
-    """Budget 20 units: 20 · 256 / 768 bits per weight, shown as (bits − 5) / 2; two thirds of the way from 12 to 24."""
+    """Budget 20 units: 20 · 256 / 768 bits per weight, shown as (bits − 5) / 2; two thirds of the way from 12 to 24.
+
+    Both tensors gain as much per unit, so nothing is regretted, and the mean loss at the bound is (1 + 2/256) / 2.
+    """
 
     def large_then_small(key, observation, mask):
         return jnp.where(mask[1], 1, 0).astype(jnp.int32)
@@ -132,8 +138,13 @@ def test_observations_by_hand():
         [0.25, -1.0, target, 1 / 3, target, 1 / 3, 0.0, -1.0],  # embedding, target, left, last action, progress
         [0.75, 2.0, target, 1 / 3, (12 * 256 / 512 - 5) / 2, 0.0, (8 - 5) / 2, 0.0],
     ]
-    np.testing.assert_allclose(episode.observation[:, :-2], expected, rtol=1e-6)
-    assert episode.observation.shape == (2, 2 + CONTEXT + 2)
+    np.testing.assert_allclose(episode.observation.state, expected, rtol=1e-6)
+    assert episode.observation.state.shape == (2, 2 + CONTEXT)
+    assert episode.observation.actions.shape == (2, 2, ACTION)
+    four, eight, mean = (4 - 5) / 2, (8 - 5) / 2, (1 + 2 / 256) / 2
+    first = [[four, np.log1p(1 / mean), 0.0], [eight, np.log1p(1 / 256 / mean), 0.0]]
+    second = [[four, np.log1p(2 / mean), 0.0], [0.0, 0.0, 0.0]]  # the last one is masked
+    np.testing.assert_allclose(episode.observation.actions, [first, second], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(episode.mask, [[True, True], [True, False]])
     np.testing.assert_array_equal(episode.action, [1, 0])
     assert episode.left == 4
@@ -147,27 +158,25 @@ def test_regrets_in_observations_follow_what_is_left():
     bits = np.arange(2, 9)
     loss = np.array([1.0, 4.0, 16.0])[:, None] * 4.0**-bits
     cost = jnp.asarray(np.tile(256 * bits, (3, 1)), jnp.int32)
-    known = Problem(
-        jnp.zeros((3, 1)), jnp.full(3, 256.0 * 256), cost, jnp.asarray(bits, jnp.float32), jnp.asarray(loss)
-    )
+    known = Problem(jnp.zeros((3, 1)), jnp.full(3, 256.0 * 256), cost, jnp.asarray(loss))
 
     def without_regret(key, observation, mask):
-        return jnp.argmin(jnp.where(mask, observation[-len(bits) :], jnp.inf)).astype(jnp.int32)
+        return jnp.argmin(jnp.where(mask, observation.actions[:, -1], jnp.inf)).astype(jnp.int32)
 
     def greedy_first(key, observation, mask):
-        first = observation[-len(bits) - 1] == -1  # progress
+        first = observation.state[-1] == -1  # progress
         return jnp.where(first, 6, without_regret(key, observation, mask)).astype(jnp.int32)
 
     fair = rollout(known, jnp.int32(256 * 15), without_regret, jax.random.key(0))
     assert bits[fair.action].tolist() == [4, 5, 6]
-    np.testing.assert_array_equal(fair.observation[:, -len(bits) :].min(axis=1), 0)
+    np.testing.assert_array_equal(fair.observation.actions[..., -1].min(axis=1), 0)
     assert bits[rollout(known, jnp.int32(256 * 15), greedy_first, jax.random.key(0)).action].tolist() == [8, 3, 4]
 
 
 @pytest.mark.parametrize(("budget", "bits", "place"), [(1, -2.0, -1.0), (10_000, 2.0, 1.0)])
 def test_budget_in_observations_is_clipped(budget, bits, place):
     episode = rollout(TWO, jnp.int32(budget), lambda *_: jnp.int32(0), jax.random.key(0))
-    np.testing.assert_array_equal(episode.observation[0, 2:6], [bits, place, bits, place])
+    np.testing.assert_array_equal(episode.observation.state[0, 2:6], [bits, place, bits, place])
 
 
 def test_files_of_64_gib_are_counted_exactly():
@@ -202,7 +211,7 @@ def test_files_beyond_64_gib_keep_their_budget_in_bytes(table):
     problem = Problem(
         jnp.zeros((len(weights), 1)),
         *(jnp.asarray(values, kind) for values, kind in ((weights, jnp.float32), (table.in_units, jnp.int32))),
-        *(jnp.asarray(values, jnp.float32) for values in (bits, loss)),
+        jnp.asarray(loss, jnp.float32),
         unit=float(table.unit),
     )
     lowest, highest = (int(x) for x in budget_range(problem))
@@ -212,14 +221,14 @@ def test_files_beyond_64_gib_keep_their_budget_in_bytes(table):
     rows = np.arange(len(weights))
 
     def small_regret(key, observation, mask):
-        return jnp.argmin(jnp.where(mask, observation[-len(bits) :], jnp.inf)).astype(jnp.int32)
+        return jnp.argmin(jnp.where(mask, observation.actions[:, -1], jnp.inf)).astype(jnp.int32)
 
     for budget in np.linspace(table.smallest, table.largest, 5).astype(int).tolist():
         units = table.units(budget)
         episode = rollout(problem, jnp.int32(units), small_regret, jax.random.key(0))
-        assert np.isfinite(episode.observation).all()
+        assert finite(episode.observation)
         bpw = 8 * (budget - table.fixed) / weights.sum()
-        assert episode.observation[0, 1] == pytest.approx(np.clip((bpw - 5) / 2, -2, 2), abs=1e-3)
+        assert episode.observation.state[0, 1] == pytest.approx(np.clip((bpw - 5) / 2, -2, 2), abs=1e-3)
         choices = [choose(table.in_units, loss, units) for choose in (greedy, knapsack)]
         for actions in (np.asarray(episode.action), *choices):
             size = table.fixed + int(table.per_level[rows, actions].sum())
@@ -240,5 +249,5 @@ def test_levels_without_loss_leave_observations_finite(rng):
     problem = problem._replace(expected=problem.expected.at[:, -1].set(0.0))
     for budget in budget_range(problem):
         episode = play(problem, budget, jax.random.key(0))
-        assert np.isfinite(episode.observation).all()
+        assert finite(episode.observation)
         check(problem, int(budget), episode)

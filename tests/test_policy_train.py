@@ -56,7 +56,6 @@ def task_of(rng, tensors=12):
         jnp.asarray(np.stack([level / 2, wrong], axis=1), jnp.float32),
         jnp.asarray(weights, jnp.float32),
         jnp.asarray(weights[:, None] * BITS[None, :] // 256, jnp.int32),
-        jnp.asarray(BITS, jnp.float32),
         jnp.asarray(loss * np.exp(1.5 * wrong)[:, None], jnp.float32),
     )
     return Task(problem, jnp.asarray(loss, jnp.float32))
@@ -184,7 +183,7 @@ def test_episodes_of_training_fit_and_start_over_the_whole_range(task):
     steps = state.replay.rounds
     assert np.take_along_axis(np.asarray(steps.mask), np.asarray(steps.action)[..., None], -1).all()
     assert np.asarray(steps.done).sum() == 2 * 2 * SHORT.episodes
-    targets = np.asarray(steps.observation)[..., 2].ravel()  # of 16 episodes
+    targets = np.asarray(steps.observation.state)[..., 2].ravel()  # of 16 episodes
     assert len(np.unique(targets)) > 10
     assert (np.asarray(metrics["return"]) < 0).all()
 
@@ -208,12 +207,21 @@ def test_probe_budgets_lie_inside_the_range_and_densest_where_files_are_small(ta
     assert (np.diff(budgets, 2) >= -1).all()
 
 
+def wanting_bits(actor, sign):
+    """Parameters of zeros, whose logits then rise with the bits of an action, or fall, by the sign of each seed."""
+    bits, first = actor["action"]["kernel"].at[:, 0, 0].set(1.0), actor["hidden"]["0"]
+    linear = first["linear"] | {"bias": first["linear"]["bias"].at[:, 1].set(2.0).at[:, 2].set(-2.0)}
+    norm = {"scale": first["norm"]["scale"].at[:, 0].set(1.0), "bias": first["norm"]["bias"] + 5.0}  # SiLU rises there
+    head = actor["head"] | {"kernel": actor["head"]["kernel"].at[:, 0, 0].set(sign)}
+    return actor | {"action": {"kernel": bits}, "hidden": {"0": {"linear": linear, "norm": norm}}, "head": head}
+
+
 def test_score_by_hand(task):
-    """An actor that always wants the largest level, against a plain loop."""
+    """An actor that always wants the largest level and one that wants the smallest, against a plain loop."""
     hidden = (8,)
     state = initial(task, jax.random.split(jax.random.key(0), 2))
     actor = jax.tree.map(jnp.zeros_like, state.learner.actor)
-    actor["head"]["bias"] = jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], jnp.float32)
+    actor = wanting_bits(actor, jnp.array([1.0, -1.0]))
     cost, loss = np.asarray(task.problem.cost), np.asarray(task.loss)
     budgets = np.asarray(train.probe_budgets(task.problem))
     logs = []
@@ -286,7 +294,7 @@ def test_true_losses_are_what_perplexity_rewards(task):
     keys = jax.random.split(jax.random.split(jax.random.key(1), 1)[0], config.episodes)
     rewarded = steps.reward.reshape(actions.shape).sum(axis=1) / len(cost)
     for key, action, found, total in zip(keys, actions, returns, rewarded, strict=True):
-        share = jax.random.uniform(jax.random.split(key, 4)[2]) ** 2
+        share = jax.random.uniform(jax.random.split(key, 5)[3]) ** 2
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
         assert cost[np.arange(len(cost)), np.asarray(action)].sum() <= budget
         expected = -measured.true_loss(action) / train.unit_of_loss(bound, budget)
@@ -321,7 +329,7 @@ def test_soft_budgets_mask_nothing_but_penalize_what_is_over(task):
     used = cost[np.arange(n_tensors), np.asarray(steps.action).reshape(32, -1)].sum(axis=1)
     lowest, highest = (int(x) for x in budget_range(task.problem))
     keys = jax.random.split(jax.random.split(jax.random.key(1), 1)[0], 32)
-    shares = np.asarray([jax.random.uniform(jax.random.split(key, 4)[2]) ** 2 for key in keys])
+    shares = np.asarray([jax.random.uniform(jax.random.split(key, 5)[3]) ** 2 for key in keys])
     over = used > lowest + (shares * (highest - lowest)).astype(int)
     assert over.any()
     assert not over.all()

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from ramp_jax.policy import networks, replay, sac
+from ramp_jax.policy.env import ACTION, Observation
 from ramp_jax.policy.networks import masked_log_softmax
 from ramp_jax.policy.replay import Batch, transitions
 from ramp_jax.policy.sac import SacConfig
@@ -20,7 +21,7 @@ update = jax.jit(sac.update, static_argnames="config")
 
 def fresh(seed=0):
     """A learner for 3 observed numbers and 3 actions."""
-    return sac.init(jax.random.key(seed), CONFIG, n_observation=3, n_actions=3)
+    return sac.init(jax.random.key(seed), CONFIG, n_state=3)
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +33,12 @@ def standard_promotion():
 
 def batch_of(action=(0, 1), reward=(1.0, 2.0), done=(0.0, 1.0), mask=((True, True), (True, True))):
     n, a = len(action), len(mask[0])
-    observation = jnp.arange(n * 3, dtype=jnp.float32).reshape(n, 3) / 10
+    state = jnp.arange(n * 3, dtype=jnp.float32).reshape(n, 3) / 10
+    observation = Observation(state, jnp.linspace(-1, 1, n * a * ACTION).reshape(n, a, ACTION))
     action, reward, done = jnp.array(action, jnp.int32), jnp.array(reward), jnp.array(done)
     mask = jnp.array(mask)
     assert mask.shape == (n, a)
-    return Batch(observation, mask, action, reward, observation + 1, mask, done)
+    return Batch(observation, mask, action, reward, jax.tree.map(lambda leaf: leaf + 1, observation), mask, done)
 
 
 def finite(tree):
@@ -94,14 +96,33 @@ def test_masked_probabilities_by_hand():
 
 
 def test_untrained_networks_say_what_the_estimate_says(rng):
-    """The observation ends with regrets: values are minus these, and the actor prefers the action without."""
-    observation = jnp.asarray(np.concatenate([rng.normal(size=(50, 4)), rng.uniform(0, 5, (50, 3))], 1), jnp.float32)
-    learner = sac.init(jax.random.key(0), CONFIG, 7, 3)
-    q = networks.critic(CONFIG.hidden, 3).apply(learner.critic, observation)
-    np.testing.assert_allclose(q, -np.broadcast_to(observation[:, -3:], q.shape), atol=0.1)
-    logits = networks.actor(CONFIG.hidden, 3).apply(learner.actor, observation)
-    clear = np.ptp(np.sort(observation[:, -3:], axis=1)[:, :2], axis=1) > 0.1
-    np.testing.assert_array_equal(jnp.argmax(logits, -1)[clear], jnp.argmin(observation[:, -3:], -1)[clear])
+    """An action ends with its regret: values are minus that, and the actor prefers the action without."""
+    seen = seen_of(rng, 50, 3)
+    regret, learner = np.asarray(seen.actions[..., -1]), sac.init(jax.random.key(0), CONFIG, 4)
+    q = networks.critic(CONFIG.hidden).apply(learner.critic, seen)
+    np.testing.assert_allclose(q, -np.broadcast_to(regret, q.shape), atol=0.1)
+    logits = networks.actor(CONFIG.hidden).apply(learner.actor, seen)
+    clear = np.ptp(np.sort(regret, axis=1)[:, :2], axis=1) > 0.1
+    np.testing.assert_array_equal(jnp.argmax(logits, -1)[clear], np.argmin(regret, -1)[clear])
+
+
+def seen_of(rng, n, actions):
+    """Observations of 4 numbers and so many actions."""
+    shown = np.concatenate([rng.normal(size=(n, actions, ACTION - 1)), rng.uniform(0, 5, (n, actions, 1))], -1)
+    return Observation(jnp.asarray(rng.normal(size=(n, 4)), jnp.float32), jnp.asarray(shown, jnp.float32))
+
+
+def test_actions_are_scored_alike_in_any_order_and_number(rng):
+    """A network that learned on some actions serves others: each is known by its numbers alone."""
+    seen = seen_of(rng, 20, 7)
+    for network in (networks.actor((16, 8)), networks.critic((16, 8))):
+        params = jax.tree.map(lambda leaf: leaf * 3, network.init(jax.random.key(1), 4))
+        whole = np.asarray(network.apply(params, seen))
+        picked = np.array([5, 0, 3])
+        some = network.apply(params, seen._replace(actions=seen.actions[:, picked]))
+        np.testing.assert_allclose(some, whole[..., picked], rtol=1e-5, atol=1e-5)
+        learned = whole + np.asarray(params["trust"])[..., None, None] * np.asarray(seen.actions[..., -1])
+        assert np.ptp(learned, axis=-1).min() > 1e-3
 
 
 def test_one_valid_action_gives_finite_gradients_and_moves_nothing():
@@ -124,7 +145,7 @@ def test_update_with_one_valid_action_stays_finite():
 @jax.jit
 def by_parts(old, batch):
     """New critic, and new actor against it, from losses and optimizer alone."""
-    actor, critic = networks.actor(CONFIG.hidden, 3), networks.critic(CONFIG.hidden, 3)
+    actor, critic = networks.actor(CONFIG.hidden), networks.critic(CONFIG.hidden)
     optimizer = optax.chain(optax.clip_by_global_norm(CONFIG.max_grad_norm), optax.adam(CONFIG.learning_rate))
     alpha = jnp.exp(old.log_alpha)
 
@@ -164,7 +185,8 @@ def test_targets_move_by_the_target_rate():
 
 
 def test_critics_are_independent():
-    q = networks.critic(CONFIG.hidden, 3).apply(fresh().critic, jnp.ones((5, 3)))
+    seen = Observation(jnp.ones((5, 3)), jnp.ones((5, 3, ACTION)))
+    q = networks.critic(CONFIG.hidden).apply(fresh().critic, seen)
     assert q.shape == (networks.CRITICS, 5, 3)
     assert (np.asarray(q[0]) != np.asarray(q[1])).all()
 
@@ -174,8 +196,7 @@ def test_temperature_steers_entropy_to_its_aim(confident, direction):
     """A fresh actor is nearly uniform, far above the aim; one that is sure of its action is below."""
     learner = fresh()
     if confident:
-        head = learner.actor["head"] | {"bias": jnp.array([20.0, 0.0, 0.0])}
-        learner = learner._replace(actor=learner.actor | {"head": head})
+        learner = learner._replace(actor=learner.actor | {"trust": jnp.float32(100.0)})
     new, metrics = update(learner, batch_of(mask=((True,) * 3,) * 2), CONFIG)
     assert (metrics["entropy"] > CONFIG.entropy_share * np.log(3)) == (not confident)
     assert np.sign(new.log_alpha - learner.log_alpha) == direction
@@ -186,7 +207,8 @@ def episodes(numbers, length=3):
     value = jnp.array([[10 * n + t for t in range(length)] for n in numbers], jnp.float32)
     t = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), value.shape)
     mask = jnp.broadcast_to(t[..., None] >= jnp.arange(length)[None, None], (*value.shape, length))
-    return transitions(value[..., None], mask, t, value)
+    seen = Observation(value[..., None], jnp.broadcast_to(value[..., None, None], (*value.shape, length, ACTION)))
+    return transitions(seen, mask, t, value)
 
 
 def test_replay_overwrites_the_oldest_first():
@@ -218,10 +240,11 @@ def test_transitions_belong_together():
     store = replay.add(replay.empty(2, episodes([0, 0])), episodes([1, 2]))
     batch = replay.sample(store, jax.random.key(2), 300)
     t = np.asarray(batch.action)
-    np.testing.assert_array_equal(batch.observation[:, 0], batch.reward)
+    np.testing.assert_array_equal(batch.observation.state[:, 0], batch.reward)
+    np.testing.assert_array_equal(batch.observation.actions[:, 2, 1], batch.reward)
     np.testing.assert_array_equal(np.asarray(batch.reward) % 10, t)
     np.testing.assert_array_equal(batch.mask.sum(axis=1), t + 1)
     np.testing.assert_array_equal(batch.done, t == 2)
     going = np.asarray(batch.done) == 0
-    np.testing.assert_array_equal(batch.next_observation[going, 0], batch.reward[going] + 1)
+    np.testing.assert_array_equal(batch.next_observation.state[going, 0], batch.reward[going] + 1)
     np.testing.assert_array_equal(batch.next_mask[going].sum(axis=1), t[going] + 2)

@@ -132,7 +132,7 @@ def test_parity_suite(on_tiny, monkeypatch):
 def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untied_directory, tmp_path):
     """On the tiny model, whose rows hold only blocks of 32: rows fit their budget, and the plot shows every method."""
     hidden, levels = (8,), (4, 5, 8)
-    actor = networks.actor(hidden, len(levels)).init(jax.random.key(0), len(embedding.NAMES) + CONTEXT + 3)
+    actor = networks.actor(hidden).init(jax.random.key(0), len(embedding.NAMES) + CONTEXT)
     folder = tmp_path / "learned"
     folder.mkdir()
     Policy(actor, hidden, levels, 4, ("tiny",)).save(folder)
@@ -144,6 +144,7 @@ def test_policy_suite_gives_every_method_the_bytes_of_the_mix(monkeypatch, untie
         "_MIXES": SimpleNamespace(value=["IQ4_NL", "Q5_0", "Q8_0"]),
         "_TARGET": SimpleNamespace(value=str(untied_directory)),
         "_POLICIES": SimpleNamespace(value=[str(folder)]),
+        "_LEVELS": SimpleNamespace(value=["4", "5", "8"]),
         "_TABLE": SimpleNamespace(value=None),
         "_EVOLUTION": SimpleNamespace(value=6),
     }.items():

@@ -23,7 +23,7 @@ from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo.llama_quantize import Mixes, predicted_bytes
 from ramp_jax.models import load_model
 from ramp_jax.policy import inference
-from ramp_jax.policy.inference import find_allocator
+from ramp_jax.policy.inference import find_allocator, has_own_levels
 from ramp_jax.quantization import Encoder, calibrate_and_fold, fake_quantize, importance_of, make_encoder
 from ramp_jax.scoring.perplexity import evaluate, reference_of
 from ramp_jax.scoring.scores import Evaluation, paired
@@ -47,7 +47,7 @@ def guard(repeats: int) -> Numbers:
 
 
 def _rows(ref: str, text: str) -> Iterator[Numbers]:
-    levels = levels_near(0) if _POLICY.value in ("fisher", "greedy") else None
+    levels = None if has_own_levels(_POLICY.value) else levels_near(0)
     allocator, model = find_allocator(_POLICY.value, levels=levels), load_model(ref)
     heldout = data.windows(text, model.tokenizer, split="heldout", **_HELDOUT)
     reference = reference_of(model, heldout)

@@ -2,9 +2,10 @@
 
 Each of llama.cpp's mixes (importance matrix from the same calibration text) gives one budget; every method gets exactly
 its bytes, one folding and one encoder, and is measured by mean KL divergence on held-out text. `--suite_policies` are
-workdirs of training runs or `pretrained`, all of the same levels; `--suite_table` the exact sensitivity table of the
-target, for the row `exact knapsack`; `--suite_evolution` true evaluations on calibration text for the rows `evolution`,
-which starts at the uniform allocation, and `refined`, which starts at the policy's. A plot is written beside --json.
+workdirs of training runs or `pretrained`, `--suite_levels` what all choose among; `--suite_table` the exact sensitivity
+table of the target, for the row `exact knapsack`; `--suite_evolution` true evaluations on calibration text for the rows
+`evolution`, which starts at the uniform allocation, and `refined`, which starts at the policy's. A plot is written
+beside --json.
 """
 
 import dataclasses
@@ -27,11 +28,12 @@ from ramp_jax.allocation import Costs, costs, from_levels
 from ramp_jax.allocators import Actions, Allocator, Problem, simple
 from ramp_jax.allocators.allocator import RULES, by_evolution, by_rule, by_table, tables
 from ramp_jax.allocators.knapsack import knapsack
+from ramp_jax.formats import levels_near, levels_of, written
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo.llama_quantize import Mixes
 from ramp_jax.models import Model, load_model
 from ramp_jax.policy import inference
-from ramp_jax.policy.inference import Policy, check_levels, load_policy
+from ramp_jax.policy.inference import Policy, load_policy
 from ramp_jax.policy.refinement import refine
 from ramp_jax.quantization import Encoder, Stats, calibrate_and_fold, fake_quantize, importance_of
 from ramp_jax.scoring import variants
@@ -46,6 +48,9 @@ _MIXES = flags.DEFINE_list(
     ["Q3_K_S", "IQ4_XS", "Q4_0", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M"],
     "Mixes of llama.cpp whose sizes are the budgets of the suite `policy`.",
 )
+_LEVELS = flags.DEFINE_list(
+    "suite_levels", [*map(written, levels_near(0))], "Levels that the methods of the suite `policy` choose among."
+)
 _TABLE = flags.DEFINE_string("suite_table", None, "Exact sensitivity table (.npz) of the target, folded as the policy.")
 
 _CALIBRATION, _HELDOUT = {"context": 512, "count": 4}, {"context": 512, "count": 6}
@@ -58,7 +63,7 @@ class Bench:
     """What all methods share."""
 
     model: Model
-    levels: tuple[float, ...]
+    levels: tuple[float | str, ...]
     sizes: Costs
     encoder: Encoder
 
@@ -77,23 +82,22 @@ def policy(repeats: int) -> Numbers:
     del repeats
     policies = {name: load_policy(name) for name in _POLICIES.value}
     first = next(iter(policies.values()))
-    for found in policies.values():
-        check_levels(found, first.levels)
+    levels = levels_of(_LEVELS.value)
     model = load_model(_TARGET.value)
     calibration = data.windows("builtin", model.tokenizer, **_CALIBRATION)
     heldout = data.windows("builtin", model.tokenizer, split="heldout", **_HELDOUT)
     reference = reference_of(model, heldout)
     folded, stats = calibrate_and_fold(model, calibration, first.fold_level)
     encoder = Encoder("best", importance_of(model.spec, stats), EncodeCache(1 << 33))
-    bench = Bench(folded, first.levels, costs(folded, first.levels), encoder)
+    bench = Bench(folded, levels, costs(folded, levels), encoder)
     started = time.monotonic()
-    known = inference.problem(folded, stats, first.levels, bench.sizes)
+    known = inference.problem(folded, stats, levels, bench.sizes)
     estimating, quantizing = time.monotonic() - started, 0.0
     if _EVOLUTION.value:
         started = time.monotonic()
         choices = variants.prepare(folded, model, calibration[:1], bench.sizes, encoder=encoder)
         known, quantizing = known._replace(evaluate=variants.measuring(choices)), time.monotonic() - started
-    ways = list(_allocators(first.levels, policies, estimating, quantizing))
+    ways = list(_allocators(levels, policies, estimating, quantizing))
     rows = []
     for mix, budget, kld in _mixes(model, stats, heldout, reference):
         rows.append(_said(mix, f"llama.cpp {mix}", budget, budget, kld, 0.0))
@@ -109,7 +113,7 @@ def policy(repeats: int) -> Numbers:
 
 
 def _allocators(
-    levels: tuple[float, ...], policies: dict[str, Policy], estimating: float, quantizing: float
+    levels: tuple[float | str, ...], policies: dict[str, Policy], estimating: float, quantizing: float
 ) -> Iterator[Allocator]:
     """Rules, searches and policies, with the seconds that they need of the target once: what estimated losses and the
     embedding took, and every tensor at every level."""
@@ -124,14 +128,14 @@ def _allocators(
         yield dataclasses.replace(by_table(Sensitivity.load(_TABLE.value)), name="exact knapsack")
     ours = {f"policy {Path(name).name}": found for name, found in policies.items()}
     for name, found in ours.items():
-        whole = dataclasses.replace(found.allocator(), name=name, seconds=estimating)
+        whole = dataclasses.replace(found.allocator(levels), name=name, seconds=estimating)
         alone = functools.partial(inference.choose, found, repair=False)
         yield dataclasses.replace(whole, name=f"{name}, no repair", choose=alone)
         yield whole
     if _EVOLUTION.value:
         yield dataclasses.replace(by_evolution(levels, _EVOLUTION.value), seconds=quantizing)
         for name, found in ours.items():
-            refined = refine(found.allocator(), _EVOLUTION.value)
+            refined = refine(found.allocator(levels), _EVOLUTION.value)
             yield dataclasses.replace(refined, name=f"{name}, refined", seconds=estimating + quantizing)
 
 

@@ -69,7 +69,6 @@ def synthetic(seed: int = 0) -> Task:
             _single(embedding),
             _single(weights),
             jnp.asarray(weights[:, None] * (bits + 0.5)[None, :] / (8 * ALIGNMENT), jnp.int32),
-            _single(bits),
             _single(estimate),
         ),
         _single(estimate * bias[:, None]),

@@ -1,14 +1,13 @@
 """The file of an allocation: what its JSON may hold, and the gate through which it is read."""
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from ramp_jax import schema
-from ramp_jax.formats import LEVELS, get_format, ordered
+from ramp_jax.formats import LEVEL_NAMES, LEVELS, get_format, level_of, ordered, written
 from ramp_jax.formats.registry import EXPORTABLE
 from ramp_jax.overrides import Override
 
@@ -17,14 +16,17 @@ MAKE_IT = "make one with launch/allocate.py"
 EncoderName = Literal["reference", "best", "compensated"]
 """How weights become codes, which an allocation records."""
 
+
+def _in_order(levels: tuple[float | str, ...]) -> bool:
+    """Whether these are levels, each once, the smallest formats first."""
+    names = [written(level) for level in levels]
+    known = set(names) <= set(LEVEL_NAMES) and levels == tuple(map(level_of, names))
+    return bool(levels) and known and levels == ordered(levels)
+
+
 Levels = Annotated[
-    tuple[float, ...],
-    schema.Check(
-        lambda levels: (
-            bool(levels) and set(levels) <= set(LEVELS) and all(a < b for a, b in itertools.pairwise(levels))
-        ),
-        f"increasing levels among {', '.join(f'{level:g}' for level in LEVELS)}",
-    ),
+    tuple[float | str, ...],
+    schema.Check(_in_order, f"levels by increasing size among {', '.join(LEVEL_NAMES)}"),
 ]
 """What is chosen among."""
 
@@ -118,7 +120,7 @@ def offered_levels(saved: Saved) -> tuple[float | str, ...]:
     several = [known for known in saved.get("choices", {}).values() if len(known) > 1]  # others may be overridden
     formats = {fmt for known in several for fmt in known}
     known = [get_format(fmt) for fmt in formats]
-    return ordered(fmt.level if fmt.action else fmt.name for fmt in known if fmt.level is not None)
+    return ordered(fmt.chosen_as for fmt in known if fmt.level is not None)
 
 
 def sha256_of(content: Mapping[str, Any]) -> str:

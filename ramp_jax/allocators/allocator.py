@@ -32,8 +32,6 @@ class Problem(NamedTuple):
     """Weights per tensor."""
     cost: Int[Array, "T A"]
     """Units of the tensor's data at each level, 0 where the level is masked."""
-    bits: Float[Array, " A"]
-    """Nominal bits of each level."""
     expected: Float[Array, "T A"]
     """What each level is estimated to lose, up to one factor for the whole model."""
     pairs: Float[Array, "T A T A"] | None = None

@@ -14,12 +14,12 @@ from ramp_jax.cli.inputs import load
 from ramp_jax.cli.overrides import OVERRIDE_FLAGS, define_overrides, overrides
 from ramp_jax.config import WindowsConfig
 from ramp_jax.data import parts_of
-from ramp_jax.formats import LEVEL_NAMES, get_format, levels_near, levels_of
+from ramp_jax.formats import LEVEL_NAMES, levels_near, levels_of, unweighted
 from ramp_jax.formats.registry import LATTICE_LEVELS
 from ramp_jax.models import Model
-from ramp_jax.policy.inference import POLICY_FILE, find_allocator
+from ramp_jax.policy.inference import POLICY_FILE, find_allocator, has_own_levels
 from ramp_jax.quantization import DEFAULT_ENCODER
-from ramp_jax.workflow import check_context
+from ramp_jax.workflow import check_context, check_rounded
 
 _FLAGS = (
     "source_policy",
@@ -32,9 +32,6 @@ _FLAGS = (
     *BUDGET_FLAGS,
     *OVERRIDE_FLAGS,
 )
-
-
-_SEES_ESTIMATES = ("fisher", "greedy")
 
 
 class Choice(NamedTuple):
@@ -59,8 +56,8 @@ def define_choice() -> None:
     flags.DEFINE_list(
         "levels",
         None,
-        "Levels to choose among, or formats by name; a policy's and a table's must be these. fisher and greedy add IQ2 "
-        "and IQ3 formats of at least half the budget's bits by default.",
+        "Levels to choose among, or formats by name; a measured table's must be these. By default all that have "
+        "numbers, and IQ2 and IQ3 formats of at least half the budget's bits.",
     )
     flags.register_validator(
         "levels",
@@ -102,8 +99,8 @@ def choice(
     """
     values = flags.FLAGS
     levels = levels_of(values.levels) if values.levels else None
-    _check_encoder(levels or (), encoder)
-    thinned = levels is None and values.source_policy in _SEES_ESTIMATES
+    check_rounded(levels or (), encoder)
+    thinned = levels is None and not has_own_levels(values.source_policy)
     allocator = _allocator(_offered(0, encoder) if thinned else levels)
     check_budget_flags(required=required)
     decided = overrides()
@@ -127,19 +124,7 @@ def choice(
 
 def _offered(bits: float, encoder: EncoderName) -> tuple[float | str, ...]:
     """`levels_near` so many bits, less those that the encoder cannot make."""
-    return tuple(level for level in levels_near(bits) if not _unmade(level, encoder))
-
-
-def _check_encoder(levels: Sequence[float | str], encoder: EncoderName) -> None:
-    if unmade := [level for level in levels if _unmade(level, encoder)]:
-        raise ValueError(
-            f"{unmade[0]} is rounded by importance only, which --encoder=reference goes without; choose another "
-            f"encoder or other --levels."
-        )
-
-
-def _unmade(level: float | str, encoder: EncoderName) -> bool:
-    return encoder == "reference" and isinstance(level, str) and get_format(level).needs_importance
+    return unweighted(levels_near(bits)) if encoder == "reference" else levels_near(bits)
 
 
 def _allocator(levels: Sequence[float | str] | None) -> Allocator:

@@ -8,9 +8,11 @@ from ramp_jax.formats.registry import (
     format_for,
     format_up_to,
     get_format,
+    level_of,
     levels_near,
     levels_of,
     ordered,
+    unweighted,
     written,
 )
 from ramp_jax.formats.row_chunks import decode, encode, round_trip
@@ -25,9 +27,11 @@ __all__ = [
     "format_for",
     "format_up_to",
     "get_format",
+    "level_of",
     "levels_near",
     "levels_of",
     "ordered",
     "round_trip",
+    "unweighted",
     "written",
 ]

@@ -104,6 +104,11 @@ class Format:
         return 8 * self.block_bytes / self.block_size
 
     @property
+    def chosen_as(self) -> float | str:
+        """The level that means it: its number where it has an `action`, else its name."""
+        return self.level if self.action and self.level is not None else self.name
+
+    @property
     def code_bits(self) -> float:
         """What papers count: the level, all stored bits for plain floats."""
         return self.bits_per_weight if self.level is None else self.level
@@ -261,6 +266,11 @@ LATTICE_LEVELS = tuple(LATTICES)
 """Levels below four bits that have no number."""
 
 
+def unweighted(levels: Iterable[float | str]) -> tuple[float | str, ...]:
+    """The levels that can be rounded without importance."""
+    return tuple(level for level in levels if not isinstance(level, str) or not get_format(level).needs_importance)
+
+
 def levels_near(bits: float) -> tuple[float | str, ...]:
     """What a file of so many bits per weight is chosen among: `LEVELS`, and lattices of at least half as many bits,
     since smaller ones are chosen there for next to nothing."""
@@ -274,7 +284,12 @@ LEVEL_NAMES = (*(f"{level:g}" for level in LEVELS), *_NAMED)
 
 def levels_of(names: Iterable[str]) -> tuple[float | str, ...]:
     """Levels of some of `LEVEL_NAMES`, each once, in the order of their sizes."""
-    return ordered(name if name in EXPORTABLE else float(name) for name in names)
+    return ordered(map(level_of, names))
+
+
+def level_of(name: str) -> float | str:
+    """The level that is `written` so."""
+    return name if name in EXPORTABLE else float(name)
 
 
 def ordered(levels: Iterable[float | str]) -> tuple[float | str, ...]:

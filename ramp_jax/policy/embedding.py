@@ -37,8 +37,9 @@ from ramp_jax.quantization import Encoder, Stats, importance_of
 from ramp_jax.quantization.calibrate import Moments
 from ramp_jax.sensitivity.pairs import Estimate, estimate
 
-VERSION = 4
-"""Raised whenever a number changes its meaning; a policy refuses embeddings of another version."""
+VERSION = 5
+"""Raised whenever a number changes its meaning, or what an observation shows beside them (`env.py`); a policy refuses
+embeddings of another version."""
 
 NAMES = (
     "act_outlier",

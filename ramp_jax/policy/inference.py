@@ -29,7 +29,7 @@ from ramp_jax.allocators.allocator import (
 from ramp_jax.allocators.tables import exchange, fill
 from ramp_jax.checkpoint import digest
 from ramp_jax.files import write_bytes
-from ramp_jax.formats import LEVELS, get_format, ordered, written
+from ramp_jax.formats import LEVELS, ordered, written
 from ramp_jax.halo import llama_quantize
 from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import Model, allocatable
@@ -53,11 +53,12 @@ EVOLUTION = "evolution"
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """An actor and what it was trained for. `trained_on` names the models, `fold_level` the level of Scale Folding."""
+    """An actor and what it was trained for: `trained_on` names the models, `levels` what it chose among there, and
+    `fold_level` is the level of Scale Folding. It can choose among any others."""
 
     actor: Params
     hidden: tuple[int, ...]
-    levels: tuple[float, ...]
+    levels: tuple[float | str, ...]
     fold_level: float
     trained_on: tuple[str, ...]
     embedding_version: int = embedding.VERSION
@@ -71,11 +72,11 @@ class Policy:
         content = {**vars(self), "actor": jax.tree.map(np.asarray, self.actor)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
 
-    def allocator(self) -> Allocator:
-        """The policy as one way of choosing among others."""
+    def allocator(self, levels: tuple[float | str, ...] | None = None) -> Allocator:
+        """The policy as one way of choosing among others, by default among the levels that it was trained on."""
         name = f"policy trained on {' '.join(self.trained_on)}"
         chosen, drawn = functools.partial(choose, self), functools.partial(draw, self)
-        return Allocator(name, self.levels, self.fold_level, chosen, draw=drawn, sha256=digest(self._plain()))
+        return Allocator(name, levels or self.levels, self.fold_level, chosen, draw=drawn, sha256=digest(self._plain()))
 
 
 class _Saved(TypedDict):
@@ -109,15 +110,15 @@ def load_policy(source: str | Path) -> Policy:
             )
         if saved.pop("sha256", found := digest({**content, "sha256": None})) != found:
             raise ValueError("it is not as it was written, its sha256 is another")
-        _check_actor(saved["actor"], saved["hidden"], len(saved["levels"]))
+        _check_actor(saved["actor"], saved["hidden"])
         values: dict[str, Any] = {**saved, "actor": jax.tree.map(jnp.asarray, saved["actor"])}
         return Policy(**values)
 
 
-def _check_actor(actor: Any, hidden: tuple[int, ...], n_levels: int) -> None:
+def _check_actor(actor: Any, hidden: tuple[int, ...]) -> None:
     """Raise `ValueError` unless these are the finite f32 weights of an actor that sees what this program shows."""
-    shown = len(embedding.NAMES) + CONTEXT + n_levels
-    network = networks.actor(hidden, n_levels)
+    shown = len(embedding.NAMES) + CONTEXT
+    network = networks.actor(hidden)
     expected = jax.eval_shape(lambda: network.init(jax.random.key(0), shown))
     found, wanted = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (actor, expected))
     for path in wanted | found:
@@ -155,7 +156,6 @@ def problem(
         jnp.zeros((len(members), len(embedding.NAMES))),
         jnp.asarray([tensor.size for tensor in members], jnp.float32),
         jnp.asarray(table.in_units, jnp.int32),
-        jnp.asarray([a if not isinstance(a, str) else get_format(a).code_bits for a in levels], jnp.float32),
         jnp.zeros((len(members), len(levels))),
         unit=float(table.unit),
     )
@@ -178,11 +178,11 @@ def find_allocator(
 ) -> Allocator:
     """The allocator that `source` names, refined by `evaluations` true evaluations where there are any.
 
-    `fisher`, `greedy`, `uniform` and `random` choose among `levels`, by default all, and so does `evolution`, which
-    spends the evaluations itself. `llama.cpp` takes the largest of llama.cpp's own mixes that fits. An `.npz` is a
-    sensitivity table of the model, of which the knapsack is taken. All else is what `load_policy` finds. Raises
-    `ValueError` for evolution without evaluations, for llama.cpp with them or with levels, and where a policy or a
-    table has other levels.
+    `fisher`, `greedy`, `uniform` and `random` choose among `levels`, by default all that have numbers, and so does
+    `evolution`, which spends the evaluations itself. `llama.cpp` takes the largest of llama.cpp's own mixes that fits.
+    An `.npz` is a sensitivity table of the model, of which the knapsack is taken. All else is what `load_policy` finds,
+    which chooses among `levels`, by default those of its training. Raises `ValueError` for evolution without
+    evaluations, for llama.cpp with them or with levels, and where a table has other levels.
     """
     chosen = LEVELS if levels is None else ordered(levels)
     if source == llama_quantize.MIX:
@@ -197,13 +197,20 @@ def find_allocator(
         return by_evolution(chosen, evaluations)
     if source in RULES:
         found = by_rule(str(source), chosen)
-    elif Path(source).suffix == ".npz":
+    elif has_own_levels(source):
         found = by_table(Sensitivity.load(source))
+        if levels is not None and found.levels != chosen:
+            raise ValueError(
+                f"the table was measured for levels {_list(found.levels)}, not {_list(chosen)}; ask for its levels."
+            )
     else:
-        found = load_policy(source).allocator()
-    if levels is not None:
-        check_levels(found, chosen)
+        found = load_policy(source).allocator(None if levels is None else chosen)
     return refine(found, evaluations) if evaluations else found
+
+
+def has_own_levels(source: str | Path) -> bool:
+    """Whether what `source` names chooses among levels of its own: llama.cpp's mixes and measured tables."""
+    return source == llama_quantize.MIX or Path(source).suffix == ".npz"
 
 
 def allocate(
@@ -297,17 +304,6 @@ def draw(policy: Policy, known: Problem, units: int, count: int, seed: int = 0) 
 def process(known: Problem) -> Process:
     """What a policy sees of a problem."""
     return Process(**{name: getattr(known, name) for name in Process._fields})
-
-
-def check_levels(found: Policy | Allocator, levels: Sequence[float | str]) -> None:
-    """Raise `ValueError` where a policy, or a measured table's allocator, has other levels than those asked for."""
-    if found.levels != levels:
-        way_out = "ask for its levels"
-        if not any(isinstance(level, str) for level in levels):
-            way_out += f" or train a policy with --config.levels={_list(levels)}"
-        raise ValueError(
-            f"the policy or table was made for levels {_list(found.levels)}, not {_list(levels)}; {way_out}."
-        )
 
 
 def _list(levels: Sequence[float | str]) -> str:

@@ -3,21 +3,23 @@
 A round is what one iteration plays, on whatever models: episodes of different lengths become one list of transitions.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ramp_jax.policy.env import Observation
+
 
 class Batch(NamedTuple):
     """Transitions `[B, ...]`; after the last step of an episode `done` is 1 and the next observation has no meaning."""
 
-    observation: Float[Array, "B O"]
+    observation: Observation
     mask: Bool[Array, "B A"]
     action: Int[Array, " B"]
     reward: Float[Array, " B"]
-    next_observation: Float[Array, "B O"]
+    next_observation: Observation
     next_mask: Bool[Array, "B A"]
     done: Float[Array, " B"]
 
@@ -30,15 +32,15 @@ class Replay(NamedTuple):
 
 
 def transitions(
-    observation: Float[Array, "N T O"],
+    observation: Observation,
     mask: Bool[Array, "N T A"],
     action: Int[Array, "N T"],
     reward: Float[Array, "N T"],
 ) -> Batch:
-    """N whole episodes of T steps as `[N·T]` transitions."""
+    """N whole episodes of T steps, leaves `[N, T, ...]`, as `[N·T]` transitions."""
 
-    def following(leaf: jax.Array) -> jax.Array:
-        return jnp.concatenate([leaf[:, 1:], leaf[:, -1:]], axis=1)
+    def following(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.concatenate([leaf[:, 1:], leaf[:, -1:]], axis=1), tree)
 
     done = jnp.zeros(reward.shape, jnp.float32).at[:, -1].set(1.0)
     steps = Batch(observation, mask, action, reward, following(observation), following(mask), done)

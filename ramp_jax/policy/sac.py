@@ -29,7 +29,7 @@ from ramp_jax.schema import Count, Positive, Share
 class SacConfig:
     """Hyperparameters of the learner. `entropy_share` is η, `target_rate` the share of new weights in the targets."""
 
-    hidden: Widths = (128, 128)
+    hidden: Widths = (128, 32)
     learning_rate: Positive = 1e-3
     alpha_learning_rate: Positive = 3e-3
     initial_alpha: Positive = 0.1
@@ -52,11 +52,11 @@ class Learner(NamedTuple):
     alpha_opt: optax.OptState
 
 
-def init(key: PRNGKeyArray, config: SacConfig, n_observation: int, n_actions: int) -> Learner:
-    """A fresh learner."""
+def init(key: PRNGKeyArray, config: SacConfig, n_state: int) -> Learner:
+    """A fresh learner for states of so many numbers."""
     actor_key, critic_key = jax.random.split(key)
-    actor = networks.actor(config.hidden, n_actions).init(actor_key, n_observation)
-    critic = networks.critic(config.hidden, n_actions).init(critic_key, n_observation)
+    actor = networks.actor(config.hidden).init(actor_key, n_state)
+    critic = networks.critic(config.hidden).init(critic_key, n_state)
     log_alpha = jnp.log(jnp.float32(config.initial_alpha))
     return Learner(
         actor,
@@ -108,8 +108,7 @@ def alpha_loss(
 
 def update(learner: Learner, batch: Batch, config: SacConfig) -> tuple[Learner, dict[str, Float[Array, ""]]]:
     """One gradient step of critics, actor and temperature, then of the target critics."""
-    n_actions = batch.mask.shape[-1]
-    actor, critic = networks.actor(config.hidden, n_actions), networks.critic(config.hidden, n_actions)
+    actor, critic = networks.actor(config.hidden), networks.critic(config.hidden)
     alpha = jnp.exp(learner.log_alpha)
 
     next_log_pi = masked_log_softmax(actor.apply(learner.actor, batch.next_observation), batch.next_mask)

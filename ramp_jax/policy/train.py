@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ramp_jax import checkpoint
 from ramp_jax.policy import networks, replay, reward, sac
-from ramp_jax.policy.env import Choose, Episode, Process, budget_range, rollout
+from ramp_jax.policy.env import CONTEXT, Choose, Episode, Observation, Process, budget_range, rollout
 from ramp_jax.policy.lagrangian import lagrangian_bound, select, symlog, uniform_loss, unit_of_loss
 from ramp_jax.policy.networks import Params, masked_log_softmax
 from ramp_jax.policy.reward import NO_PENALTY, Penalty
@@ -39,7 +39,9 @@ class TrainConfig:
     Seeds learn side by side, each on its own episodes; the last `replay_iterations` iterations are replayed. Under the
     evaluator `mixed` they share one corrected table, and what is replayed keeps the rewards of the table of its time.
     `potential` adds the Lagrangian potential to the rewards and compresses them (see `reward.py`). A share `narrowed`
-    of the episodes lacks the lowest levels of some tensors, as a model does whose rows no superblock divides.
+    of the episodes lacks the lowest levels of some tensors, as a model does whose rows no superblock divides; a share
+    `thinned` lacks each level of all tensors with a chance of its own, since formats are to be chosen that nobody
+    learned on.
     Every episode moves each number of all its embeddings by one normal offset of standard deviation `shift`: models
     differ in where they lie, and what tensors of one model lose against each other is what is to be learned.
     With a `soft` budget nothing is masked for its size in training, and the reward holds the `penalty` instead, as in
@@ -54,6 +56,7 @@ class TrainConfig:
     log_every: Count = 10
     potential: bool = True
     narrowed: Share = 0.0
+    thinned: Share = 0.0
     shift: NotNegative = 0.0
     soft: bool = False
     penalty: Penalty = dataclasses.field(default_factory=Penalty)
@@ -94,18 +97,16 @@ class TrainState(NamedTuple):
 
 def initial_state(key: PRNGKeyArray, tasks: Tasks, config: TrainConfig) -> TrainState:
     """A fresh run of one seed."""
-    n_observation, n_actions = observation_size(tasks[0].problem), tasks[0].loss.shape[1]
     learner_key, key = jax.random.split(key)
-    learner = sac.init(learner_key, config.sac, n_observation, n_actions)
+    learner = sac.init(learner_key, config.sac, state_size(tasks[0].problem))
     steps, _ = jax.eval_shape(functools.partial(interact, tasks, config), learner, key)
     stored = replay.empty(config.replay_iterations, steps)
     return TrainState(learner, stored, key, jnp.int32(0))
 
 
-def observation_size(process: Process) -> int:
-    """O for the embeddings of `process`."""
-    episode = jax.eval_shape(lambda: rollout(process, jnp.int32(0), lambda *_: jnp.int32(0), jax.random.key(0)))
-    return episode.observation.shape[-1]
+def state_size(process: Process) -> int:
+    """S for the embeddings of `process`."""
+    return process.embedding.shape[-1] + CONTEXT
 
 
 @functools.partial(jax.jit, static_argnames=("config", "iterations"))
@@ -148,13 +149,13 @@ def _play(
     task: Task, config: TrainConfig, learner: sac.Learner, key: PRNGKeyArray
 ) -> tuple[replay.Batch, Float[Array, " N"]]:
     """Episodes of the current actor at budgets drawn over the feasible range, and their terminal rewards."""
-    loss = task.loss
-    steps, n_levels = loss.shape
-    draw = _drawing(learner.actor, config.sac.hidden, n_levels)
+    loss, steps = task.loss, len(task.loss)
+    draw = _drawing(learner.actor, config.sac.hidden)
 
     def episode(key: jax.Array) -> tuple[Episode, jax.Array, jax.Array]:
-        level_key, shift_key, budget_key, play_key = jax.random.split(key, 4)
-        process = _shift(_narrow(task.problem, level_key, config.narrowed), shift_key, config.shift)
+        level_key, thin_key, shift_key, budget_key, play_key = jax.random.split(key, 5)
+        process = _thin(_narrow(task.problem, level_key, config.narrowed), thin_key, config.thinned)
+        process = _shift(process, shift_key, config.shift)
         lowest, highest = budget_range(process)
         share = jax.random.uniform(budget_key) ** _LOW_BUDGETS
         budget = lowest + (share * (highest - lowest).astype(jnp.float32)).astype(jnp.int32)
@@ -186,10 +187,10 @@ def _losses(task: Task, action: Int[Array, "N T"], *, true: bool) -> Float[Array
     return jax.vmap(lambda a: jnp.sum(select(task.loss, a)))(action)
 
 
-def _drawing(actor: Params, hidden: tuple[int, ...], n_levels: int) -> Choose:
-    network = networks.actor(hidden, n_levels)
+def _drawing(actor: Params, hidden: tuple[int, ...]) -> Choose:
+    network = networks.actor(hidden)
 
-    def draw(key: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
+    def draw(key: jax.Array, observation: Observation, mask: jax.Array) -> jax.Array:
         log_pi = masked_log_softmax(network.apply(actor, observation), mask)
         return jax.random.categorical(key, log_pi).astype(jnp.int32)
 
@@ -207,7 +208,21 @@ def _narrow(process: Process, key: PRNGKeyArray, share: float) -> Process:
     levels = jnp.arange(process.cost.shape[1])
     lowest = jax.random.randint(level_key, (), 0, len(levels) - 1) * jax.random.bernoulli(chance_key, share)
     narrow = jax.random.uniform(tensor_key, (len(process.cost), 1)) < 2 * jax.random.uniform(part_key)
-    cost = jnp.where(narrow & (levels < lowest)[None, :], 0, process.cost)
+    return _without(process, narrow & (levels < lowest)[None, :])
+
+
+def _thin(process: Process, key: PRNGKeyArray, share: float) -> Process:
+    """With probability `share`, each level is left out of all tensors that have others, with a chance that is drawn."""
+    if not share:
+        return process
+    chance_key, rate_key, level_key = jax.random.split(key, 3)
+    rate = jax.random.uniform(rate_key) * jax.random.bernoulli(chance_key, share)
+    return _without(process, jax.random.uniform(level_key, (1, process.cost.shape[1])) < rate)
+
+
+def _without(process: Process, left_out: Bool[Array, "#T A"]) -> Process:
+    """Without some levels of the tensors that have others."""
+    cost = jnp.where(left_out, 0, process.cost)
     return process._replace(cost=jnp.where(jnp.any(cost > 0, axis=1, keepdims=True), cost, process.cost))
 
 
@@ -229,9 +244,9 @@ def greedy(
     actor: Params, process: Process, budget: Int[Array, ""], hidden: tuple[int, ...], *, soft: bool = False
 ) -> Int[Array, " T"]:
     """Level indices of the actor's most probable actions; with a `soft` budget they may not fit."""
-    network = networks.actor(hidden, process.bits.shape[0])
+    network = networks.actor(hidden)
 
-    def best(_: jax.Array, observation: jax.Array, mask: jax.Array) -> jax.Array:
+    def best(_: jax.Array, observation: Observation, mask: jax.Array) -> jax.Array:
         return jnp.argmax(masked_log_softmax(network.apply(actor, observation), mask)).astype(jnp.int32)
 
     return rollout(process, budget, best, jax.random.key(0), soft=soft).action
@@ -242,7 +257,7 @@ def sample(
     actor: Params, process: Process, budget: Int[Array, ""], keys: Key[Array, " N"], hidden: tuple[int, ...]
 ) -> Int[Array, "N T"]:
     """Level indices drawn from the actor's probabilities, one allocation per key."""
-    draw = _drawing(actor, hidden, process.bits.shape[0])
+    draw = _drawing(actor, hidden)
     return jax.vmap(lambda key: rollout(process, budget, draw, key).action)(keys)
 
 

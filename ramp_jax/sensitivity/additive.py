@@ -82,7 +82,7 @@ def fit(
 def true_losses(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[float, ...],
+    levels: tuple[float | str, ...],
     actions: Actions,
     protocol: Protocol = "llama.cpp",
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:

@@ -43,7 +43,7 @@ _NUDGE = 2.0**-20  # of every hidden state; Q8_0 moves a tensor's outputs by abo
 def exact_sensitivity(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[float, ...],
+    levels: tuple[float | str, ...],
     protocol: Protocol = "llama.cpp",
     *,
     path: str | Path | None = None,
@@ -128,7 +128,7 @@ class Batch(NamedTuple):
         return [cell.column for cell in self.cells]
 
 
-def _batches(members: Sequence[Tensor], levels: tuple[float, ...], size: int) -> list[Batch]:
+def _batches(members: Sequence[Tensor], levels: tuple[float | str, ...], size: int) -> list[Batch]:
     """All cells, in batches of one layer and up to `size` variants; those of a layer are equally long, so that all
     layers share one compiled function: the last cell fills up what is missing."""
     layers = [list(group) for _, group in itertools.groupby(cells(members, levels), lambda cell: _place(cell.tensor))]

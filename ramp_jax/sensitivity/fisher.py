@@ -51,7 +51,7 @@ _NUMBERS_AT_ONCE = 1 << 24  # of a vocabulary's weights, or of its logits' gradi
 def fisher_sensitivity(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    levels: tuple[float, ...],
+    levels: tuple[float | str, ...],
     protocol: Protocol = "llama.cpp",
     *,
     path: str | Path | None = None,

@@ -16,6 +16,7 @@ from ramp_jax import schema
 from ramp_jax.allocation import Levels
 from ramp_jax.checkpoint import digest
 from ramp_jax.files import write_bytes
+from ramp_jax.formats import level_of, written
 from ramp_jax.models import Model, Tensor, store
 from ramp_jax.models.decoder import weights_dtype
 from ramp_jax.overrides import format_at
@@ -55,7 +56,7 @@ class Sensitivity:
     """
 
     tensors: tuple[str, ...]
-    levels: tuple[float, ...]
+    levels: tuple[float | str, ...]
     kld: Float[np.ndarray, "T A"]
     floor: Float[np.ndarray, " T"]
     seconds: float = 0.0
@@ -76,7 +77,7 @@ class Sensitivity:
         for row, column, cost in zip(rows, columns, kld, strict=True):
             if not np.isfinite(cost):
                 raise ValueError(
-                    f"what {self.tensors[row]} costs at level {self.levels[column]} is not finite; "
+                    f"what {self.tensors[row]} costs at level {written(self.levels[column])} is not finite; "
                     f"load the model with dtype=float32, or check its weights."
                 )
         table, floors, rows = self.kld.copy(), self.floor.copy(), np.asarray(rows)
@@ -86,8 +87,9 @@ class Sensitivity:
     def save(self, path: str | Path) -> None:
         """Write a NumPy archive, whole or not at all."""
         archive = io.BytesIO()
-        fields = {name: np.asarray(value) for name, value in vars(self).items() if name != "inputs"}
-        np.savez(archive, inputs=json.dumps(dict(self.inputs)), **fields)
+        fields = {name: np.asarray(value) for name, value in vars(self).items() if name not in ("inputs", "levels")}
+        levels = [written(level) for level in self.levels]
+        np.savez(archive, inputs=json.dumps(dict(self.inputs)), levels=levels, **fields)
         write_bytes(path, archive.getvalue())
 
     @classmethod
@@ -119,7 +121,11 @@ class Sensitivity:
 
     @classmethod
     def begin(
-        cls, members: Sequence[Tensor], levels: tuple[float, ...], inputs: Mapping[str, str], path: str | Path | None
+        cls,
+        members: Sequence[Tensor],
+        levels: tuple[float | str, ...],
+        inputs: Mapping[str, str],
+        path: str | Path | None,
     ) -> "Sensitivity":
         """The table to go on with: what `path` holds of it, else one where nothing is measured.
 
@@ -146,7 +152,7 @@ def fingerprint(
     model: Model,
     windows: Int[np.ndarray, "W T"],
     members: Sequence[Tensor],
-    levels: tuple[float, ...],
+    levels: tuple[float | str, ...],
     protocol: Protocol,
     method: str,
     encoder: Encoder,
@@ -157,7 +163,7 @@ def fingerprint(
         _CODE: str(VERSION),
         "method": method,
         "protocol": protocol,
-        "levels": ", ".join(f"{level:g}" for level in levels),
+        "levels": ", ".join(map(written, levels)),
         "tensors": digest(np.asarray([tensor.name for tensor in members])),
         "formats": digest(np.asarray(formats)),
         "encoder": f"{encoder.effort} {digest(dict(encoder.importance))}",
@@ -183,6 +189,7 @@ def _archive(content: bytes) -> dict[str, Any]:
                 raise ValueError(f"{name} is not stored as NumPy does")
             array = _array(archive.read(member))
             found[name] = array.tolist() if array.ndim == 0 or array.dtype.kind == "U" or name == "levels" else array
+    found["levels"] = [level_of(level) if isinstance(level, str) else level for level in found.get("levels", ())]
     return found
 
 

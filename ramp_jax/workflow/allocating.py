@@ -10,7 +10,7 @@ from ramp_jax import data as texts
 from ramp_jax import hosts
 from ramp_jax.allocation import Allocation, Costs, costs, offered_levels, read_saved
 from ramp_jax.allocators import Actions, Allocator
-from ramp_jax.allocators.allocator import RULES, by_formats
+from ramp_jax.allocators.allocator import by_formats
 from ramp_jax.checkpoint import digest
 from ramp_jax.config import WindowsConfig, as_dict
 from ramp_jax.halo.compare import Choose
@@ -145,7 +145,7 @@ def chooser(source: str | Path, allocation: str | Path, model: Model) -> Choose:
     """
     saved = read_saved(allocation)
     overrides = saved.get("overrides", ())
-    levels = offered_levels(saved) if source in (*RULES, inference.EVOLUTION) else ()
+    levels = () if inference.has_own_levels(source) else offered_levels(saved)
     allocator = inference.find_allocator(source, levels=levels or None, evaluations=saved.get("refine_evals", 0))
     made_by = saved.get("allocator")
     if (allocator.name, allocator.sha256) != (made_by, saved.get("allocator_sha256")):

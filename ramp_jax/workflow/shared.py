@@ -1,6 +1,6 @@
 """What several jobs need: windows, a prepared model, the names of a run's files, and the journal of a long job."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ramp_jax import data as texts
 from ramp_jax import hosts
-from ramp_jax.allocation import read_saved
+from ramp_jax.allocation import EncoderName, read_saved
 from ramp_jax.checkpoint import digest
 from ramp_jax.config import WindowsConfig
+from ramp_jax.formats import ordered, unweighted
+from ramp_jax.formats.registry import Effort
 from ramp_jax.journal import NOWHERE, Followed, Journal, beside, code_version
 from ramp_jax.models import Model, store
 from ramp_jax.models.decoder import weights_dtype
@@ -36,6 +38,15 @@ def check_context(context: int, longest: int) -> None:
         raise ValueError(
             f"windows of {context} tokens are longer than the {longest} that the model was made for; choose a shorter "
             f"--context."
+        )
+
+
+def check_rounded(levels: Sequence[float | str], encoder: EncoderName | Effort) -> None:
+    """Raise `ValueError` where the encoder cannot make a format that is to be chosen among."""
+    if encoder == "reference" and (unmade := set(levels) - set(unweighted(levels))):
+        raise ValueError(
+            f"{ordered(unmade)[0]} is rounded by importance only, which encoder=reference goes without; choose another "
+            f"encoder or other levels."
         )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ramp_jax.allocation import costs
 from ramp_jax.config import RunConfig, as_dict, read_config
 from ramp_jax.files import alone_in, rows_to, write_bytes
+from ramp_jax.formats import written
 from ramp_jax.halo.export import check_writable
 from ramp_jax.models import Model, load_model
 from ramp_jax.policy import inference, train
@@ -24,6 +25,7 @@ from ramp_jax.workflow.shared import (
     METRICS,
     Say,
     check_context,
+    check_rounded,
     prepare,
     table_path,
     tokenizer_of,
@@ -34,8 +36,10 @@ from ramp_jax.workflow.shared import (
 def train_policy(config: RunConfig, workdir: Path, say: Say = print) -> Policy:
     """Load, calibrate, fold, measure and train; everything lands in `workdir`, and a stopped run goes on there.
 
-    Raises `ValueError` where `workdir` holds a run of another config, `OSError` where another process works there.
+    Raises `ValueError` where `workdir` holds a run of another config or the encoder cannot make its levels, `OSError`
+    where another process works there.
     """
+    check_rounded(config.levels, config.encoder)
     claim(workdir, config)
     with alone_in(workdir):
         return _train_policy(config, workdir, say)
@@ -55,7 +59,7 @@ def _train_policy(config: RunConfig, workdir: Path, say: Say) -> Policy:
         prepare_task(ref, model.in_memory(), config, workdir, say)
         for ref, model in zip(config.models, models, strict=True)
     )
-    say(f"Training on {' and '.join(config.models)} with levels {', '.join(f'{level:g}' for level in config.levels)}")
+    say(f"Training on {' and '.join(config.models)} with levels {', '.join(map(written, config.levels))}")
     log, key = rows_to(workdir / METRICS, "iteration"), jax.random.key(config.seed)
     best = train.run(key, tasks, config.train, log=log, checkpoint_path=workdir / CHECKPOINT)
     policy = Policy(best.actor, config.train.sac.hidden, config.levels, config.fold_level, config.models)

@@ -14,13 +14,13 @@ from ramp_jax.policy import networks
 from ramp_jax.policy.inference import Policy, load_policy
 
 _ARRAY, _SCALAR = 1, 3  # codes of arrays in what flax writes
-_HIDDEN, _LEVELS, _SHOWN = (8, 8), (4, 4.5, 8), 11 + 6 + 3
+_HIDDEN, _LEVELS, _SHOWN = (8, 8), (4, 4.5, 8), 11 + 6
 _KNOWN_LEVELS = {2, 3, 4, 4.5, 5, 6, 8}
 
 
 def make(folder: Path) -> Path:
     """An actor that nobody trained."""
-    actor = networks.actor(_HIDDEN, len(_LEVELS)).init(jax.random.key(0), _SHOWN)
+    actor = networks.actor(_HIDDEN).init(jax.random.key(0), _SHOWN)
     Policy(actor, _HIDDEN, _LEVELS, 4.5, ("tiny", "other")).save(folder)
     return folder / "policy.msgpack"
 
@@ -47,11 +47,11 @@ def right(path: Path, result: Policy) -> bool:
         all(list(getattr(result, name)) == content[name] for name in ("hidden", "levels", "trained_on"))
         and result.fold_level == content["fold_level"]
         and 2 <= result.fold_level <= 8
-        and content["embedding_version"] == result.embedding_version == 4
+        and content["embedding_version"] == result.embedding_version == 5
         and all(a < b for a, b in itertools.pairwise(levels))
         and set(levels) <= _KNOWN_LEVELS
         and _same(content["actor"], result.actor)
-        and _shapes(content["actor"]) == _expected(widths, len(levels))
+        and _shapes(content["actor"]) == _expected(widths)
     )
 
 
@@ -67,10 +67,9 @@ def _shapes(tree: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
     return {name: shape for key, part in tree.items() for name, shape in _shapes(part, f"{prefix}/{key}").items()}
 
 
-def _expected(widths: list[int], n_levels: int) -> dict[str, tuple[int, ...]]:
-    sizes = [14 + n_levels + 3, *widths]
-    sizes[0] = 11 + 6 + n_levels
-    found = {"/head/kernel": (sizes[-1], n_levels), "/head/bias": (n_levels,), "/trust": ()}
+def _expected(widths: list[int]) -> dict[str, tuple[int, ...]]:
+    sizes = [_SHOWN, *widths]
+    found = {"/action/kernel": (3, sizes[-1]), "/head/kernel": (sizes[-1], 1), "/trust": ()}
     for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         found |= {f"/hidden/{i}/linear/kernel": (n_in, n_out), f"/hidden/{i}/linear/bias": (n_out,)}
         found |= {f"/hidden/{i}/norm/scale": (n_out,), f"/hidden/{i}/norm/bias": (n_out,)}

@@ -179,9 +179,11 @@ class Facts:
         return found
 
 
-def _with_losses(choices: Mapping[str, Choice], chosen: str, of_level: Mapping[float, float]) -> dict[str, Choice]:
+def _with_losses(
+    choices: Mapping[str, Choice], chosen: str, of_level: Mapping[float | str, float]
+) -> dict[str, Choice]:
     """The choices with losses by level, those of the formats that have one of these levels."""
-    losses = {fmt: of_level[level] for fmt in choices if (level := get_format(fmt).level) in of_level}
+    losses = {fmt: of_level[level] for fmt in choices if (level := get_format(fmt).chosen_as) in of_level}
     if chosen not in losses:
         return dict(choices)
     changes = {fmt: loss - losses[chosen] for fmt, loss in losses.items()}
@@ -191,6 +193,6 @@ def _with_losses(choices: Mapping[str, Choice], chosen: str, of_level: Mapping[f
     }
 
 
-def _of_tensor(table: Sensitivity, name: str) -> dict[float, float]:
+def _of_tensor(table: Sensitivity, name: str) -> dict[float | str, float]:
     """What a tensor was measured to lose, by level."""
     return dict(zip(table.levels, table.kld[table.tensors.index(name)].tolist(), strict=True))
