@@ -353,6 +353,26 @@ def test_narrowed_episodes_lack_the_lowest_levels_of_some_tensors(task):
     assert any((cost != full).any() and (cost == full).all(axis=1).any() for cost in costs)
 
 
+def test_thinned_episodes_lack_levels_of_all_tensors_that_have_others(task):
+    """Any level, each of all tensors or of none; a tensor that has only such keeps them."""
+    assert train._thin(task.problem, jax.random.key(0), 0.0) is task.problem
+    full = np.asarray(task.problem.cost)
+    only = full.copy()
+    only[0, 1:] = 0
+    costs = [
+        np.asarray(train._thin(task.problem._replace(cost=jnp.asarray(only)), jax.random.key(i), 0.5).cost)
+        for i in range(100)
+    ]
+    for cost in costs:
+        assert cost[0].tolist() == only[0].tolist()
+        lacking = cost[1:] == 0
+        assert (lacking == lacking[:1]).all()
+        assert (cost[1:][~lacking] == full[1:][~lacking]).all()
+    lacking = np.asarray([cost[1] == 0 for cost in costs])
+    assert 0.2 < lacking.any(axis=1).mean() < 0.6
+    assert lacking.any(axis=0).all()
+
+
 def test_shifts_move_all_tensors_of_an_episode_alike(task):
     moved = [np.asarray(train._shift(task.problem, jax.random.key(i), 0.5).embedding) for i in range(200)]
     offsets = np.asarray(moved) - np.asarray(task.problem.embedding)

@@ -205,13 +205,15 @@ def test_transfer_suite_judges_every_training_on_every_model(monkeypatch, tmp_pa
     tasks = {"a": sac_suite.synthetic(0), "b": sac_suite.synthetic(1)}
     monkeypatch.setattr(transfer_suite, "_task", lambda name, config: tasks[name])
     monkeypatch.setattr(transfer_suite.embedding, "NAMES", ("one",))
-    for name, value in {"_RUN": str(tmp_path), "_HELD": "b"}.items():
+    for name, value in {"_RUN": str(tmp_path), "_HELD": "b", "_BLANKED": ["one"]}.items():
         monkeypatch.setattr(transfer_suite, name, SimpleNamespace(value=value))
     monkeypatch.setattr(transfer_suite, "SEEDS", 2)
     drawn = figures_of(monkeypatch, transfer_suite)
     sac = SacConfig(hidden=(8,), batch_size=8)
     config = RunConfig(
-        models=("a",), train=TrainConfig(iterations=2, episodes=4, updates=2, replay_iterations=2, sac=sac)
+        models=("a",),
+        levels=("IQ2_XXS", 2, 3, 4, 4.5, 5, 6),
+        train=TrainConfig(iterations=2, episodes=4, updates=2, replay_iterations=2, sac=sac),
     )
     (tmp_path / workflow.CONFIG).write_text(json.dumps(as_dict(config)))
     with jax.numpy_dtype_promotion("standard"):
@@ -222,7 +224,12 @@ def test_transfer_suite_judges_every_training_on_every_model(monkeypatch, tmp_pa
     assert by["exact table, knapsack", "b", "", 0]["way"] == pytest.approx(1)
     assert by["uniform", "a", "", 0]["way"] == pytest.approx(0)
     assert all(row["over_optimum"] > 1 - 1e-5 for row in rows)
-    for method in ("trained on a", "all, rewards without potential", "all, without one"):
+    for method in (
+        "trained on a",
+        "all, without formats by name",
+        "all, rewards without potential",
+        "all, without one",
+    ):
         assert {key[1:] for key in by if key[0] == method} == {
             (name, how, seed) for name in "ab" for how in ("rollout", "repaired") for seed in (0, 1)
         }

@@ -2,8 +2,9 @@
 
 `--suite_run` is the workdir of a training run on several models (configs/pretrained.py); what it measured is used
 again. Policies are trained as that run was, for each of its models alone, for each choice that leaves one out, and
-for all, three seeds each, and allocate for every model and for `--suite_held`. Then rewards go without their potential,
-and one number of the embedding after the other is blanked, for all models.
+for all, three seeds each, and allocate for every model and for `--suite_held`. Then policies learn on all models
+without the formats that only have names, and are shown them; rewards go without their potential; and one number of the
+embedding after the other is blanked, those of `--suite_blanked`.
 
 A result is the predicted loss (exact table) over that of the exact knapsack, the geometric mean over the budgets of
 `train.probe_budgets`, so 1 is the optimum; `way` is how far it went from the uniform allocation to that optimum, the
@@ -34,6 +35,7 @@ from ramp_jax.policy.train import Task, TrainConfig
 
 _RUN = flags.DEFINE_string("suite_run", "runs/pretrained", "Training run whose models the suite `transfer` takes.")
 _HELD = flags.DEFINE_string("suite_held", "smollm2-135m", "Model that no policy of the suite `transfer` trains on.")
+_BLANKED = flags.DEFINE_list("suite_blanked", list(embedding.NAMES), "Numbers that the suite `transfer` leaves out.")
 SEEDS, _HELD_WINDOWS = 3, 2  # windows of the held model's exact table
 
 Actions = Int[np.ndarray, " T"]
@@ -76,10 +78,14 @@ def transfer(repeats: int) -> Numbers:
     learning = dataclasses.replace(config.train, seeds=SEEDS)
     for sources in _sources(config.models):
         rows += _rows(f"trained on {' '.join(sources)}", sources, tasks, judges, learning)
+    numbered = [a for a, level in enumerate(config.levels) if not isinstance(level, str)]
+    if 0 < len(numbered) < len(config.levels):
+        fewer = {name: _offering(task, numbered) for name, task in tasks.items()}
+        rows += _rows("all, without formats by name", config.models, tasks, judges, learning, fewer)
     plain = dataclasses.replace(learning, potential=False)
     rows += _rows("all, rewards without potential", config.models, tasks, judges, plain)
-    for i, number in enumerate(embedding.NAMES):
-        blanked = {name: _blanked(task, i) for name, task in tasks.items()}
+    for number in _BLANKED.value:
+        blanked = {name: _blanked(task, embedding.NAMES.index(number)) for name, task in tasks.items()}
         rows += _rows(f"all, without {number}", config.models, blanked, judges, learning)
     save_plots({"transfer": lambda: _plot(rows, judges, config.models)})
     return {"rows": rows}
@@ -137,6 +143,12 @@ def _blanked(task: Task, column: int) -> Task:
     return task._replace(problem=task.problem._replace(embedding=task.problem.embedding.at[:, column].set(0.0)))
 
 
+def _offering(task: Task, columns: list[int]) -> Task:
+    """With some levels alone."""
+    problem = task.problem._replace(cost=task.problem.cost[:, columns], expected=task.problem.expected[:, columns])
+    return task._replace(problem=problem, loss=task.loss[:, columns])
+
+
 def _without_training(judge: Judge) -> Iterator[Numbers]:
     for table, values in {"estimate": judge.estimate, "exact table": judge.loss}.items():
         for method in (knapsack, simple.greedy):
@@ -147,10 +159,16 @@ def _without_training(judge: Judge) -> Iterator[Numbers]:
 
 
 def _rows(
-    method: str, sources: tuple[str, ...], tasks: Tasks, judges: list[Judge], config: TrainConfig
+    method: str,
+    sources: tuple[str, ...],
+    tasks: Tasks,
+    judges: list[Judge],
+    config: TrainConfig,
+    learning: Tasks | None = None,
 ) -> Iterator[Numbers]:
-    """One training with several seeds; every seed's last actor on every model, without repair and with it."""
-    learned_on = tuple(tasks[name] for name in sources)
+    """One training with several seeds, on other tasks where these are given; every seed's last actor on every model,
+    without repair and with it."""
+    learned_on = tuple((learning or tasks)[name] for name in sources)
     keys = jax.random.split(jax.random.key(0), config.seeds)
     state = jax.vmap(lambda key: train.initial_state(key, learned_on, config))(keys)
     state, _ = train.learn(state, learned_on, config, config.iterations)
