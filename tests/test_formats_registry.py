@@ -175,6 +175,7 @@ def test_integer_groups(bits: int, group: int) -> None:
     step = np.ptp(np.concatenate([w.reshape(-1, group), np.zeros((16, 1), np.float32)], axis=1), axis=1) / (2**bits - 1)
     off = np.abs(np.asarray(round_trip(w, fmt.name)) - w).reshape(-1, group)
     assert (off <= step[:, None] * 1.1 + 1e-6).all()
+    np.testing.assert_array_equal(round_trip(w, fmt.name, effort="best"), round_trip(w, fmt.name))
     with pytest.raises(ValueError, match="simulated only"):
         _ = fmt.ggml_type
 

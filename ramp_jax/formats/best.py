@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ramp_jax.formats.codes import AffineCodes, Codes, ScaledCodes, SuperAffineCodes, SuperScaledCodes
+from ramp_jax.formats.integers import GroupCodes
 from ramp_jax.formats.rounding import blocks_of, clip, map_lanes, reciprocal, round_half_even, rounded_to_f16
 from ramp_jax.formats.search import LANES
 
@@ -24,12 +25,15 @@ _ROUNDS = 2
 _FACTORS = np.asarray([*np.arange(0.80, 1.0, 0.02), *np.arange(1.02, 1.13, 0.02)], np.float32)
 
 
+AnyCodes = Codes | GroupCodes
+
+
 class Grid(NamedTuple):
     """What a format can store: code rounding, and the ends of its sub-scales and integer minima.
 
     `round(v, weight)` are the codes nearest to v: of each number alone, or, of `columns` that go together, the ones of
     smallest weighted squared distance to v `[columns, *n]`. Sub-scales are `unit` apart; `reach` is how many of them a
-    sub-scale looks for a better neighbour.
+    sub-scale looks for a better neighbour. Only where scales are `searched` may anything but codes be replaced.
     """
 
     round: Callable[[jax.Array, jax.Array], jax.Array]
@@ -38,6 +42,7 @@ class Grid(NamedTuple):
     reach: int = 1
     unit: float = 1
     columns: int = 1
+    searched: bool = True
 
     def rounded(self, v: Float[Array, "E *n"], weight: Float[Array, "E *n"]) -> Float[Array, "E *n"]:
         """Codes nearest to v, whose first axis are neighbours in a row."""
@@ -95,8 +100,10 @@ class State(NamedTuple):
         return jnp.repeat(by_sub, self.q.shape[0], axis=0)
 
 
-def improve(codes: Codes, w: Float[Array, "*rows I"], importance: Float[Array, " I"] | None, grid: Grid) -> Codes:
+def improve(codes: AnyCodes, w: Float[Array, "*rows I"], importance: Float[Array, " I"] | None, grid: Grid) -> AnyCodes:
     """Codes of the same format, no block of which has a larger weighted squared error than `codes`."""
+    if not grid.searched:
+        return codes
     size = codes.q.shape[-1]
     blocks = blocks_of(w, size)
     weight = jnp.ones_like(w) if importance is None else jnp.broadcast_to(importance, w.shape)
@@ -106,21 +113,21 @@ def improve(codes: Codes, w: Float[Array, "*rows I"], importance: Float[Array, "
     return _from_lanes(found, codes)
 
 
-def state_of(codes: Codes) -> State:
+def state_of(codes: AnyCodes) -> State:
     """The codes of N blocks as lanes."""
     return _state(type(codes), tuple(_lane_parts(codes)))
 
 
-def codes_of(state: State, like: Codes) -> Codes:
+def codes_of(state: State, like: AnyCodes) -> AnyCodes:
     """Undo `state_of`; `like` has the kind, shapes and dtypes."""
     return _from_lanes(_parts(type(like), state), like)
 
 
-def _lane_parts(codes: Codes) -> list[jax.Array]:
+def _lane_parts(codes: AnyCodes) -> list[jax.Array]:
     return [_lanes(a[..., None] if a.ndim < codes.q.ndim else a) for a in codes]
 
 
-def _from_lanes(parts: tuple[jax.Array, ...], like: Codes) -> Codes:
+def _from_lanes(parts: tuple[jax.Array, ...], like: AnyCodes) -> AnyCodes:
     pairs = zip(parts, like, strict=True)
     return type(like)(*(jnp.moveaxis(new, -1, 0).reshape(old.shape).astype(old.dtype) for new, old in pairs))
 
@@ -228,6 +235,9 @@ def _state(kind: type, parts: tuple[jax.Array, ...]) -> State:
     if kind is AffineCodes:
         d, m, q = parts
         return State(d, -m, ones, ones, q[:, None])
+    if kind is GroupCodes:
+        d, zero, q = parts
+        return State(d, d, ones, zero, q[:, None])
     if kind is SuperScaledCodes:
         d, scales, q = parts
         return State(d, 0 * d, scales, 0 * scales, _split(q, scales.shape[0]))
@@ -241,6 +251,8 @@ def _parts(kind: type, state: State) -> tuple[jax.Array, ...]:
         return d, q
     if kind is AffineCodes:
         return d, -dmin, q
+    if kind is GroupCodes:
+        return d, state.min, q
     if kind is SuperScaledCodes:
         return d, state.scale, q
     return SuperAffineCodes(d, dmin, state.scale, state.min, q)

@@ -35,7 +35,8 @@ class Format:
     are pure and jittable. An encoder that `weighs_rows` takes the rows' mean squares as well, one that
     `needs_importance` makes nothing without. `to_bytes` and `from_bytes` map codes to and from `[*rows, row_bytes(I)]`
     uint8 on the host, None where no GGUF type stores the format. No |weight| may be above `largest`. `llama_ftype` is
-    the type of a file that is made of it. `grid` is what `effort="best"` searches, None where it is the reference.
+    the type of a file that is made of it. `grid` is what `effort="best"` and compensation search, None where there are
+    no codes to choose among.
 
     `level` orders formats by size and is about the bits of a code; None for plain floats. An allocation may choose
     among numbers, `LEVELS`, which are those of the formats with `action`: of several at one level, the one with the
@@ -199,7 +200,8 @@ def _lattice(lattice: Lattice, level: float) -> Format:
 
 
 def _group(name: str, bits: int, group: int, encoder: Callable[..., integers.GroupCodes]) -> Format:
-    return Format(name, bits, group, group * bits // 8 + 4, encoder, integers.decode)
+    grid = Grid(whole(0, (1 << bits) - 1), searched=False)
+    return Format(name, bits, group, group * bits // 8 + 4, encoder, integers.decode, grid=grid)
 
 
 def _nearest_iq4(v: jax.Array, _: jax.Array) -> jax.Array:

@@ -2,8 +2,9 @@
 
 Codes that were chosen one after the other (`compensate`) are no minimum of tr(E H Eᵀ). Here every number of a block
 takes the best of its values while all others stay: each code; then each integer sub-scale and minimum; then the f16
-superscales, both at once where a format has two. All are quadratics in one or two variables whose curvature is a
-block's part of H and whose slope is `pull`, H Eᵀ, so that no step raises the loss. Rows do not depend on each other.
+superscales, both at once where a format has two. Of formats whose scales are not searched only codes move. All are
+quadratics in one or two variables whose curvature is a block's part of H and whose slope is `pull`, H Eᵀ, so that no
+step raises the loss. Rows do not depend on each other.
 """
 
 import functools
@@ -54,7 +55,8 @@ def _descend(
     state, slope = _codes(before, slope, h, grid)
     if grid.scales != (1, 1):
         state, slope = _sub_scales(state, slope, h, grid)
-    state = _superscales(state, slope, h, grid)
+    if grid.searched:
+        state = _superscales(state, slope, h, grid)
     return pull + _matmul(rows.T, state.weights - before.weights), codes_of(state, codes)
 
 
