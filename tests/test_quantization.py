@@ -13,6 +13,7 @@ from tiny import GROUPS, changed, stacked, with_blocks
 
 from ramp_jax import sweep
 from ramp_jax.allocation import Allocation, from_levels
+from ramp_jax.formats import format_for, get_format
 from ramp_jax.halo import libggml
 from ramp_jax.models import allocatable, lookup, tensors
 from ramp_jax.models.decoder import embed
@@ -253,6 +254,25 @@ def test_folding_takes_the_next_level_that_rows_can_hold(outliers, stats):
     expected = fold(outliers, stats, level=4)
     found = fold(outliers, stats, level=4.5)
     jax.tree.map(np.testing.assert_array_equal, found.folding, expected.folding)
+
+
+def test_folding_for_formats_by_row_length(outliers, stats):
+    """As at the level that means them; without a format an activation stays as it is, and integers are folded for."""
+    expected = fold(outliers, stats, level=4)
+    found = fold(outliers, stats, lambda n_in: format_for(4, n_in) if n_in == 64 else None)
+    assert {name.rpartition(".")[2] for name in found.folding} == {"attn_in", "attn_mid", "ffn_in"}
+    for name, scales in found.folding.items():
+        np.testing.assert_array_equal(scales, expected.folding[name])
+    integers = fold(outliers, stats, lambda n_in: get_format("INT3_G32"))
+    assert integers.folding.keys() == expected.folding.keys()
+    formats = dict.fromkeys((tensor.name for tensor in allocatable(outliers.spec)), "INT3_G32")
+    losses = []
+    for model in (integers, outliers):
+        w = fake_quantize(model, Allocation.of(model, formats))["blk"][0]["attn_q"]["weight"]
+        off = w - model.params["blk"][0]["attn_q"]["weight"]
+        square = stats.under(model.folding).moments["blk.0.attn_in"].square
+        losses.append(float(jnp.sum(jnp.square(off) * square[None])))
+    assert losses[0] < 0.7 * losses[1]
 
 
 def test_activations_that_only_float_matrices_read_are_not_folded(odd, windows):

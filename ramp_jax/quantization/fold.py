@@ -13,7 +13,7 @@ Folding. Norms that multiply by 1 + γ are stored as 1 + γ in the parameter tre
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ramp_jax import sweep
-from ramp_jax.formats import format_up_to, round_trip
+from ramp_jax.formats import Format, format_up_to, round_trip
 from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import DecoderSpec, Model
 from ramp_jax.models.layout import (
@@ -42,6 +42,9 @@ ALPHAS = tuple(round(0.1 * i, 1) for i in range(8))
 BETAS = (0.0, 0.3)
 """The grids of α and β; both 0 leaves the group as it is, so folding never raises the objective."""
 
+Target = float | Callable[[int], Format | None]
+"""What is folded for: a level, or the format of rows by their length, None where they are not quantized."""
+
 _SMALLEST = 1e-4  # magnitude, of the group's largest; a dead channel keeps a finite scale
 _LARGEST_SCALE = 64.0
 _SKETCH = 256  # signed sums of tokens that stand for all of them
@@ -52,7 +55,7 @@ _LOG = logging.getLogger(__name__)
 def calibrate_and_fold(
     model: Model,
     windows: Int[np.ndarray, "W T"],
-    level: float,
+    level: Target,
     *,
     alphas: tuple[float, ...] = ALPHAS,
     betas: tuple[float, ...] = BETAS,
@@ -75,7 +78,7 @@ def calibrate_and_fold(
 def fold(
     model: Model,
     stats: Stats,
-    level: float,
+    level: Target,
     *,
     alphas: tuple[float, ...] = ALPHAS,
     betas: tuple[float, ...] = BETAS,
@@ -102,9 +105,10 @@ Found = tuple[Float[Array, " C"], int]
 class _Search:
     """Folding block by block: candidates (α, β) `[A, 2]`, and the formats of a level by width."""
 
-    def __init__(self, spec: DecoderSpec, level: float, alphas: tuple[float, ...], betas: tuple[float, ...]) -> None:
+    def __init__(self, spec: DecoderSpec, level: Target, alphas: tuple[float, ...], betas: tuple[float, ...]) -> None:
         widths = {a.width for a in foldable(spec).values() if a.width % SMALLEST_BLOCK == 0}
-        self.formats = {width: fmt.name for width in widths if (fmt := format_up_to(level, width)) is not None}
+        format_of = level if callable(level) else functools.partial(format_up_to, level)
+        self.formats = {width: fmt.name for width in widths if (fmt := format_of(width)) is not None}
         if widths and not self.formats:
             raise ValueError(f"no level up to {level} can hold rows of {min(widths)} weights; fold at another level.")
         self.grid = np.asarray([(a, b) for a in alphas for b in betas], np.float32)
