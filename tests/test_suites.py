@@ -14,6 +14,7 @@ import torch
 
 from ramp_jax import workflow
 from ramp_jax.config import RunConfig, as_dict
+from ramp_jax.formats import levels_near
 from ramp_jax.halo import llama_quantize
 from ramp_jax.halo.llama_quantize import mix_types
 from ramp_jax.halo.torch_model import token_losses, torch_model
@@ -26,6 +27,7 @@ from ramp_jax.policy.inference import Policy
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import TrainConfig
 from ramp_jax.scoring.perplexity import evaluate
+from ramp_jax.scoring.scores import Evaluation
 
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 from benchmarks import accelerator as accelerator_suite
@@ -35,6 +37,7 @@ from benchmarks import forward as forward_suite
 from benchmarks import guard as guard_suite
 from benchmarks import measuring, synthetic, watched
 from benchmarks import memory as memory_suite
+from benchmarks import paper as paper_suite
 from benchmarks import parity as parity_suite
 from benchmarks import policy as policy_suite
 from benchmarks import reward as reward_suite
@@ -183,6 +186,77 @@ def test_guard_suite_has_a_row_per_budget_and_counts_regressions(monkeypatch, un
         assert row["beyond"] == pytest.approx(row["kld"] - row["mix_kld"], abs=1e-6)
     assert found["regressions"] == sum(row["beyond"] > row["stderr"] for row in found["rows"]) > 0
     assert found["ratio"] == pytest.approx(np.mean([row["kld"] / row["mix_kld"] for row in found["rows"]]))
+
+
+def test_paper_suite_says_whether_the_claim_holds(monkeypatch, untied_directory):
+    """At the bytes of four bits, which is as small as the tiny model gets; of two seeds."""
+    for name, value in {
+        "_MODELS": [str(untied_directory)],
+        "_CALIBRATED_ON": "builtin",
+        "_POLICY": "uniform",
+        "_TEXTS": ["builtin", "code"],
+        "_SEEDS": 2,
+        "_CALIBRATION": 2,
+        "_HELDOUT": 2,
+        "_CONTEXT": 24,
+        "_SHARE": 1.0,
+        "_QUESTIONS": 4,
+    }.items():
+        monkeypatch.setattr(paper_suite, name, SimpleNamespace(value=value))
+    found = paper_suite.paper(1)
+    assert len(found["rows"]) == 2 * 2 * 5
+    assert len(found["means"]) == 2 * 5
+    by = {(row["text"], row["method"]): row for row in found["means"]}
+    awq, gptq, three, mine, free = (by["code", name] for name in ("AWQ", "GPTQ", "GPTQ, 3 bits", "RAMP", "RAMP, free"))
+    assert three["linear_bytes"] < awq["linear_bytes"] == gptq["linear_bytes"] >= mine["linear_bytes"]
+    assert mine["bytes"] - mine["linear_bytes"] == awq["bytes"] - awq["linear_bytes"]
+    assert free["bytes"] <= awq["bytes"]
+    assert free["linear_bytes"] > awq["linear_bytes"]
+    assert free["kld"] < gptq["kld"] < three["kld"]
+    for row in found["means"]:
+        seeds = [one for one in found["rows"] if all(one[key] == row[key] for key in ("text", "method"))]
+        assert row["kld"] == pytest.approx(np.mean([one["kld"] for one in seeds]))
+        assert row["delta_nll"] == pytest.approx(np.mean([one["delta_nll"] for one in seeds]), abs=1e-6)
+        assert row["kept"] == pytest.approx(np.mean([one["kept"] for one in seeds]))
+    for row in found["claims"]:
+        one, other = by[row["text"], row["method"]], by[row["text"], "AWQ"]
+        assert row["ppl_over_AWQ"] == pytest.approx(np.exp(one["delta_nll"] - other["delta_nll"]))
+        assert row["bytes_over_4_bits"] == pytest.approx(one["bytes"] / other["bytes"])
+        assert paper_suite.verdict(row).endswith("holds." if row["holds"] else "does not hold.")
+    assert len(paper_suite.table(found["means"]).splitlines()) == 11
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "share", "holds"),
+    [(0.03, 0.1, 0.94, True), (0.005, 0.1, 0.94, False), (0.03, 1.0, 0.94, False), (0.03, 0.1, 0.95, False)],
+)
+def test_paper_suite_wants_a_gain_beyond_noise_and_fewer_bytes(monkeypatch, rng, gain, noise, share, holds):
+    """Of 400 tokens, whose losses are lower by `gain` and differ by `noise`."""
+    monkeypatch.setattr(paper_suite, "_SHARE", SimpleNamespace(value=0.94))
+    nll = rng.standard_normal(400) ** 2
+    change = rng.standard_normal(400)
+    ours = nll - gain + noise * (change - change.mean()) / change.std()
+    plain = {"kld": nll, "ref_nll": nll, "same_top": nll > 0}
+    scored = {("a", name): Evaluation(nll, **plain) for name in ("AWQ", "GPTQ")} | {
+        ("a", "RAMP"): Evaluation(ours, **plain)
+    }
+    sizes = {"AWQ": 1000, "RAMP": round(1000 * share)}
+    means = [{"model": "m", "text": "a", "method": name, "bytes": n, "linear_bytes": n} for name, n in sizes.items()]
+    row = paper_suite.claim(means, scored, "a", "RAMP")
+    assert row["holds"] == holds
+    assert row["ppl_over_GPTQ"] == pytest.approx(np.exp(-gain))
+    assert row["ppl_over_AWQ_stderr"] == pytest.approx(np.exp(-gain) * noise / 20, rel=0.01)
+
+
+def test_paper_suite_takes_the_groups_and_levels_that_it_names(untied):
+    names = [paper_suite.group_format(4, n_in).name for n_in in (768, 576, 96)]
+    assert names == ["INT4_G128", "INT4_G64", "INT4_G32"]
+    budget = paper_suite.budget_of(untied, 1.0)
+    kept = paper_suite.in_f16(untied.spec)
+    assert [override["pattern"] for override in kept] == ["token_embd.weight", "output.weight"]
+    assert paper_suite.file_bytes(untied, paper_suite.uniform(untied.spec, 4)) == budget
+    assert "IQ2_XXS" not in paper_suite.levels_at(untied, budget, kept)
+    assert paper_suite.levels_at(untied, 0, kept) == levels_near(0)
 
 
 def test_sac_suite_ends_near_the_optimum(monkeypatch):
