@@ -11,7 +11,7 @@ best on the one that was left out (WORKSPACE_NOTES.md).
 from ml_collections import ConfigDict
 
 from ramp_jax.config import RunConfig, WindowsConfig, as_dict
-from ramp_jax.formats import levels_near
+from ramp_jax.formats import DEFAULT_LEVELS
 from ramp_jax.policy.sac import SacConfig
 from ramp_jax.policy.train import TrainConfig
 
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config = RunConfig(
         models=("ref-llama", "ref-gemma", "ref-qwen3"),
         dtype="float32",
-        levels=levels_near(0),
+        levels=DEFAULT_LEVELS,
         fold_level=4.5,
         calibration=WindowsConfig(count=4),
         sensitivity=WindowsConfig(context=128, count=4),

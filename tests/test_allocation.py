@@ -18,12 +18,14 @@ from ramp_jax.allocation import (
     export_metadata,
     from_levels,
     tensor_bytes,
+    worthwhile,
 )
+from ramp_jax.formats import DEFAULT_LEVELS, get_format
 from ramp_jax.formats import LEVELS as AVAILABLE
-from ramp_jax.formats import get_format
-from ramp_jax.models import Tensor, allocatable, tensors
+from ramp_jax.models import Tensor, allocatable, load_model, tensors
 from ramp_jax.models.layout import Weight, foldable
 from ramp_jax.models.metadata import plain, typed
+from ramp_jax.overrides import parse_override
 
 LEVELS = (4, 5, 8)
 EMBEDDING = 320 * 64  # weights
@@ -54,6 +56,40 @@ def test_bits_of_a_mixture_by_hand(tied):
     assert allocation.linear_bpw == pytest.approx((8.5 * EMBEDDING + (4.5 + 5.5 + 4.5) * LAYER) / weights, rel=1e-12)
     assert allocation.code_bits == pytest.approx((8 * EMBEDDING + 13 * LAYER) / weights, rel=1e-12)
     assert allocation.file_bpw == pytest.approx(8 * allocation.file_bytes / (weights + NORMS), rel=1e-12)
+
+
+@pytest.mark.parametrize("kept", ["", "token_embd.weight=F16"])
+@pytest.mark.parametrize(
+    ("bits", "named"),
+    [
+        (2.5, ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]),
+        (4.5, ["IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]),
+        (6, ["IQ3_XXS", "IQ3_S"]),
+        (7, []),
+    ],
+)
+def test_lattices_are_worthwhile_where_the_choice_has_few_bits(bits, named, kept):
+    """Whatever else is in the file: an embedding that is kept in F16 leaves the blocks no more."""
+    model = load_model("ref-llama")
+    overrides = [parse_override("keep", kept)] if kept else []
+    table, members = costs(model, DEFAULT_LEVELS, overrides), allocatable(model.spec)
+    chosen = [t for t in members if t.name not in kept]
+    decided = sum(tensor_bytes(t, "F16") for t in members if t.name in kept)
+    budget = table.fixed + decided + -(-int(bits * sum(t.size for t in chosen)) // 8)
+    assert table.bits_of_choices(model.spec, budget) == pytest.approx(bits, rel=1e-5)
+    levels = worthwhile(model, DEFAULT_LEVELS, budget, overrides)
+    assert [level for level in levels if isinstance(level, str)] == named
+    assert set(levels) - set(named) == set(AVAILABLE)
+
+
+def test_all_levels_are_worthwhile_where_fewer_do_not_fit_or_one_is_asked_for():
+    model = load_model("ref-llama")
+    table = costs(model, DEFAULT_LEVELS)
+    assert worthwhile(model, DEFAULT_LEVELS, table.smallest) == DEFAULT_LEVELS
+    asked = [parse_override("keep", "blk.0.attn_q.weight=IQ2_XXS")]
+    assert worthwhile(model, DEFAULT_LEVELS, table.largest, asked) == DEFAULT_LEVELS
+    decided = [parse_override("keep", "*.weight=Q8_0")]
+    assert costs(model, DEFAULT_LEVELS, decided).bits_of_choices(model.spec, table.largest) == 0
 
 
 def test_file_holds_the_data_and_a_header(untied):

@@ -10,7 +10,7 @@ import pytest
 from ramp_jax import data
 from ramp_jax.allocation import Allocation, costs
 from ramp_jax.checkpoint import digest
-from ramp_jax.formats import levels_near
+from ramp_jax.formats import DEFAULT_LEVELS
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import load_model
 from ramp_jax.overrides import parse_override
@@ -109,7 +109,7 @@ def test_formats_that_an_encoder_cannot_make(fails, allocate):
 def test_sizes_that_are_said_to_be_reachable_are(call):
     """Also where a tensor that is kept takes most of the bits, so that the blocks need the smallest formats."""
     kept = "token_embd.weight=F16"
-    table = costs(load_model("ref-llama"), levels_near(0), [parse_override("keep", kept)])
+    table = costs(load_model("ref-llama"), DEFAULT_LEVELS, [parse_override("keep", kept)])
     size = table.smallest + 4096
     arguments = ("--model=ref-llama", "--source_policy=fisher", f"--keep={kept}", f"--budget_bytes={size}", "--dry_run")
     code, said, _ = call("allocate", *arguments)

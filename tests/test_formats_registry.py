@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from ramp_jax.formats import (
+    DEFAULT_LEVELS,
     LEVEL_NAMES,
     LEVELS,
     encode,
     format_for,
     format_up_to,
     get_format,
-    levels_near,
     levels_of,
     ordered,
     round_trip,
@@ -229,20 +229,11 @@ def test_levels_are_written_as_numbers_or_names() -> None:
         ordered([7, 8])
 
 
-@pytest.mark.parametrize(
-    ("bits", "added"),
-    [
-        (0, ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]),
-        (4.5, ["IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]),
-        (6, ["IQ3_XXS", "IQ3_S"]),
-        (7, []),
-    ],
-)
-def test_lattices_are_offered_where_the_budget_may_want_them(bits: float, added: list[str]) -> None:
-    levels = levels_near(bits)
-    assert [level for level in levels if isinstance(level, str)] == added
-    assert set(LEVELS) <= set(levels)
-    sizes = [format_for(level, 256).bits_per_weight for level in levels]
+def test_lattices_are_offered_by_default() -> None:
+    named = [level for level in DEFAULT_LEVELS if isinstance(level, str)]
+    assert named == ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]
+    assert set(DEFAULT_LEVELS) == {*named, *LEVELS}
+    sizes = [format_for(level, 256).bits_per_weight for level in DEFAULT_LEVELS]
     assert sizes == sorted(sizes)
 
 

@@ -18,7 +18,7 @@ from benchmarks.measuring import Numbers
 
 from ramp_jax import data
 from ramp_jax.allocation import costs, from_levels
-from ramp_jax.formats import levels_near
+from ramp_jax.formats import DEFAULT_LEVELS
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo.llama_quantize import Mixes, predicted_bytes
 from ramp_jax.models import load_model
@@ -47,7 +47,7 @@ def guard(repeats: int) -> Numbers:
 
 
 def _rows(ref: str, text: str) -> Iterator[Numbers]:
-    levels = None if has_own_levels(_POLICY.value) else levels_near(0)
+    levels = None if has_own_levels(_POLICY.value) else DEFAULT_LEVELS
     allocator, model = find_allocator(_POLICY.value, levels=levels), load_model(ref)
     heldout = data.windows(text, model.tokenizer, split="heldout", **_HELDOUT)
     reference = reference_of(model, heldout)

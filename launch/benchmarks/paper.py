@@ -29,13 +29,13 @@ from benchmarks.measuring import Numbers
 from jaxtyping import Int
 
 from ramp_jax import data
-from ramp_jax.allocation import Allocation, costs, tensor_bytes
-from ramp_jax.formats import Format, get_format, levels_near
+from ramp_jax.allocation import Allocation, tensor_bytes, worthwhile
+from ramp_jax.formats import DEFAULT_LEVELS, Format, get_format
 from ramp_jax.models import DecoderSpec, Model, allocatable, load_model
 from ramp_jax.models.decoder import Params
 from ramp_jax.overrides import Override
 from ramp_jax.policy import inference
-from ramp_jax.policy.inference import find_allocator
+from ramp_jax.policy.inference import find_allocator, has_own_levels
 from ramp_jax.quantization import REFERENCE, Stats, calibrate_and_fold, fake_quantize, importance_of, make_encoder
 from ramp_jax.scoring import questions
 from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
@@ -140,15 +140,9 @@ def _methods(model: Model, fit: Int[np.ndarray, "W T"]) -> Iterator[Made]:
 
 
 def _allocated(model: Model, stats: Stats, budget: int, overrides: Sequence[Override]) -> Allocation:
-    offered = levels_at(model, budget, overrides) if _POLICY.value in ("fisher", "greedy") else None
-    allocator = find_allocator(_POLICY.value, levels=offered)
+    offered = worthwhile(model, DEFAULT_LEVELS, budget, overrides)
+    allocator = find_allocator(_POLICY.value, levels=None if has_own_levels(_POLICY.value) else offered)
     return inference.allocate(allocator, model, stats, budget_bytes=budget, overrides=overrides)
-
-
-def levels_at(model: Model, budget: int, overrides: Sequence[Override]) -> tuple[float | str, ...]:
-    """What launch/allocate.py lets fisher and greedy choose among for a file of so many bytes."""
-    fewer = levels_near(costs(model, levels_near(0), overrides).bits(model.spec, budget))
-    return fewer if costs(model, fewer, overrides).smallest <= budget else levels_near(0)
 
 
 def group_format(bits: int, n_in: int) -> Format:

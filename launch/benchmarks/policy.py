@@ -28,7 +28,7 @@ from ramp_jax.allocation import Costs, costs, from_levels
 from ramp_jax.allocators import Actions, Allocator, Problem, simple
 from ramp_jax.allocators.allocator import RULES, by_evolution, by_rule, by_table, tables
 from ramp_jax.allocators.knapsack import knapsack
-from ramp_jax.formats import levels_near, levels_of, written
+from ramp_jax.formats import DEFAULT_LEVELS, levels_of, written
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo.llama_quantize import Mixes
 from ramp_jax.models import Model, load_model
@@ -49,7 +49,7 @@ _MIXES = flags.DEFINE_list(
     "Mixes of llama.cpp whose sizes are the budgets of the suite `policy`.",
 )
 _LEVELS = flags.DEFINE_list(
-    "suite_levels", [*map(written, levels_near(0))], "Levels that the methods of the suite `policy` choose among."
+    "suite_levels", [*map(written, DEFAULT_LEVELS)], "Levels that the methods of the suite `policy` choose among."
 )
 _TABLE = flags.DEFINE_string("suite_table", None, "Exact sensitivity table (.npz) of the target, folded as the policy.")
 

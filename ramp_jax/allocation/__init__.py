@@ -1,7 +1,15 @@
 """Which format every weight matrix gets: the file that says so, and what choices and the finished GGUF weigh."""
 
 from ramp_jax.allocation.allocation import Allocation, calibration_text, export_metadata
-from ramp_jax.allocation.cost_table import Costs, bytes_for_bits, check_budget, costs, from_actions, from_levels
+from ramp_jax.allocation.cost_table import (
+    Costs,
+    bytes_for_bits,
+    check_budget,
+    costs,
+    from_actions,
+    from_levels,
+    worthwhile,
+)
 from ramp_jax.allocation.saved import (
     Calibration,
     Choice,
@@ -40,4 +48,5 @@ __all__ = [
     "padded",
     "read_saved",
     "tensor_bytes",
+    "worthwhile",
 ]

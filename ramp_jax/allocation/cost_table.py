@@ -13,6 +13,8 @@ from jaxtyping import Bool, Int
 
 from ramp_jax.allocation.allocation import Allocation
 from ramp_jax.allocation.sizes import ALIGNMENT, fallback, tensor_bytes
+from ramp_jax.formats import get_format
+from ramp_jax.formats.registry import LATTICE_LEVELS
 from ramp_jax.models import DecoderSpec, Model, allocatable
 from ramp_jax.overrides import Override, format_at, formats_of
 
@@ -73,6 +75,13 @@ class Costs(NamedTuple):
         """Per allocated weight in a file of that size, scales included."""
         return 8 * (budget_bytes - self.fixed) / sum(tensor.size for tensor in allocatable(spec))
 
+    def bits_of_choices(self, spec: DecoderSpec, budget_bytes: int) -> float:
+        """Per weight of the matrices that more than one format is left for; 0 where there are none."""
+        decided = self.valid.sum(axis=1) == 1
+        size = sum(tensor.size for tensor, one in zip(allocatable(spec), decided, strict=True) if not one)
+        taken = self.fixed + int(self.per_level[decided].sum())
+        return 8 * (budget_bytes - taken) / size if size else 0.0
+
     def _in(self, unit: int) -> Int[np.ndarray, "T A"]:
         return -(-self.per_level // unit)
 
@@ -93,6 +102,22 @@ def costs(model: Model, levels: tuple[float | str, ...], overrides: Sequence[Ove
     return found._replace(
         fixed=from_actions(model, found, cheapest).file_bytes - int(table[range(len(table)), cheapest].sum())
     )
+
+
+def worthwhile(
+    model: Model, levels: tuple[float | str, ...], budget_bytes: int, overrides: Sequence[Override] = ()
+) -> tuple[float | str, ...]:
+    """Those of `levels` that are worth looking at for a file of that size, where it can still be reached with them.
+
+    Left out are lattices of less than half the bits per weight that there are for the matrices with a choice: they are
+    chosen there for next to nothing. All stay where an override names one.
+    """
+    if any(override["format"] in LATTICE_LEVELS for override in overrides):
+        return levels
+    least = costs(model, levels, overrides).bits_of_choices(model.spec, budget_bytes) / 2
+    small = {name for name in LATTICE_LEVELS if get_format(name).bits_per_weight < least}
+    fewer = tuple(level for level in levels if level not in small)
+    return fewer if costs(model, fewer, overrides).smallest <= budget_bytes else levels
 
 
 def from_levels(model: Model, levels: Iterable[float | str]) -> Allocation:

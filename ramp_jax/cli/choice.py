@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from ramp_jax.allocation import Costs, EncoderName, costs
+from ramp_jax.allocation import Costs, EncoderName, costs, worthwhile
 from ramp_jax.allocators import Allocator
 from ramp_jax.cli.budget import BUDGET_FLAGS, budget, check_budget_flags, define_budget
 from ramp_jax.cli.flags import TEXTS, define_dtype, refuse_flags
@@ -14,8 +14,7 @@ from ramp_jax.cli.inputs import load
 from ramp_jax.cli.overrides import OVERRIDE_FLAGS, define_overrides, overrides
 from ramp_jax.config import WindowsConfig
 from ramp_jax.data import parts_of
-from ramp_jax.formats import LEVEL_NAMES, levels_near, levels_of, unweighted
-from ramp_jax.formats.registry import LATTICE_LEVELS
+from ramp_jax.formats import DEFAULT_LEVELS, LEVEL_NAMES, levels_of, unweighted
 from ramp_jax.models import Model
 from ramp_jax.policy.inference import POLICY_FILE, find_allocator, has_own_levels
 from ramp_jax.quantization import DEFAULT_ENCODER
@@ -100,8 +99,9 @@ def choice(
     values = flags.FLAGS
     levels = levels_of(values.levels) if values.levels else None
     check_rounded(levels or (), encoder)
-    thinned = levels is None and not has_own_levels(values.source_policy)
-    allocator = _allocator(_offered(0, encoder) if thinned else levels)
+    by_default = levels is None and not has_own_levels(values.source_policy)
+    every = unweighted(DEFAULT_LEVELS) if encoder == "reference" else DEFAULT_LEVELS
+    allocator = _allocator(every if by_default else levels)
     check_budget_flags(required=required)
     decided = overrides()
     model = load(ref, values.dtype, tokenizer_from)
@@ -114,17 +114,10 @@ def choice(
         print(f"Budget: {size:,} bytes")
         if cost := table.fallback(model.spec, size):
             print(cost)
-        fewer = _offered(table.bits(model.spec, size), encoder)
-        if thinned and not any(override["format"] in LATTICE_LEVELS for override in decided):
-            few = costs(model, fewer, decided)
-            if few.smallest <= size:
-                allocator, table = _allocator(fewer), few
+        if by_default:
+            allocator = _allocator(worthwhile(model, every, size, decided))
+            table = costs(model, allocator.levels, decided)
     return Choice(allocator, WindowsConfig(values.data, values.context, values.count), model, size, table)
-
-
-def _offered(bits: float, encoder: EncoderName) -> tuple[float | str, ...]:
-    """`levels_near` so many bits, less those that the encoder cannot make."""
-    return unweighted(levels_near(bits)) if encoder == "reference" else levels_near(bits)
 
 
 def _allocator(levels: Sequence[float | str] | None) -> Allocator:

@@ -1,6 +1,7 @@
 """GGUF block formats as pure JAX functions."""
 
 from ramp_jax.formats.registry import (
+    DEFAULT_LEVELS,
     EXPORTABLE,
     LEVEL_NAMES,
     LEVELS,
@@ -9,7 +10,6 @@ from ramp_jax.formats.registry import (
     format_up_to,
     get_format,
     level_of,
-    levels_near,
     levels_of,
     ordered,
     unweighted,
@@ -18,6 +18,7 @@ from ramp_jax.formats.registry import (
 from ramp_jax.formats.row_chunks import decode, encode, round_trip
 
 __all__ = [
+    "DEFAULT_LEVELS",
     "EXPORTABLE",
     "LEVELS",
     "LEVEL_NAMES",
@@ -28,7 +29,6 @@ __all__ = [
     "format_up_to",
     "get_format",
     "level_of",
-    "levels_near",
     "levels_of",
     "ordered",
     "round_trip",

@@ -273,12 +273,6 @@ def unweighted(levels: Iterable[float | str]) -> tuple[float | str, ...]:
     return tuple(level for level in levels if not isinstance(level, str) or not get_format(level).needs_importance)
 
 
-def levels_near(bits: float) -> tuple[float | str, ...]:
-    """What a file of so many bits per weight is chosen among: `LEVELS`, and lattices of at least half as many bits,
-    since smaller ones are chosen there for next to nothing."""
-    return ordered((*LEVELS, *(name for name in LATTICE_LEVELS if 2 * get_format(name).bits_per_weight >= bits)))
-
-
 _NAMED = (fmt.name for fmt in _FORMATS.values() if fmt.exportable and fmt.grid and not fmt.action)
 LEVEL_NAMES = (*(f"{level:g}" for level in LEVELS), *_NAMED)
 """How levels are written: numbers, and formats that no number means."""
@@ -319,6 +313,10 @@ def format_for(level: float | str, n_in: int) -> Format | None:
     known = [get_format(level)] if isinstance(level, str) else [fmt for fmt in _ACTIONS if fmt.level == level]
     fitting = (fmt for fmt in known if n_in % fmt.block_size == 0)
     return max(fitting, key=lambda fmt: fmt.block_size, default=None)
+
+
+DEFAULT_LEVELS = ordered((*LEVELS, *LATTICE_LEVELS))
+"""What is chosen among where nobody says otherwise."""
 
 
 def format_up_to(level: float, n_in: int) -> Format | None:
