@@ -31,6 +31,7 @@ from ramp_jax.scoring.scores import Evaluation
 sys.path.append(str(Path(__file__).parent.parent / "launch"))
 from benchmarks import accelerator as accelerator_suite
 from benchmarks import devices as devices_suite
+from benchmarks import encoder as encoder_suite
 from benchmarks import end_to_end as end_to_end_suite
 from benchmarks import forward as forward_suite
 from benchmarks import guard as guard_suite
@@ -254,6 +255,33 @@ def test_paper_suite_takes_the_groups_and_levels_that_it_names(untied):
     kept = paper_suite.in_f16(untied.spec)
     assert [override["pattern"] for override in kept] == ["token_embd.weight", "output.weight"]
     assert paper_suite.file_bytes(untied, paper_suite.uniform(untied.spec, 4)) == budget
+
+
+def test_encoder_suite_scores_every_text(monkeypatch, untied_directory):
+    """A level and a mix, rounded in every way: lower than llama-quantize where errors are compensated."""
+    drawn = figures_of(monkeypatch, encoder_suite)
+    for name, value in {
+        "_MODEL": str(untied_directory),
+        "_CASES": ["4", "Q4_0"],
+        "_CALIBRATED_ON": "code",
+        "_TEXTS": ["builtin", "code"],
+        "_CALIBRATION": 4,
+        "_HELDOUT": 2,
+    }.items():
+        monkeypatch.setattr(encoder_suite, name, SimpleNamespace(value=value))
+    monkeypatch.setattr(encoder_suite, "_CONTEXT", 24)
+    found = encoder_suite.encoder(1)
+    columns = ["llama-quantize", "plain", "best", "best, folded", "compensated, folded"]
+    wanted = [(text, case, column) for case in ("4", "Q4_0") for column in columns for text in ("builtin", "code")]
+    rows = {(row["text"], row["case"], row["column"]): row["kld"] for row in found["rows"]}
+    assert list(rows) == wanted
+    assert min(rows.values()) > 0
+    for row in found["ratios"]:
+        text, case = row["text"], row["case"]
+        assert row["best"] == pytest.approx(rows[text, case, "best"] / rows[text, case, "llama-quantize"])
+        assert row["compensated, folded"] < 1
+    labels = [label.get_text() for label in drawn["encoder"].axes[0].get_xticklabels()]
+    assert labels == ["4\nbuiltin", "4\ncode", "Q4_0\nbuiltin", "Q4_0\ncode"]
 
 
 def test_sac_suite_ends_near_the_optimum(monkeypatch):
