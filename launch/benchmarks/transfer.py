@@ -34,7 +34,9 @@ from ramp_jax.policy.inference import Policy
 from ramp_jax.policy.train import Task, TrainConfig
 
 _RUN = flags.DEFINE_string("suite_run", "runs/pretrained", "Training run whose models the suite `transfer` takes.")
-_HELD = flags.DEFINE_string("suite_held", "smollm2-135m", "Model that no policy of the suite `transfer` trains on.")
+_HELD = flags.DEFINE_string(
+    "suite_held", "smollm2-135m", "Model that no policy of the suite `transfer` trains on, if any."
+)
 _BLANKED = flags.DEFINE_list("suite_blanked", list(embedding.NAMES), "Numbers that the suite `transfer` leaves out.")
 SEEDS, _HELD_WINDOWS = 3, 2  # windows of the held model's exact table
 
@@ -71,8 +73,9 @@ def transfer(repeats: int) -> Numbers:
     """Rows of training set × model, printed as they come (`repeats` is not used: nothing is timed)."""
     del repeats
     config, tasks = read_run()
-    held = dataclasses.replace(config, sensitivity=dataclasses.replace(config.sensitivity, count=_HELD_WINDOWS))
-    tasks[_HELD.value] = _task(_HELD.value, held)
+    if _HELD.value:
+        held = dataclasses.replace(config, sensitivity=dataclasses.replace(config.sensitivity, count=_HELD_WINDOWS))
+        tasks[_HELD.value] = _task(_HELD.value, held)
     judges = [judge_of(name, task) for name, task in tasks.items()]
     rows = [row for judge in judges for row in _without_training(judge)]
     learning = dataclasses.replace(config.train, seeds=SEEDS)
