@@ -106,7 +106,9 @@ def test_descent_leaves_scales_of_integer_groups(rng):
     assert found < 0.7 * as_is
 
 
-@pytest.mark.parametrize("name", ["IQ4_NL", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "IQ2_XXS", "IQ2_S", "IQ3_S"])
+@pytest.mark.parametrize(
+    "name", ["IQ4_NL", "MXFP4", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "IQ2_XXS", "IQ2_S", "IQ3_S"]
+)
 def test_outputs_lose_less(rng, name):
     """Mean squared error of the outputs themselves beside the importance-weighted search; a fifth less at level 3."""
     channels = 2 * get_format(name).block_size

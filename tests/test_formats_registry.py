@@ -26,7 +26,7 @@ from ramp_jax.formats.integers import BITS, GROUPS
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 BLOCKS += ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
@@ -71,7 +71,7 @@ def test_level_means_one_thing(n_in: int) -> None:
 
 def test_file_types_are_those_of_llama_cpp() -> None:
     floats = {"F32": 0, "F16": 1, "BF16": 32}
-    legacy = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25}
+    legacy = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25, "MXFP4": 38}
     supers = {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30}
     lattices = {"IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ3_S": 26, "IQ2_S": 28}
     known = {**floats, **legacy, **supers, **lattices}
@@ -94,6 +94,7 @@ def test_highest_level_that_rows_can_take() -> None:
         ("Q6_K", 6.5625),
         ("IQ4_XS", 4.25),
         ("Q8_0", 8.5),
+        ("MXFP4", 4.25),
         ("IQ2_XXS", 2.0625),
         ("IQ2_XS", 2.3125),
         ("IQ2_S", 2.5625),
@@ -105,7 +106,7 @@ def test_bits_per_weight(name: str, bits: float) -> None:
     assert get_format(name).bits_per_weight == bits
 
 
-_GAINED = {"Q2_K": 0.95, "Q4_K": 0.96, "Q3_K": 0.98, **dict.fromkeys(BLOCKS[-5:], 0.95)}
+_GAINED = {"MXFP4": 0.95, "Q2_K": 0.95, "Q4_K": 0.96, "Q3_K": 0.98, **dict.fromkeys(BLOCKS[-5:], 0.95)}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -185,7 +186,7 @@ def test_integer_groups(bits: int, group: int) -> None:
     [
         (lambda w, i: (w * np.nan, i), "NaN"),
         (lambda w, i: (w + np.inf, i), "infinity"),
-        (lambda w, i: (w + 1e9, i), "beyond its f16 scales"),
+        (lambda w, i: (w + 1e9, i), "beyond its scales"),
         (lambda w, i: (w[:, :100], i), "no multiple of 256"),
         (lambda w, i: (w, i[:-1]), "importance has shape"),
         (lambda w, i: (w, -i), "negative or non-finite"),
@@ -206,7 +207,7 @@ def test_the_largest_weights_that_are_let_through_stay_finite(name: str, effort:
     w[:, 5], w[1, 300] = 0.999 * limit, -0.999 * limit
     check("a", w, name, importance)
     assert np.isfinite(np.asarray(round_trip(w, name, importance, effort))).all()
-    with pytest.raises(ValueError, match="beyond its f16 scales"):
+    with pytest.raises(ValueError, match="beyond its scales"):
         check("a", w * np.float32(1.01), name, importance)
 
 
@@ -222,8 +223,9 @@ def test_formats_that_need_importance_say_so() -> None:
 
 def test_levels_are_written_as_numbers_or_names() -> None:
     assert levels_of(["8", "IQ3_S", "2", "IQ2_XXS", "3", "8"]) == ("IQ2_XXS", 2, 3, "IQ3_S", 8)
+    assert levels_of(["4.5", "MXFP4", "4"]) == ("MXFP4", 4, 4.5)
     assert [written(level) for level in (4.5, 2, "IQ2_S")] == ["4.5", "2", "IQ2_S"]
-    assert {"2", "4.5", "IQ2_XXS", "Q4_0"} <= set(LEVEL_NAMES)
+    assert {"2", "4.5", "IQ2_XXS", "Q4_0", "MXFP4"} <= set(LEVEL_NAMES)
     assert not {"F16", "Q4_K"} & set(LEVEL_NAMES)
     with pytest.raises(ValueError, match="no format has level 7"):
         ordered([7, 8])

@@ -89,10 +89,10 @@ def test_file_of_another_model(untied, tied, odd, mixes, tmp_path):
 
 def test_type_that_is_not_written_here(untied, tmp_path):
     values = tiny.gguf_values(False)
-    foreign = {f"blk.{layer}.ffn_down.weight": gguf.GGMLQuantizationType.MXFP4 for layer in range(3)}
+    foreign = {f"blk.{layer}.attn_q.weight": gguf.GGMLQuantizationType.NVFP4 for layer in range(3)}
     path = tiny.write_gguf(tmp_path / "foreign.gguf", untied.metadata, values, foreign)
     way_out = f"--source_policy=fisher --budget_bytes={path.stat().st_size}"
-    with pytest.raises(ValueError, match=f"holds blk.0.ffn_down.weight as MXFP4 and 2 more in types .*Q8_0.*{way_out}"):
+    with pytest.raises(ValueError, match=f"holds blk.0.attn_q.weight as NVFP4 and 2 more in types .*Q8_0.*{way_out}"):
         Allocation.from_gguf(path, untied)
 
 

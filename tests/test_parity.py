@@ -166,7 +166,8 @@ def by_blocks(x, size):
 
 
 @pytest.mark.parametrize(
-    ("name", "fmt", "size"), [("llama", "Q8_0", 32), ("llama", "Q4_0", 32), ("qwen3-tied", "Q4_K", 256)]
+    ("name", "fmt", "size"),
+    [("llama", "Q8_0", 32), ("llama", "Q4_0", 32), ("llama", "MXFP4", 32), ("qwen3-tied", "Q4_K", 256)],
 )
 def test_rounded_activations_are_all_that_sets_quantized_files_apart(name, fmt, size, tmp_path):
     subject = families.Subject(name, tmp_path)

@@ -16,13 +16,22 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ramp_jax.formats.codes import AffineCodes, Codes, ScaledCodes, SuperAffineCodes, SuperScaledCodes
+from ramp_jax.formats.codes import AffineCodes, Codes, ExponentCodes, ScaledCodes, SuperAffineCodes, SuperScaledCodes
 from ramp_jax.formats.integers import GroupCodes
-from ramp_jax.formats.rounding import blocks_of, clip, map_lanes, reciprocal, round_half_even, rounded_to_f16
+from ramp_jax.formats.rounding import (
+    blocks_of,
+    clip,
+    exponent_of,
+    map_lanes,
+    reciprocal,
+    round_half_even,
+    rounded_to_f16,
+    two_to,
+)
 from ramp_jax.formats.search import LANES
 
 _ROUNDS = 2
-_FACTORS = np.asarray([*np.arange(0.80, 1.0, 0.02), *np.arange(1.02, 1.13, 0.02)], np.float32)
+_FACTORS = (*np.arange(0.80, 1.0, 0.02), *np.arange(1.02, 1.13, 0.02))
 
 
 AnyCodes = Codes | GroupCodes
@@ -33,7 +42,9 @@ class Grid(NamedTuple):
 
     `round(v, weight)` are the codes nearest to v: of each number alone, or, of `columns` that go together, the ones of
     smallest weighted squared distance to v `[columns, *n]`. Sub-scales are `unit` apart; `reach` is how many of them a
-    sub-scale looks for a better neighbour. Only where scales are `searched` may anything but codes be replaced.
+    sub-scale looks for a better neighbour. A scale of the whole block becomes the nearest one that can be `stored`;
+    without sub-scales, `factors` are the multiples of it that are tried. Only where scales are `searched` may anything
+    but codes be replaced.
     """
 
     round: Callable[[jax.Array, jax.Array], jax.Array]
@@ -42,6 +53,8 @@ class Grid(NamedTuple):
     reach: int = 1
     unit: float = 1
     columns: int = 1
+    stored: Callable[[jax.Array], jax.Array] = rounded_to_f16
+    factors: tuple[float, ...] = _FACTORS
     searched: bool = True
 
     def rounded(self, v: Float[Array, "E *n"], weight: Float[Array, "E *n"]) -> Float[Array, "E *n"]:
@@ -152,14 +165,14 @@ def _improve_lanes(kind: type, grid: Grid, x: jax.Array, weight: jax.Array, *par
 def _stretch(carry: tuple[State, jax.Array], x: jax.Array, weight: jax.Array, grid: Grid) -> tuple[State, jax.Array]:
     """The best multiple of the block's scale, each one fitted."""
     start = carry[0]
-    factors = jnp.asarray(_FACTORS)
+    factors = jnp.asarray(grid.factors, jnp.float32)
 
     def attempt(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-        moved = _rounded(start._replace(d=rounded_to_f16(start.d * factors[i])), x, weight, grid)
+        moved = _rounded(start._replace(d=grid.stored(start.d * factors[i])), x, weight, grid)
         carry = _keep(carry, moved, x, weight)
         return _keep(carry, _fit(moved, x, weight, grid), x, weight)
 
-    return lax.fori_loop(0, len(_FACTORS), attempt, carry)
+    return lax.fori_loop(0, len(grid.factors), attempt, carry)
 
 
 def _step(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
@@ -185,7 +198,7 @@ def _fit(state: State, x: jax.Array, weight: jax.Array, grid: Grid) -> State:
     a = state.scale[None] * state.q
     aa, ax = _total(weight * a * a), _total(weight * a * x)
     if grid.mins == (0, 0):
-        return _rounded(state._replace(d=rounded_to_f16(ax / aa)), x, weight, grid)
+        return _rounded(state._replace(d=grid.stored(ax / aa)), x, weight, grid)
     b = jnp.broadcast_to(-state.min[None], a.shape)
     ab, bb, bx = _total(weight * a * b), _total(weight * b * b), _total(weight * b * x)
     det = aa * bb - ab * ab
@@ -232,6 +245,10 @@ def _state(kind: type, parts: tuple[jax.Array, ...]) -> State:
     if kind is ScaledCodes:
         d, q = parts
         return State(d, 0 * d, ones, 0 * ones, q[:, None])
+    if kind is ExponentCodes:
+        exponent, q = parts
+        d = jnp.where(exponent < 2, 0.0, two_to(exponent.astype(jnp.int32) - 128))  # where f32 is denormal
+        return State(d, 0 * d, ones, 0 * ones, q[:, None])
     if kind is AffineCodes:
         d, m, q = parts
         return State(d, -m, ones, ones, q[:, None])
@@ -249,6 +266,8 @@ def _parts(kind: type, state: State) -> tuple[jax.Array, ...]:
     d, dmin, q = state.d, state.dmin, state.by_column
     if kind is ScaledCodes:
         return d, q
+    if kind is ExponentCodes:
+        return jnp.where(d == 0, 0, exponent_of(d) + 128), q
     if kind is AffineCodes:
         return d, -dmin, q
     if kind is GroupCodes:

@@ -27,7 +27,7 @@ def check(tensor: str, w: np.ndarray, fmt: str, importance: np.ndarray | None = 
         kind = "NaN" if np.isnan(peak) else "infinity"
         raise ValueError(f"{tensor} cannot be {fmt}: a weight is {kind}; repair the source model.")
     if peak > known.largest:
-        bound = f"|weight| {peak:g} is beyond its f16 scales, at most {known.largest:g}"
+        bound = f"|weight| {peak:g} is beyond its scales, at most {known.largest:g}"
         raise ValueError(f"{tensor} cannot be {fmt}: {bound}.")
     if known.needs_importance and importance is None:
         raise ValueError(f"{tensor} cannot be {fmt}: there is no importance of its inputs; {NEEDS_IMPORTANCE}.")

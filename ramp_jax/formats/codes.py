@@ -1,17 +1,18 @@
 """What blocks hold between bytes: integer codes and f16 scales, and the weights that they stand for.
 
-Decoders are jittable and vmappable and equal ggml's dequantization of the same bytes bit for bit: a scale in f16 times
-its integers has at most 24 bits, so only sums are rounded, whatever the compiler fuses. Products that are f32 denormals
-are zeros where a backend flushes them.
+Decoders are jittable and vmappable and equal ggml's dequantization of the same bytes bit for bit: a scale in f16, or a
+power of two, times its integers has at most 24 bits, so only sums are rounded, whatever the compiler fuses. Products
+that are f32 denormals are zeros where a backend flushes them.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ramp_jax.formats.rounding import blocks_of, flatten_blocks
+from ramp_jax.formats.rounding import blocks_of, flatten_blocks, two_to
 
 
 class ScaledCodes(NamedTuple):
@@ -26,6 +27,13 @@ class AffineCodes(NamedTuple):
 
     d: jax.Array
     m: jax.Array
+    q: jax.Array
+
+
+class ExponentCodes(NamedTuple):
+    """w = 2^(exponent − 128) · q: `exponent` uint8 `[*rows, blocks]`, `q` int8 `[*rows, blocks, 32]`."""
+
+    exponent: jax.Array
     q: jax.Array
 
 
@@ -47,12 +55,16 @@ class SuperAffineCodes(NamedTuple):
     q: jax.Array
 
 
-Codes = ScaledCodes | AffineCodes | SuperScaledCodes | SuperAffineCodes
+Codes = ScaledCodes | AffineCodes | ExponentCodes | SuperScaledCodes | SuperAffineCodes
 
 
 def decode(codes: Codes) -> Float[Array, "*rows I"]:
     """Weights f32."""
     f32 = jnp.float32
+    if isinstance(codes, ExponentCodes):
+        low = codes.exponent.astype(jnp.int32) // 2  # in two steps, neither of which leaves the normal numbers
+        steps = (two_to(part - 64)[..., None] for part in (low, codes.exponent.astype(jnp.int32) - low))
+        return flatten_blocks(functools.reduce(jnp.multiply, steps, codes.q.astype(f32)))
     d, q = codes.d.astype(f32)[..., None], codes.q.astype(f32)
     match codes:
         case ScaledCodes():

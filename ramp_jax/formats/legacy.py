@@ -8,6 +8,7 @@
 | Q5_1 | f16 d, f16 m, fifth bits, nibbles | 24 · 8 / 32 = 6 |
 | Q8_0 | f16 d, 32 signed bytes | 34 · 8 / 32 = 8.5 |
 | IQ4_NL | f16 d, nibbles that index 16 fixed values | 18 · 8 / 32 = 4.5 |
+| MXFP4 | 8-bit exponent of a scale, nibbles of a sign and one of 8 values | 17 · 8 / 32 = 4.25 |
 
 Q4_0 and Q5_0 give their scale the sign that lets the largest weight take the most negative code, of which there is
 one more than of positive ones. Encoders make the bytes of `ggml_quantize_chunk`, except that XLA on CPUs takes f32
@@ -21,10 +22,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ramp_jax.formats import search
-from ramp_jax.formats.codes import AffineCodes, ScaledCodes
+from ramp_jax.formats.codes import AffineCodes, ExponentCodes, ScaledCodes
 from ramp_jax.formats.rounding import (
     blocks_of,
     divide,
+    floor_log2,
     map_lanes,
     opaque_one,
     reciprocal,
@@ -33,6 +35,7 @@ from ramp_jax.formats.rounding import (
     sum_rows,
     to_f16,
     truncate_sum,
+    two_to,
 )
 from ramp_jax.formats.search import LANES, AffineGrid
 
@@ -93,6 +96,16 @@ def encode_iq4_nl(w: Weights, importance: Importance = None, coarse: bool = Fals
     scale = map_lanes(lambda a, b: search.search_iq4(a, b, one, coarse), LANES, x, weight)
     q = search.nearest_iq4(reciprocal(scale)[None] * x)
     return ScaledCodes(to_f16(_rows(scale, blocks)), _rows(q, blocks).astype(jnp.int8))
+
+
+def encode_mxfp4(w: Weights, importance: Importance = None, coarse: bool = False) -> ExponentCodes:
+    """Codes among the FP4 values, of which the largest weight takes one of the two upper ones; it needs no search."""
+    del importance, coarse
+    blocks = blocks_of(w, BLOCK)
+    peak = jnp.max(jnp.abs(blocks), axis=-1)
+    exponent = jnp.clip(floor_log2(peak) + 125, 2, 254)
+    q = search.nearest_fp4(blocks * two_to(128 - exponent)[..., None])
+    return ExponentCodes(jnp.where(peak == 0, 0, exponent).astype(jnp.uint8), q.astype(jnp.int8))
 
 
 def _encode_signed(w: Weights, importance: Importance, coarse: bool, row_square: RowSquare, half: int) -> ScaledCodes:

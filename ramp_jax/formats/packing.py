@@ -7,8 +7,8 @@ offset, bit planes little-endian. Superblock formats interleave their weights so
 
 import numpy as np
 
-from ramp_jax.formats.codes import AffineCodes, ScaledCodes, SuperAffineCodes, SuperScaledCodes
-from ramp_jax.formats.search import IQ4_VALUES
+from ramp_jax.formats.codes import AffineCodes, ExponentCodes, ScaledCodes, SuperAffineCodes, SuperScaledCodes
+from ramp_jax.formats.search import FP4_VALUES, IQ4_VALUES
 
 
 def scaled_to_bytes(codes: ScaledCodes, bits: int) -> np.ndarray:
@@ -53,6 +53,21 @@ def iq4_nl_from_bytes(raw: np.ndarray) -> ScaledCodes:
     """Inverse of `iq4_nl_to_bytes`."""
     d, nibbles = split(raw, 2, 16)
     return ScaledCodes(floats(d), IQ4_VALUES[_from_nibbles(nibbles)])
+
+
+def mxfp4_to_bytes(codes: ExponentCodes) -> np.ndarray:
+    """The exponent, nibbles of signs and value indices; of the two zeros that without a sign."""
+    q = np.asarray(codes.q, np.int8)
+    index = np.searchsorted(FP4_VALUES, np.abs(q)).astype(np.uint8)
+    return join(np.asarray(codes.exponent, np.uint8)[..., None], _nibbles(index | (q < 0).astype(np.uint8) << 3))
+
+
+def mxfp4_from_bytes(raw: np.ndarray) -> ExponentCodes:
+    """Inverse of `mxfp4_to_bytes`."""
+    exponent, nibbles = split(raw, 1, 16)
+    index = _from_nibbles(nibbles)
+    magnitude = FP4_VALUES[index & 7]
+    return ExponentCodes(exponent[..., 0], np.where(index > 7, -magnitude, magnitude))
 
 
 def q2_k_to_bytes(codes: SuperAffineCodes) -> np.ndarray:

@@ -15,8 +15,8 @@ from ramp_jax.formats import codes, integers, kquants, lattice_search, legacy, p
 from ramp_jax.formats.best import Grid, improve, whole
 from ramp_jax.formats.lattice import LATTICES, SIGNED, Lattice
 from ramp_jax.formats.lattice_packing import packers
-from ramp_jax.formats.rounding import rounded_to_f16
-from ramp_jax.formats.search import nearest_iq4
+from ramp_jax.formats.rounding import nearest_power_of_two, rounded_to_f16
+from ramp_jax.formats.search import nearest_fp4, nearest_iq4
 
 Effort = Literal["coarse", "reference", "best"]
 """How long an encoder searches."""
@@ -154,11 +154,12 @@ def _blocks(
     grid: Grid,
     bits: int | None = None,
     mix: str = "",
+    scale: float = _F16_MAX,
     action: bool = True,
     weighs_rows: bool = False,
     needs_importance: bool = False,
 ) -> Format:
-    """A type of ggml's: the `pair` to and from bytes takes `bits`, unless None; weights reach `most` f16 scales.
+    """A type of ggml's: the `pair` to and from bytes takes `bits`, unless None; weights reach `most` times a `scale`.
 
     llama.cpp names files after mixes of K-quants: `mix` is the ending of the one that is mostly this type.
     """
@@ -171,7 +172,7 @@ def _blocks(
         decode=codes.decode,
         to_bytes=to_bytes,
         from_bytes=from_bytes,
-        largest=most * _F16_MAX,
+        largest=most * scale,
         llama_ftype=gguf.LlamaFileType[f"MOSTLY_{name}{mix}"],
         grid=grid,
         action=action,
@@ -208,12 +209,17 @@ def _nearest_iq4(v: jax.Array, _: jax.Array) -> jax.Array:
     return nearest_iq4(v)
 
 
+def _nearest_fp4(v: jax.Array, _: jax.Array) -> jax.Array:
+    return nearest_fp4(v)
+
+
 _rows = functools.partial(_blocks, weighs_rows=True)
 
 _SCALED = packing.scaled_to_bytes, packing.scaled_from_bytes
 _AFFINE = packing.affine_to_bytes, packing.affine_from_bytes
 _Q8_0 = packing.q8_0_to_bytes, packing.q8_0_from_bytes
 _IQ4_NL = packing.iq4_nl_to_bytes, packing.iq4_nl_from_bytes
+_MXFP4 = packing.mxfp4_to_bytes, packing.mxfp4_from_bytes
 _Q2_K = packing.q2_k_to_bytes, packing.q2_k_from_bytes
 _Q3_K = packing.q3_k_to_bytes, packing.q3_k_from_bytes
 _Q45_K = packing.q45_k_to_bytes, packing.q45_k_from_bytes
@@ -238,6 +244,13 @@ _FORMATS = {
         _blocks("Q5_K", 5, kquants.encode_q5_k, _Q45_K, 63, Grid(whole(0, 31), (0, 63), (0, 63)), bits=5, mix="_M"),
         _blocks("Q6_K", 6, kquants.encode_q6_k, _Q6_K, 32 * 127, Grid(whole(-32, 31), (-128, 127))),
         _blocks("IQ4_XS", 4, kquants.encode_iq4_xs, _IQ4_XS, 113 * 31, Grid(_nearest_iq4, (-32, 31))),
+        _blocks(
+            *("MXFP4", 4, legacy.encode_mxfp4, _MXFP4, 12),
+            Grid(_nearest_fp4, stored=nearest_power_of_two, factors=(0.25, 0.5, 2)),
+            mix="_MOE",
+            scale=2.0**124,
+            action=False,
+        ),
         _lattice(LATTICES["IQ2_XXS"], 1.75),
         _lattice(LATTICES["IQ2_XS"], 1.9),
         _lattice(LATTICES["IQ2_S"], 1.95),

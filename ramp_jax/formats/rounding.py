@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def round_half_away(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -97,6 +98,32 @@ def rounded_to_f16(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
 def to_f16(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """The f16 nearest to x, as f16."""
     return rounded_to_f16(x).astype(jnp.float16)
+
+
+def two_to(exponent: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """2^exponent for −126..127."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def exponent_of(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
+    """The exponent of the largest power of two up to x ≥ 0; −127 for zeros and denormals."""
+    return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
+def floor_log2(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
+    """C's `floorf(log2f(x))` for x > 0: a few values just below a power of two have its logarithm, rounded to f32."""
+    exponent = exponent_of(x)
+    above = (exponent + 1).astype(jnp.float32)
+    short = ((1 << 23) - (lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFF)).astype(jnp.float32)  # of 2^above
+    size = jnp.abs(above - jnp.where(above > 0, 0.5, 0.0))  # numbers next to `above` are as far apart as next to this
+    reach = jnp.where(size == 0, 0.0, two_to(exponent_of(size)))
+    return exponent + (short < float(np.log(2)) * reach).astype(jnp.int32)
+
+
+def nearest_power_of_two(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Of 2^−126..2^124 the one nearest to |x|, the upper of two."""
+    nearest = (lax.bitcast_convert_type(x, jnp.int32) + (1 << 22)) & 0x7F800000
+    return lax.bitcast_convert_type(jnp.clip(nearest, 1 << 23, 251 << 23), jnp.float32)
 
 
 def blocks_of(w: Float[Array, "*rows I"], size: int) -> Float[Array, "*rows I/size size"]:

@@ -26,6 +26,10 @@ IQ4_VALUES = np.asarray([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38
 """The 16 values that IQ4 codes stand for."""
 
 
+FP4_VALUES = np.asarray([0, 1, 2, 3, 4, 6, 8, 12], np.int8)
+"""The magnitudes of FP4 codes (E2M1), doubled."""
+
+
 class AffineGrid(NamedTuple):
     """Candidates of an affine search: inverse scales (`first` + `step` · i + `top`) / range for i < `count`."""
 
@@ -170,6 +174,15 @@ def nearest_iq4(v: Float[Array, "*n"]) -> Float[Array, "*n"]:
     for low, high in itertools.pairwise(values):
         q = jnp.where(v >= (low + high) / 2, high, q)
     return q
+
+
+def nearest_fp4(v: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The nearest FP4 value, the smaller of two equally near ones."""
+    values, size = FP4_VALUES.astype(np.float32), jnp.abs(v)
+    q = jnp.zeros_like(v)
+    for low, high in itertools.pairwise(values):
+        q = jnp.where(size > (low + high) / 2, high, q)
+    return jnp.where(v < 0, -q, q)
 
 
 def descend_symmetric(

@@ -143,7 +143,7 @@ def _superscales(state: State, slope: Float[Array, "B N"], h: Float[Array, "B B"
     aa, ar = jnp.sum(a * pulled, axis=0), jnp.sum(a * slope, axis=0)
     alone = -ar / jnp.where(aa > 0, aa, jnp.inf)
     if grid.mins == (0, 0):
-        d = rounded_to_f16(state.d + alone[None])
+        d = grid.stored(state.d + alone[None])
         better = _change((d - state.d)[0], ar, aa) < 0
         return state._replace(d=jnp.where(better[None] & jnp.isfinite(d), d, state.d))
     b = state._replace(d=jnp.zeros_like(state.d), dmin=jnp.ones_like(state.d)).weights
