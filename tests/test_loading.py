@@ -22,6 +22,7 @@ from safetensors.flax import save_file as save_flax
 from safetensors.numpy import load_file, save_file
 
 from ramp_jax.allocation import Allocation
+from ramp_jax.halo import libggml
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import load_model, save_model, source
 from ramp_jax.models.gguf_header import read_header
@@ -340,12 +341,12 @@ def test_every_type_of_metadata(tmp_path):
 
 @pytest.mark.parametrize("kind", DEQUANTIZED, ids=lambda kind: kind.name)
 def test_every_type_that_gguf_dequantizes(tmp_path, rng, monkeypatch, kind):
+    """Those that are not written here among them: the same weights as ggml's own."""
     monkeypatch.setattr(source, "_PIECE", 600)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (5, 256 // block * size), np.uint8)
-    with np.errstate(all="ignore"):
-        while (bad := ~np.isfinite(gguf.quants.dequantize(raw, kind)).all(1)).any():
-            raw[bad] = rng.integers(0, 256, raw[bad].shape, np.uint8)
+    while (bad := ~np.isfinite(libggml.dequantize(kind.name, raw)).all(1)).any():
+        raw[bad] = rng.integers(0, 256, raw[bad].shape, np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tensor("a.weight", raw, raw_dtype=kind)
     writer.add_tensor("b.weight", raw[0], raw_dtype=kind)
@@ -353,9 +354,8 @@ def test_every_type_that_gguf_dequantizes(tmp_path, rng, monkeypatch, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = open_gguf(tmp_path / "a.gguf")
+    found, expected = open_gguf(tmp_path / "a.gguf"), libggml.dequantize(kind.name, raw)
     with np.errstate(all="ignore"):
-        expected = gguf.quants.dequantize(raw, kind)
         assert found.shapes == {"a.weight": (5, 256), "b.weight": (256,)}
         np.testing.assert_array_equal(found.read("a.weight", np.float32), expected)
         np.testing.assert_array_equal(found.read("a.weight", np.float32, slice(2, 4)), expected[2:4])
@@ -377,6 +377,17 @@ def test_type_that_gguf_does_not_dequantize(tmp_path, untied):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight is I16, which cannot be dequantized here"):
+        load_model(str(path))
+
+
+def test_type_that_gguf_does_not_know(tmp_path, untied):
+    """Q2_0, which llama.cpp has."""
+    name = "blk.1.ffn_up.weight"
+    path = tiny.write_gguf(tmp_path / "a.gguf", untied.metadata, tiny.gguf_values(tied=False))
+    raw = path.read_bytes()
+    kind = raw.index(name.encode()) + len(name) + struct.calcsize("<IQQ")  # behind rank and shape
+    path.write_bytes(raw[:kind] + struct.pack("<I", 42) + raw[kind + 4 :])
+    with pytest.raises(ValueError, match=rf"{name} has type 42, which gguf does not know; use another file"):
         load_model(str(path))
 
 

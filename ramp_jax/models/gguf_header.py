@@ -162,7 +162,8 @@ class _Reader:
         try:
             tensor = StoredTensor(self.path, offset, shape, GGMLQuantizationType(kind))
         except ValueError as error:
-            raise ValueError(f"{self.path}: {name} has type {kind}, which is not known; export it again.") from error
+            unknown = f"{name} has type {kind}, which gguf does not know"
+            raise ValueError(f"{self.path}: {unknown}; use another file.") from error
         if shape[-1] % gguf.GGML_QUANT_SIZES[tensor.type][0]:
             raise _DamagedError(f"{name} has rows of {shape[-1]:,}, which {tensor.type.name} cannot hold")
         return tensor
