@@ -107,7 +107,7 @@ def test_descent_leaves_scales_of_integer_groups(rng):
 
 
 @pytest.mark.parametrize(
-    "name", ["IQ4_NL", "MXFP4", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "IQ2_XXS", "IQ2_S", "IQ3_S"]
+    "name", ["IQ4_NL", "MXFP4", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "IQ3_S"]
 )
 def test_outputs_lose_less(rng, name):
     """Mean squared error of the outputs themselves beside the importance-weighted search; a fifth less at level 3."""

@@ -27,7 +27,7 @@ from ramp_jax.formats.integers import BITS, GROUPS
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
-BLOCKS += ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+BLOCKS += ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
 def _weights(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_file_types_are_those_of_llama_cpp() -> None:
     floats = {"F32": 0, "F16": 1, "BF16": 32}
     legacy = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25, "MXFP4": 38}
     supers = {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30}
-    lattices = {"IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ3_S": 26, "IQ2_S": 28}
+    lattices = {"IQ1_S": 24, "IQ1_M": 31, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ3_S": 26, "IQ2_S": 28}
     known = {**floats, **legacy, **supers, **lattices}
     assert {name: int(get_format(name).llama_ftype) for name in known} == known
 
@@ -95,6 +95,8 @@ def test_highest_level_that_rows_can_take() -> None:
         ("IQ4_XS", 4.25),
         ("Q8_0", 8.5),
         ("MXFP4", 4.25),
+        ("IQ1_S", 1.5625),
+        ("IQ1_M", 1.75),
         ("IQ2_XXS", 2.0625),
         ("IQ2_XS", 2.3125),
         ("IQ2_S", 2.5625),
@@ -106,7 +108,7 @@ def test_bits_per_weight(name: str, bits: float) -> None:
     assert get_format(name).bits_per_weight == bits
 
 
-_GAINED = {"MXFP4": 0.95, "Q2_K": 0.95, "Q4_K": 0.96, "Q3_K": 0.98, **dict.fromkeys(BLOCKS[-5:], 0.95)}
+_GAINED = {"MXFP4": 0.95, "Q2_K": 0.95, "Q4_K": 0.96, "Q3_K": 0.98, **dict.fromkeys(BLOCKS[-7:], 0.95)}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -126,7 +128,7 @@ def test_best_is_never_worse(name: str) -> None:
     assert best.sum() < reference.sum() * _GAINED.get(name, 1.0)
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q5_0", "IQ4_XS", "IQ2_XXS", "IQ3_S"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q5_0", "IQ4_XS", "IQ1_S", "IQ2_XXS", "IQ3_S"])
 def test_coarse_is_little_worse(name: str) -> None:
     w = _weights(0, (32, 256))
     importance = np.random.default_rng(1).chisquare(1, 256).astype(np.float32) + np.float32(0.05)
@@ -223,7 +225,7 @@ def test_formats_that_need_importance_say_so() -> None:
 
 def test_levels_are_written_as_numbers_or_names() -> None:
     assert levels_of(["8", "IQ3_S", "2", "IQ2_XXS", "3", "8"]) == ("IQ2_XXS", 2, 3, "IQ3_S", 8)
-    assert levels_of(["4.5", "MXFP4", "4"]) == ("MXFP4", 4, 4.5)
+    assert levels_of(["4.5", "MXFP4", "IQ1_M", "4", "IQ1_S"]) == ("IQ1_S", "IQ1_M", "MXFP4", 4, 4.5)
     assert [written(level) for level in (4.5, 2, "IQ2_S")] == ["4.5", "2", "IQ2_S"]
     assert {"2", "4.5", "IQ2_XXS", "Q4_0", "MXFP4"} <= set(LEVEL_NAMES)
     assert not {"F16", "Q4_K"} & set(LEVEL_NAMES)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ramp_jax.formats.lattice import LATTICES, SIGNED, listed
-from ramp_jax.formats.lattice_search import nearest
+from ramp_jax.formats import lattice_search, ternary_search
+from ramp_jax.formats.lattice import LATTICES, SHIFTED, SIGNED, listed
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -27,8 +27,9 @@ def test_what_is_not_listed_cannot_win(name):
         u = corner // count ** np.arange(dim) % count
         distance = np.square(lattice.levels - u).sum(1)
         nearby = np.flatnonzero(distance <= np.unique(distance)[: lattice.shells][-1])
-        # a step is 2 wide around 2 u + 1; the ends reach further
-        value = 2 * u + 1 + rng.uniform(-1, 1, dim) + np.where(u == count - 1, rng.exponential(2, dim), 0)
+        # a step is 2 wide around 2 u + 1; the ends reach further, and all where neighbours have other shifts
+        reach = 1.25 if 0 < lattice.shared < lattice.sub else 1
+        value = 2 * u + 1 + rng.uniform(-reach, reach, dim) + np.where(u == count - 1, rng.exponential(2, dim), 0)
         value -= np.where(u == 0, rng.exponential(2, dim), 0)
         weight = rng.exponential(size=dim) ** 3
         errors = (weight * np.square(2 * lattice.levels + 1 - value)).sum(1)
@@ -54,15 +55,29 @@ def brute_force(v, weight, lattice):
     return min(halves[0][p] + halves[1][p] for p in (0, 1))
 
 
-@pytest.mark.parametrize("name", LATTICES)
+@pytest.mark.parametrize("name", [name for name, lattice in LATTICES.items() if not lattice.shared])
 def test_nearest_of_all_points_and_signs(name):
     lattice, rng = LATTICES[name], np.random.default_rng(1)
     v = (rng.standard_normal((SIGNED, 5, 12)) * lattice.values[-1] / 2).astype(np.float32)
     weight = rng.exponential(size=v.shape).astype(np.float32) ** 2
-    found = np.asarray(nearest(v, weight, lattice))
+    found = np.asarray(lattice_search.nearest(v, weight, lattice))
     lattice.point_of(np.abs(np.moveaxis(found, 0, -1)).astype(np.int64).reshape(5, 12, -1, lattice.dim))
     if lattice.even:
         assert not ((found < 0).sum(0) % 2).any()
     for at in np.ndindex(5, 12):
         mine = (weight[:, *at] * np.square(found[:, *at] - v[:, *at])).sum()
         assert mine == pytest.approx(brute_force(v[:, *at], weight[:, *at], lattice), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, lattice in LATTICES.items() if lattice.shared])
+def test_nearest_of_all_points_and_shifts(name):
+    lattice, rng = LATTICES[name], np.random.default_rng(2)
+    v = (rng.standard_normal((lattice.shared, 30)) * SHIFTED).astype(np.float32)
+    weight = rng.exponential(size=v.shape).astype(np.float32) ** 2
+    found = np.asarray(ternary_search.nearest(v, weight, lattice))
+    least = []
+    for shift in (-1, 1):
+        off = np.square(SHIFTED * lattice.points + shift - v.T.reshape(30, -1, 1, lattice.dim))
+        least.append((weight.T.reshape(30, -1, 1, lattice.dim) * off).sum(-1).min(-1).sum(-1))
+    assert ((found - found[:1]) % SHIFTED).max() == 0
+    np.testing.assert_allclose((weight * np.square(found - v)).sum(0), np.minimum(*least), rtol=3e-4)

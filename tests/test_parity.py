@@ -10,10 +10,12 @@ import torch
 from benchmarks import families, zoo
 
 from ramp_jax.allocation import Allocation
+from ramp_jax.formats import get_format
+from ramp_jax.halo.export import export_gguf
 from ramp_jax.halo.torch_model import torch_model
 from ramp_jax.halo.verify import gguf_logits
-from ramp_jax.models import load_model
-from ramp_jax.quantization import fake_quantize
+from ramp_jax.models import allocatable, load_model
+from ramp_jax.quantization import Encoder, fake_quantize
 
 PERMUTED = ("llama", "mistral3", "smollm3", "granite")
 """Architectures whose GGUF holds rows of q and k with neighbours that rotate together."""
@@ -167,13 +169,22 @@ def by_blocks(x, size):
 
 @pytest.mark.parametrize(
     ("name", "fmt", "size"),
-    [("llama", "Q8_0", 32), ("llama", "Q4_0", 32), ("llama", "MXFP4", 32), ("qwen3-tied", "Q4_K", 256)],
+    [
+        ("llama", "Q8_0", 32),
+        ("llama", "Q4_0", 32),
+        ("llama", "MXFP4", 32),
+        ("qwen3-tied", "Q4_K", 256),
+        ("qwen3-tied", "IQ1_M", 256),
+    ],
 )
 def test_rounded_activations_are_all_that_sets_quantized_files_apart(name, fmt, size, tmp_path):
     subject = families.Subject(name, tmp_path)
     allocation = Allocation.uniform(subject.model, fmt)
-    path = subject.export(fmt, allocation)
-    decoded = dataclasses.replace(subject.model, params=fake_quantize(subject.model, allocation))
+    weighted = allocatable(subject.model.spec) if get_format(fmt).needs_importance else ()
+    encoder = Encoder(importance={tensor.name: np.ones(tensor.shape[-1], np.float32) for tensor in weighted})
+    path = tmp_path / "quantized.gguf"
+    export_gguf(subject.model, allocation, path, encoder)
+    decoded = dataclasses.replace(subject.model, params=fake_quantize(subject.model, allocation, encoder))
     beside, ids = torch_model(decoded), torch.from_numpy(subject.ids.astype(np.int64))
     with torch.no_grad():
         plain = beside(ids).logits.numpy()

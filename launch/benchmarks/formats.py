@@ -21,7 +21,7 @@ from ramp_jax.models import Tensor, allocatable, load_model, lookup
 from ramp_jax.progress import track
 
 SUPERBLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
-LATTICES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+LATTICES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
 
 _SPEED_FORMATS = (*SUPERBLOCKS, "IQ4_NL", *LATTICES)

@@ -1,7 +1,7 @@
 """Codes of the lattice formats to the bytes of a GGUF file and back, in NumPy on the host.
 
 Three things are stored: which point every `dim` weights are, their signs, eight to a byte of which formats with even
-signs keep seven bits, and 4-bit sub-scales. The formats differ in where.
+signs keep seven bits (of IQ1 whether weights are shifted down instead), and sub-scales. The formats differ in where.
 """
 
 import functools
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from ramp_jax.formats.codes import SuperScaledCodes
-from ramp_jax.formats.lattice import SIGNED, Lattice
+from ramp_jax.formats.lattice import SHIFTED, SIGNED, Lattice
 from ramp_jax.formats.packing import floats, halves, join, split
 
 
 def packers(lattice: Lattice) -> tuple[Callable[[SuperScaledCodes], np.ndarray], Callable[[np.ndarray], Any]]:
     """To bytes, and from bytes."""
+    if lattice.shared:
+        to_bytes, from_bytes = _SHIFTED[lattice.name]
+        return functools.partial(to_bytes, lattice=lattice), functools.partial(from_bytes, lattice=lattice)
     pack, unpack, sizes = _LAYOUTS[lattice.name]
     return (
         functools.partial(_to_bytes, lattice=lattice, pack=pack),
@@ -45,6 +48,53 @@ def _from_bytes(
     magnitude = lattice.points[point].astype(np.int8).reshape(negative.shape)
     units = (lattice.unit * (2 * scales.astype(np.float32) + 1)).astype(np.float16)
     return SuperScaledCodes(floats(d), units, np.where(negative, -magnitude, magnitude))
+
+
+def _iq1_s_to_bytes(codes: SuperScaledCodes, lattice: Lattice) -> np.ndarray:
+    """d, low bytes of points, per sub-block 16 bits of four times three high ones, a scale and whether it goes down."""
+    point, down, scales = _with_shifts(codes, lattice)
+    words = _spread(point >> 8, 3, 4) | scales.astype(np.uint16) << 12 | down.astype(np.uint16) << 15
+    return join(halves(codes.d), (point & 255).astype(np.uint8), words.view(np.uint8))
+
+
+def _iq1_s_from_bytes(raw: np.ndarray, lattice: Lattice) -> SuperScaledCodes:
+    d, low, high = split(raw, 2, 32, 16)
+    words = np.ascontiguousarray(high).view(np.uint16)
+    point = low | _gathered_again(words, 3, 4) << 8
+    return _shifted_codes(floats(d), point, words >> 15, words >> 12 & 7, lattice)
+
+
+def _iq1_m_to_bytes(codes: SuperScaledCodes, lattice: Lattice) -> np.ndarray:
+    """Low bytes of points, nibbles of high bits and whether they go down, per four scales 16 bits with four of d."""
+    point, down, scales = _with_shifts(codes, lattice)
+    nibbles = _nibbles((point >> 8 | down << 3).astype(np.uint8))
+    d = np.asarray(codes.d, np.float16).view(np.uint16)[..., None] >> _FOURS & 15
+    return join((point & 255).astype(np.uint8), nibbles, (_spread(scales, 3, 4) | d << 12).view(np.uint8))
+
+
+def _iq1_m_from_bytes(raw: np.ndarray, lattice: Lattice) -> SuperScaledCodes:
+    low, nibbles, last = split(raw, 32, 16, 8)
+    words, high = np.ascontiguousarray(last).view(np.uint16), _from_nibbles(nibbles)
+    d = np.bitwise_or.reduce(words >> 12 << _FOURS, axis=-1).view(np.float16)
+    point = low | (high & 7).astype(np.uint16) << 8
+    return _shifted_codes(d, point, high >> 3, _gathered_again(words, 3, 4), lattice)
+
+
+def _with_shifts(codes: SuperScaledCodes, lattice: Lattice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points, 1 for each shift that goes down, and sub-scales."""
+    q = np.asarray(codes.q, np.int8).astype(np.int16)
+    down = (q & 7) == 7
+    point = lattice.point_of((q + np.where(down, 1, -1)).reshape(*q.shape[:-1], -1, lattice.dim) // SHIFTED)
+    scales = ((np.asarray(codes.scales, np.float32) / lattice.unit - 1) / 2).astype(np.uint16)
+    return point, down[..., :: lattice.shared].astype(np.uint16), scales
+
+
+def _shifted_codes(
+    d: np.ndarray, point: np.ndarray, down: np.ndarray, scales: np.ndarray, lattice: Lattice
+) -> SuperScaledCodes:
+    shift = np.repeat(1 - 2 * down.astype(np.int8), lattice.shared, axis=-1)
+    q = SHIFTED * lattice.points[point].astype(np.int8).reshape(shift.shape) + shift
+    return SuperScaledCodes(d, (lattice.unit * (2 * scales.astype(np.float32) + 1)).astype(np.float16), q)
 
 
 def _pack_iq2_xxs(point: np.ndarray, signs: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -105,6 +155,14 @@ _LAYOUTS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[int, ...
 }
 """How points, signs and scales become parts behind d, how parts become these, and the parts' bytes."""
 
+_SHIFTED = {
+    "IQ1_S": (_iq1_s_to_bytes, _iq1_s_from_bytes),
+    "IQ1_M": (_iq1_m_to_bytes, _iq1_m_from_bytes),
+}
+"""Formats whose parts have bits of each other."""
+
+_FOURS = 4 * np.arange(4, dtype=np.uint16)
+
 _SHIFTS = 7 * np.arange(4, dtype=np.uint32)
 
 
@@ -128,6 +186,17 @@ def _nibbles(scales: np.ndarray) -> np.ndarray:
 
 def _from_nibbles(raw: np.ndarray) -> np.ndarray:
     return np.stack([raw & 15, raw >> 4], axis=-1).reshape(*raw.shape[:-1], -1)
+
+
+def _spread(q: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """`count` neighbours in one word, from its lowest bits on."""
+    rows = q.astype(np.uint16).reshape(*q.shape[:-1], -1, count)
+    return np.bitwise_or.reduce(rows << bits * np.arange(count, dtype=np.uint16), axis=-1)
+
+
+def _gathered_again(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    shifts = bits * np.arange(count, dtype=np.uint16)
+    return (words[..., None] >> shifts & ((1 << bits) - 1)).reshape(*words.shape[:-1], -1)
 
 
 def _gathered(q: np.ndarray, bits: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Encoders of the lattice formats.
+"""Encoders of the lattice formats with signs; those with a shift are in `ternary_search`.
 
 ggml tries a few scales per sub-block, rounds every weight, and where the result is no point takes the one of smallest
 weighted error among the points that are nearest without weights. `nearest`, for `effort="best"` and compensation, looks
@@ -17,15 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from ramp_jax.formats.codes import SuperScaledCodes
 from ramp_jax.formats.lattice import SIGNED, Lattice, listed
+from ramp_jax.formats.lattice_coarse import coarse_codes
 from ramp_jax.formats.rounding import (
     clip,
     divide,
     map_lanes,
     nearest_int,
     quotient,
-    reciprocal,
-    round_half_even,
-    rounded_to_f16,
     square_root,
     sum_rows,
     to_f16,
@@ -45,7 +43,6 @@ from ramp_jax.formats.superblocks import (
 _EDGES = (8, 24, 56)
 
 _REACHES = (0.8, 0.95, 1.1)
-"""Of the largest magnitude: where a sub-block's largest weight comes to lie in a coarse search."""
 
 _UNROLLED = 16
 
@@ -59,7 +56,8 @@ def _superblocks(
     x: jax.Array, importance: jax.Array | None, one: jax.Array, coarse: bool, *, lattice: Lattice
 ) -> SuperScaledCodes:
     if coarse:
-        return _coarse(x, jnp.ones_like(x) if importance is None else importance, lattice)
+        search = functools.partial(nearest, lattice=lattice)
+        return coarse_codes(x, jnp.ones_like(x) if importance is None else importance, lattice, search, _REACHES)
     subs = sub_blocks(x, lattice.sub)  # [E, S, N]
     if importance is not None:
         weight = error_weights(x, importance, lattice.spread, lattice.sub, one)
@@ -70,39 +68,22 @@ def _superblocks(
         weight = subs * subs
     find = functools.partial(_search, lattice=lattice, one=one)
     scale, level, negative = search_lanes(find, subs, weight)
-    largest = jnp.max(scale, axis=0)
-    d = divide(largest, 31)
-    s = clip(nearest_int(0.5 * (one * (quotient(1.0, d)[None] * scale) - 1)), 0, 15)
-    s = jnp.where(largest == 0, 0.0, s)
+    d, s = sub_scales(scale, lattice, one)
     values = jnp.asarray(lattice.values)
     magnitude = values[level.astype(jnp.int32)]
     q = whole(jnp.where(negative, -magnitude, magnitude))
-    d = jnp.where(largest == 0, 0.0, one * (d * np.float32(lattice.fudge)))
+    d = one * (d * np.float32(lattice.fudge))
     return SuperScaledCodes(to_f16(d), (lattice.unit * (2 * s + 1)).astype(jnp.float16), q.astype(jnp.int8))
 
 
-def _coarse(x: Float[Array, "256 N"], weight: Float[Array, "256 N"], lattice: Lattice) -> SuperScaledCodes:
-    """Scales of sub-blocks as the best of three, the nearest points under these, and again under what is stored."""
-    subs, weight = (sub_blocks(a, lattice.sub) for a in (x, weight))  # [E, S, N]
-    largest = jnp.max(jnp.abs(subs), axis=0)
-
-    def points(step: jax.Array) -> jax.Array:
-        groups = [a.reshape(-1, SIGNED, *largest.shape).swapaxes(0, 1) for a in (subs * reciprocal(step)[None], weight)]
-        return nearest(groups[0], groups[1], lattice).swapaxes(0, 1).reshape(subs.shape)
-
-    def attempt(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        q = points(largest / (jnp.asarray(_REACHES, jnp.float32)[i] * lattice.values[-1]))
-        xq, qq = jnp.sum(weight * subs * q, axis=0), jnp.sum(weight * q * q, axis=0)
-        better = xq * xq > best[0] * qq
-        return jnp.where(better, xq * xq / qq, best[0]), jnp.where(better, xq / qq, best[1])
-
-    start = jnp.zeros_like(largest), jnp.zeros_like(largest)
-    _, scale = lax.fori_loop(0, len(_REACHES), attempt, start)
-    d = rounded_to_f16(jnp.max(scale, axis=0) / (31 * lattice.unit))
-    s = clip(round_half_even(0.5 * (scale * reciprocal(d * lattice.unit)[None] - 1)), 0, 15)
-    scales = lattice.unit * (2 * s + 1)
-    q = whole(points(d[None] * scales))
-    return SuperScaledCodes(to_f16(d), scales.astype(jnp.float16), q.astype(jnp.int8))
+def sub_scales(
+    scale: Float[Array, "S N"], lattice: Lattice, one: Float[Array, ""]
+) -> tuple[Float[Array, " N"], Float[Array, "S N"]]:
+    """ggml's superscale of the scales of sub-blocks, and s of what stands for each, 2 s + 1 units."""
+    largest = jnp.max(scale, axis=0)
+    d = one * divide(largest, lattice.top)  # or 1 / d would become top / largest
+    s = clip(nearest_int(0.5 * (one * (quotient(1.0, d)[None] * scale) - 1)), 0, lattice.top // 2)
+    return jnp.where(largest == 0, 0.0, d), jnp.where(largest == 0, 0.0, s)
 
 
 def _search(
@@ -129,7 +110,7 @@ def _search(
 
     def found(inverse: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         level = clip(nearest_int(0.5 * (one * (inverse[None] * value) - 1)), 0, top - 1)
-        return _nearest_listed(lattice, level, value, root, scale, one)
+        return nearest_listed(lattice, level, value, root, scale, jnp.ones_like(value), one)
 
     def candidate(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         inverse = one * quotient(numerators[i], span)
@@ -167,10 +148,20 @@ def _made_even(x: jax.Array, weight: jax.Array, negative: jax.Array) -> jax.Arra
     return (signs ^ (odd & (place == cheapest))).reshape(x.shape)
 
 
-def _nearest_listed(
-    lattice: Lattice, level: Float[Array, "E N"], value: jax.Array, root: jax.Array, scale: jax.Array, one: jax.Array
+def nearest_listed(
+    lattice: Lattice,
+    level: Float[Array, "E N"],
+    value: Float[Array, "E N"],
+    root: Float[Array, "E N"],
+    scale: Float[Array, " N"],
+    base: Float[Array, "E N"],
+    one: Float[Array, ""],
 ) -> tuple[Float[Array, "E N"], jax.Array]:
-    """Of the points that ggml compares the one with the smallest weighted error, and whether it is `level` itself."""
+    """Of the points that ggml compares the one with the smallest weighted error, and whether it is `level` itself.
+
+    An index i of a magnitude stands for scale · (2 i + base), with a shift for scale · (i + base); all weights of a
+    point have the same `base`.
+    """
     count, bits, dim = len(lattice.values), lattice.bits, lattice.dim
     lanes = value.shape[-1]
 
@@ -180,7 +171,7 @@ def _nearest_listed(
     level, value, root = split(level), split(value), split(root)
     scale = jnp.tile(scale, value.shape[1] // lanes)
     corner = functools.reduce(lambda total, digit: total * count + digit, list(level.astype(jnp.int32))[::-1])
-    code = _least(lattice, corner, value, root, scale, one)
+    code = _least(lattice, corner, value, root, (scale, split(base)[0]), one)
     chosen = jnp.stack([_digit(code, i, bits) for i in range(dim)])
     exact = jnp.broadcast_to(jnp.all(chosen == level, axis=0)[None], chosen.shape)
     return tuple(jnp.swapaxes(a.reshape(dim, -1, lanes), 0, 1).reshape(-1, lanes) for a in (chosen, exact))
@@ -191,7 +182,7 @@ def _digit(code: jax.Array, i: int, bits: int) -> jax.Array:
 
 
 def _least(
-    lattice: Lattice, corner: jax.Array, value: jax.Array, root: jax.Array, scale: jax.Array, one: jax.Array
+    lattice: Lattice, corner: jax.Array, value: jax.Array, root: jax.Array, line: tuple[jax.Array, ...], one: jax.Array
 ) -> jax.Array:
     """Packed indices of the best point of each list `[M]`.
 
@@ -199,24 +190,24 @@ def _least(
     """
     table, bits = jnp.asarray(listed(lattice)), lattice.bits
     lengths = jnp.asarray(_lengths(lattice))[corner]
-    every = len(corner)
+    every, gap = len(corner), 1 if lattice.shared else 2
 
     def columns(low: int, high: int | jax.Array, best: tuple[jax.Array, ...], *lanes: jax.Array) -> tuple[Any, ...]:
-        corner, scale, *parts = lanes
+        corner, scale, base, *parts = lanes
         value, root = parts[: len(parts) // 2], parts[len(parts) // 2 :]
 
         def compare(j: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             code = table[j][corner].astype(jnp.int32)
             error = jnp.zeros_like(best[0])
             for i, (v, w) in enumerate(zip(value, root, strict=True)):
-                off = one * (scale * (2 * _digit(code, i, bits) + 1)) - v
+                off = one * (scale * (gap * _digit(code, i, bits) + base)) - v
                 error = error + one * (w * off * off)
             better = error < best[0]
             return jnp.where(better, error, best[0]), jnp.where(better, code, best[1])
 
         return lax.fori_loop(low, high, compare, best)
 
-    lanes = [corner, scale, *value, *root]
+    lanes = [corner, *line, *value, *root]
     best = jnp.full(every, jnp.inf), jnp.zeros(every, jnp.int32)
     edges = [edge for edge in _EDGES if edge < len(table)] + [len(table)]
     best = columns(0, edges[0], best, *lanes)
@@ -310,7 +301,7 @@ def _nearest(v: Float[Array, "8 M"], weight: Float[Array, "8 M"], *, lattice: La
         points, turns = _points_with_a_turn(lattice, [(apart[part], turned[part]) for part in parts])
         turns = [odd & turn for turn in turns]
     else:
-        points, turns = [_least_point(lattice, apart[part])[0] for part in parts], []
+        points, turns = [least_point(lattice, apart[part])[0] for part in parts], []
     magnitude = jnp.concatenate([jnp.asarray(lattice.points.T, jnp.float32)[:, point] for point in points])
     if turns:
         cost = weight * size * magnitude
@@ -329,16 +320,16 @@ def _points_with_a_turn(
     lattice: Lattice, parts: list[tuple[jax.Array, jax.Array]]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """The point of each part and whether it has the turn: just one of them has."""
-    turned = [_least_point(lattice, *part) for part in parts]
+    turned = [least_point(lattice, *part) for part in parts]
     if len(parts) == 1:
         return [turned[0][0]], [jnp.ones(turned[0][0].shape, bool)]
-    plain = [_least_point(lattice, apart) for apart, _ in parts]
+    plain = [least_point(lattice, apart) for apart, _ in parts]
     first = turned[0][1] + plain[1][1] <= plain[0][1] + turned[1][1]
     turns = [first, ~first]
     return [jnp.where(t, a[0], b[0]) for t, a, b in zip(turns, turned, plain, strict=True)], turns
 
 
-def _least_point(
+def least_point(
     lattice: Lattice, apart: Float[Array, "D L M"], turned: Float[Array, "D L M"] | None = None
 ) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
     """Which point has the least sum of `apart` of its weights and the least of `turned`, and that sum.

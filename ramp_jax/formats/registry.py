@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ramp_jax.formats import codes, integers, kquants, lattice_search, legacy, packing
+from ramp_jax.formats import codes, integers, kquants, lattice_search, legacy, packing, ternary_search
 from ramp_jax.formats.best import Grid, improve, whole
-from ramp_jax.formats.lattice import LATTICES, SIGNED, Lattice
+from ramp_jax.formats.lattice import LATTICES, Lattice
 from ramp_jax.formats.lattice_packing import packers
 from ramp_jax.formats.rounding import nearest_power_of_two, rounded_to_f16
 from ramp_jax.formats.search import nearest_fp4, nearest_iq4
@@ -71,9 +71,9 @@ class Format:
 
         `reference` makes the bytes of `ggml_quantize_chunk` for all blocks of 32 and IQ4_XS and for at least 99.968 %
         of the blocks of K-quants (measured on SmolLM2-135M); the others have other codes where their scale is 0, and
-        exactly ggml's error. IQ2 and IQ3 are ggml's bytes but where it misplaces what follows zeros (IQ3_S). Weights,
-        sums and scales that are f32 denormals are zeros on CPUs, but not in ggml. `coarse` tries fewer scales, for
-        comparing formats: weighted errors are up to 4 % larger, of IQ2 and IQ3, where it looks at all points, smaller.
+        exactly ggml's error. Lattices are ggml's bytes but where it misplaces what follows zeros (IQ3_S). Weights, sums
+        and scales that are f32 denormals are zeros on CPUs, but not in ggml. `coarse` tries fewer scales, for
+        comparing formats: weighted errors are up to 4 % larger, of lattices, where it looks at all points, smaller.
         `best` searches on from the reference; no block's weighted squared error, summed in f32, becomes larger. Inputs
         are not checked here: `formats.check` does, on the host. Raises `ValueError` for an unknown effort.
         """
@@ -187,14 +187,15 @@ def _block_sizes(name: str) -> tuple[int, int]:
 
 
 def _lattice(lattice: Lattice, level: float) -> Format:
-    ends = lattice.unit, 31 * lattice.unit
+    search, ends = ternary_search if lattice.shared else lattice_search, (lattice.unit, lattice.top * lattice.unit)
+    nearest = functools.partial(search.nearest, lattice=lattice)
     return _blocks(
         lattice.name,
         level,
-        functools.partial(lattice_search.encode, lattice=lattice),
+        functools.partial(search.encode, lattice=lattice),
         packers(lattice),
-        int(12 * lattice.unit * lattice.values[-1]),
-        Grid(functools.partial(lattice_search.nearest, lattice=lattice), ends, unit=2 * lattice.unit, columns=SIGNED),
+        int(12 * lattice.top * lattice.unit * lattice.largest / 31),
+        Grid(nearest, ends, unit=2 * lattice.unit, columns=lattice.together),
         action=False,
         needs_importance=lattice.needs_importance,
     )
@@ -251,6 +252,8 @@ _FORMATS = {
             scale=2.0**124,
             action=False,
         ),
+        _lattice(LATTICES["IQ1_S"], 1.4),
+        _lattice(LATTICES["IQ1_M"], 1.5),
         _lattice(LATTICES["IQ2_XXS"], 1.75),
         _lattice(LATTICES["IQ2_XS"], 1.9),
         _lattice(LATTICES["IQ2_S"], 1.95),
@@ -279,7 +282,6 @@ EXPORTABLE = tuple(fmt.name for fmt in _FORMATS.values() if fmt.exportable)
 
 LATTICE_LEVELS = tuple(LATTICES)
 """Levels below four bits that have no number."""
-
 
 def unweighted(levels: Iterable[float | str]) -> tuple[float | str, ...]:
     """The levels that can be rounded without importance."""
@@ -328,8 +330,8 @@ def format_for(level: float | str, n_in: int) -> Format | None:
     return max(fitting, key=lambda fmt: fmt.block_size, default=None)
 
 
-DEFAULT_LEVELS = ordered((*LEVELS, *LATTICE_LEVELS))
-"""What is chosen among where nobody says otherwise."""
+DEFAULT_LEVELS = ordered((*LEVELS, *(name for name, lattice in LATTICES.items() if not lattice.shared)))
+"""What is chosen among where nobody says otherwise: numbers, IQ2 and IQ3."""
 
 
 def format_up_to(level: float, n_in: int) -> Format | None:

@@ -52,7 +52,7 @@ COMMAND, PLAN, OUTPUT = "command.txt", "plan.json", "model.gguf"
 
 _FLOATS = {"F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _EXACT = "F32"
-_BY_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+_BY_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 _OF_ITS_OWN = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
 """Matrices whose option of llama-quantize comes before any pattern."""
 _OF_THE_ALLOCATION = {
