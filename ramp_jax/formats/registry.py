@@ -283,6 +283,7 @@ EXPORTABLE = tuple(fmt.name for fmt in _FORMATS.values() if fmt.exportable)
 LATTICE_LEVELS = tuple(LATTICES)
 """Levels below four bits that have no number."""
 
+
 def unweighted(levels: Iterable[float | str]) -> tuple[float | str, ...]:
     """The levels that can be rounded without importance."""
     return tuple(level for level in levels if not isinstance(level, str) or not get_format(level).needs_importance)
