@@ -5,12 +5,12 @@
 REF is a local Hugging Face directory, a hub id, a .gguf, or smollm2-135m. The policy may have been trained on other
 models; `pretrained` is the one of this package. Needs one calibration pass over the model and one backward pass over a
 few tokens, nothing else. One of --budget_bytes, --budget_gb, --budget_bits and --fit_memory says how large the file may
-be. Other names do without a policy, over --levels: `fisher` is the optimum of what that backward
-pass says of every format, alone and in pairs; `greedy`, `uniform` and `random` are rules; `evolution` searches by
---refine_evals true evaluations alone; `llama.cpp` takes the largest of its own mixes that fits; an .npz that
-launch/train.py measured on this model gives its table's knapsack. `--refine_evals=N` spends N evaluations of quantized
-models on calibration text, each of them proposed by a table that the ones before corrected; the weights then lie in
-memory once per level. The allocation records --encoder for whoever evaluates or exports it.
+be, --levels among which formats is chosen. Other names do without a policy: `fisher` is the optimum of what that
+backward pass says of every format, alone and in pairs; `greedy`, `uniform` and `random` are rules; `evolution` searches
+by --refine_evals true evaluations alone; `llama.cpp` takes the largest of its own mixes that fits; an .npz that
+launch/train.py measured on this model gives its table's knapsack, at its levels. `--refine_evals=N` spends N
+evaluations of quantized models on calibration text, each of them proposed by a table that the ones before corrected;
+the weights then lie in memory once per level. The allocation records --encoder for whoever evaluates or exports it.
 `--from_gguf=FILE` takes the types of another GGUF of this model, whoever made it, in place of --source_policy and a
 budget: to score or round them, or to go on from there in as many bytes with --refine_evals. The model is then not
 folded, unless by --fold.

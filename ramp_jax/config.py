@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from ramp_jax import schema
 from ramp_jax.allocation import FoldLevel, Levels
 from ramp_jax.allocators.allocator import FOLD_LEVEL
+from ramp_jax.formats import levels_of
 from ramp_jax.formats.registry import Effort
 from ramp_jax.models.load import Dtype
 from ramp_jax.policy.train import TrainConfig
@@ -75,11 +76,17 @@ def from_dict(values: Mapping[str, Any], cls: type = RunConfig) -> Any:
     Raises `ValueError` for a field that the config does not have, or whose value is not what it expects.
     """
     try:
-        return schema.read(cls, values)
+        return schema.read(cls, {**values, "levels": _levels(values["levels"])} if "levels" in values else values)
     except ValueError as error:
         raise ValueError(
             f"the config does not serve: {error}; change it there or with --config.FIELD=VALUE."
         ) from error
+
+
+def _levels(value: Any) -> Any:
+    """Levels as they are, or as `--levels=4,IQ3_S` has them, which a command line leaves as one text."""
+    one = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    return levels_of(one.split(",")) if isinstance(one, str) and "," in one else value
 
 
 def read_config(path: Path) -> RunConfig:

@@ -172,3 +172,11 @@ def test_every_config_of_the_project_comes_in():
         values = runpy.run_path(str(path))["get_config"]().to_dict()
         cls = PretrainConfig if "decoder" in values else RunConfig
         assert as_dict(from_dict(values, cls)) == values
+
+
+def test_levels_as_a_command_line_has_them():
+    """One text where a name is among them, which ml_collections leaves as it is; numbers alone it parses."""
+    for given in ("4,IQ3_S,5", ("4,IQ3_S,5",), ("IQ3_S", 4, 5)):
+        assert from_dict({"levels": given}).levels == ("IQ3_S", 4, 5)
+    with pytest.raises(ValueError, match=r"does not serve: 'Q9' is no level; choose among 2, 3, 4, .*IQ3_S; change it"):
+        from_dict({"levels": ("4,Q9",)})

@@ -427,6 +427,8 @@ def test_levels_of_a_table_are_its_own_and_a_policy_takes_any(tmp_path):
     for source in (tmp_path, tmp_path / "table.npz"):
         assert find_allocator(source).levels == find_allocator(source, levels=LEVELS).levels == LEVELS
     assert find_allocator(tmp_path, levels=("IQ3_S", 4)).levels == ("IQ3_S", 4)
+    assert find_allocator("pretrained").levels == FORMAT_LEVELS
+    assert "IQ3_S" in load_policy("pretrained").levels
     with pytest.raises(ValueError, match="was measured for levels 4,5,8, not 4,6; ask for its levels"):
         find_allocator(tmp_path / "table.npz", levels=(4, 6))
 
@@ -441,6 +443,23 @@ def test_tables_know_formats_by_name(tmp_path):
         tmp_path / "old.npz", tensors=["a"], levels=LEVELS, kld=found.kld, floor=found.floor, seconds=1.0, inputs="{}"
     )
     assert Sensitivity.load(tmp_path / "old.npz").levels == LEVELS
+
+
+@pytest.mark.parametrize(
+    ("levels", "cause"),
+    [
+        (np.asarray("45"), "levels is '45', expected a list"),
+        (np.asarray(4.0), "levels is 4.0, expected a list"),
+        (["4", "bogus", "8"], "'bogus' is no level; choose among 2, 3"),
+        (["4", "8", "5"], "expected levels by increasing size"),
+        (None, "it lacks the field 'levels'"),
+    ],
+)
+def test_tables_whose_levels_are_none_are_refused(tmp_path, levels, cause):
+    parts = {"tensors": ["a"], "levels": levels, "kld": np.ones((1, 3)), "floor": np.zeros(1)}
+    np.savez(tmp_path / "t.npz", **{k: v for k, v in parts.items() if v is not None}, seconds=1.0, inputs="{}")
+    with pytest.raises(ValueError, match=rf"is not a sensitivity table of version 2 \(.*{cause}.*\); delete what"):
+        Sensitivity.load(tmp_path / "t.npz")
 
 
 def test_table_of_another_model_is_refused(tmp_path):

@@ -615,6 +615,9 @@ def test_flags_that_are_wrong(fails, allocate, whole, tmp_path):
         assert f"has no {wrong}; the nearest that it has is --config.{nearest}." in error
     sentence = "levels is (4, 4), expected levels by increasing size among 2, 3, 4"
     assert sentence in fails("train", f"--config={whole.config}", workdir, "--config.levels=(4,4)")
+    needy = ("--config.levels=IQ2_XS,8", "--config.encoder=reference")
+    sentence = "IQ2_XS is rounded by importance only, which encoder=reference goes without"
+    assert sentence in fails("train", f"--config={whole.config}", workdir, *needy)
     assert list(tmp_path.iterdir()) == []
 
 

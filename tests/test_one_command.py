@@ -57,6 +57,7 @@ def test_the_whole_way(call, fails, one, untied_directory, tmp_path):
     (tmp_path / "model.gguf").unlink()
     (tmp_path / "check.json").unlink()
     assert "model.json holds another allocation" in fails("export_gguf", *one(count=3))
+    assert "model.json holds another allocation" in fails("export_gguf", *one(levels="4,5,6,8"))
     code, printed, errors = call("export_gguf", *one(verify_windows=0, json=None))
     assert code == 0, errors
     assert "model.json already holds this allocation" in printed

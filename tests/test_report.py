@@ -151,6 +151,9 @@ def test_a_page_without_a_run_has_no_curve_and_predicts(alone):
     assert "Quality and size" not in said
     assert f"≈ {alone.predicted:.4f}nats per token, predicted; not measured" in said
     assert "--source_policy=fisher --levels=4,5,8" in said
+    for source, levels in {"runs/mine": True, "evolution": True, "llama.cpp": False, "table.npz": False}.items():
+        said = "".join(Page(page(dataclasses.replace(alone, source=source))).data)
+        assert (f"--source_policy={source} --levels=4,5,8" in said) == levels
     for cell in alone.cells:
         assert cell.name in said
         assert f"{cell.bytes:,}" in said

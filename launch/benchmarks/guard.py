@@ -1,7 +1,7 @@
 """The suite `guard` of launch/benchmark.py: is a file ever worse than the largest of llama.cpp's mixes that fits?
 
 The sizes of llama.cpp's mixes are the budgets. Every model of `--guard_models` is calibrated on every text of
-`--guard_texts`, allocated by `--guard_policy` (fisher and greedy choose among all IQ2 and IQ3 formats at every size),
+`--guard_texts`, allocated by `--guard_policy` among numbered levels, IQ2 and IQ3 at every size (if it takes any), and
 rounded by `--guard_encoder`, and scored on the part of the text that calibration does not see, beside the mix with an
 importance matrix of the same windows. `beyond` is how much more KL divergence our file has, `stderr` the standard error
 of that over tokens; a regression is more than one of it. `ratio` is the mean of our KL divergences over the mixes'.
@@ -18,12 +18,13 @@ from benchmarks.measuring import Numbers
 
 from ramp_jax import data
 from ramp_jax.allocation import costs, from_levels
+from ramp_jax.allocators.allocator import has_own_levels
 from ramp_jax.formats import DEFAULT_LEVELS
 from ramp_jax.formats.check import EncodeCache
 from ramp_jax.halo.llama_quantize import Mixes, predicted_bytes
 from ramp_jax.models import load_model
 from ramp_jax.policy import inference
-from ramp_jax.policy.inference import find_allocator, has_own_levels
+from ramp_jax.policy.inference import find_allocator
 from ramp_jax.quantization import Encoder, calibrate_and_fold, fake_quantize, importance_of, make_encoder
 from ramp_jax.scoring.perplexity import evaluate, reference_of
 from ramp_jax.scoring.scores import Evaluation, paired

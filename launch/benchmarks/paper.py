@@ -3,15 +3,16 @@
 The paper claims files 6 % smaller than those of 4-bit AWQ and GPTQ, with a perplexity 1 to 3 % lower than both. Here
 `AWQ` is uniform INT4 in groups of 128, folded for that format; AWQ's clipping is left out. `GPTQ` is the same format
 without folding, compensated as our own files are, which goes on where GPTQ ends: H is shrunk and the codes descend.
-`GPTQ, 3 bits` is that in INT3. Where 128 does not divide a row, 64 or 32 is the group. As in the papers, embedding and
-head stay in F16, on both sides: `RAMP` has `--paper_share` of what all other matrices take in 4 bits, and is chosen by
-`--paper_policy` among GGUF formats, folded and compensated as users get it. `RAMP, free` chooses formats for embedding
-and head too, in that share of the whole 4-bit file.
+`GPTQ, 3 bits` is that in INT3. A group has 32 bits beside its codes, as the paper counts: a scale and a zero point in
+f16. Where 128 does not divide a row, 64 or 32 is the group. As in the papers, embedding and head stay in F16, on both
+sides: `RAMP` has `--paper_share` of what all other matrices take in 4 bits, and is chosen by `--paper_policy` among
+GGUF formats, folded and compensated as users get it. `RAMP, free` chooses formats for embedding and head too, in that
+share of the whole 4-bit file.
 
 Every seed calibrates on other windows of `--paper_calibrated_on`; what is scored is the held-out part of each text.
 Standard errors are over tokens, of the mean over seeds. The claim holds on a text where the perplexity is at least 1 %
-and two standard errors below both. `kept` is the share of the unquantized model's accuracy on the offline task
-`passages`.
+and two standard errors below both, and the file, or what blocks' matrices take of it, at least 6 % smaller. `kept` is
+the share of the unquantized model's accuracy on the offline task `passages`.
 """
 
 import collections
@@ -30,18 +31,19 @@ from jaxtyping import Int
 
 from ramp_jax import data
 from ramp_jax.allocation import Allocation, tensor_bytes, worthwhile
+from ramp_jax.allocators.allocator import has_own_levels
 from ramp_jax.formats import DEFAULT_LEVELS, Format, get_format
 from ramp_jax.models import DecoderSpec, Model, allocatable, load_model
 from ramp_jax.models.decoder import Params
 from ramp_jax.overrides import Override
 from ramp_jax.policy import inference
-from ramp_jax.policy.inference import find_allocator, has_own_levels
+from ramp_jax.policy.inference import find_allocator
 from ramp_jax.quantization import REFERENCE, Stats, calibrate_and_fold, fake_quantize, importance_of, make_encoder
 from ramp_jax.scoring import questions
 from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
 from ramp_jax.scoring.scores import Evaluation, numbers
 
-_MODELS = flags.DEFINE_list("paper_models", ["smollm2-135m", "ref-llama"], "Models of the suite `paper`.")
+_MODELS = flags.DEFINE_list("paper_models", ["smollm2-135m", "ref-llama", "ref-qwen3"], "Models of the suite `paper`.")
 _CALIBRATED_ON = flags.DEFINE_string("paper_calibrated_on", "builtin", "Text that all methods are calibrated on.")
 _TEXTS = flags.DEFINE_list("paper_texts", ["builtin", "code"], "Texts that it scores, files too.")
 _SEEDS = flags.DEFINE_integer("paper_seeds", 3, "Sets of calibration windows.", lower_bound=1)
@@ -54,7 +56,7 @@ _QUESTIONS = flags.DEFINE_integer("paper_questions", 100, "Questions of the task
 
 GROUPS = (128, 64, 32)
 AWQ, GPTQ, GPTQ3, RAMP, FREE = "AWQ", "GPTQ", "GPTQ, 3 bits", "RAMP", "RAMP, free"
-_GAIN = 0.99  # of the others' perplexity, that the claim allows at most
+_GAIN, _SMALLER = 0.99, 0.94  # of the others' perplexity and bytes, that the claim allows at most
 
 
 class Made(NamedTuple):
@@ -146,7 +148,7 @@ def _allocated(model: Model, stats: Stats, budget: int, overrides: Sequence[Over
 
 
 def group_format(bits: int, n_in: int) -> Format:
-    """`INT{bits}` in the largest groups that divide rows of `n_in` weights; `ValueError` where none does."""
+    """`INT{bits}` in the largest groups that divide rows of `n_in` weights, which are multiples of 32."""
     return get_format(f"INT{bits}_G{max(group for group in GROUPS if n_in % group == 0)}")
 
 
@@ -226,7 +228,7 @@ def claim(means: Sequence[Numbers], scored: Mapping[tuple[str, str], Evaluation]
     by = {row["method"]: row for row in means if row["text"] == text}
     found = {"model": by[method]["model"], "text": text, "method": method}
     found |= {f"{size}_over_4_bits": by[method][size] / by[AWQ][size] for size in ("bytes", "linear_bytes")}
-    holds = min(found["bytes_over_4_bits"], found["linear_bytes_over_4_bits"]) <= _SHARE.value
+    holds = min(found["bytes_over_4_bits"], found["linear_bytes_over_4_bits"]) <= _SMALLER
     for other in (AWQ, GPTQ):
         change = numbers(dataclasses.replace(scored[text, method], ref_nll=scored[text, other].nll))
         ratio = math.exp(change["delta_nll"])

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from ramp_jax import data
 from ramp_jax.allocation import Costs, costs, from_levels
 from ramp_jax.allocators import Actions, Allocator, Problem, simple
-from ramp_jax.allocators.allocator import RULES, by_evolution, by_rule, by_table, tables
+from ramp_jax.allocators.allocator import RULES, by_evolution, by_rule, tables
 from ramp_jax.allocators.knapsack import knapsack
 from ramp_jax.formats import DEFAULT_LEVELS, levels_of, written
 from ramp_jax.formats.check import EncodeCache
@@ -38,7 +38,6 @@ from ramp_jax.policy.refinement import refine
 from ramp_jax.quantization import Encoder, Stats, calibrate_and_fold, fake_quantize, importance_of
 from ramp_jax.scoring import variants
 from ramp_jax.scoring.perplexity import Reference, evaluate, reference_of
-from ramp_jax.sensitivity.table import Sensitivity
 
 _TARGET = flags.DEFINE_string("suite_target", "smollm2-135m", "Model that the suite `policy` allocates for.")
 _POLICIES = flags.DEFINE_list("suite_policies", ["pretrained"], "Policies that the suite `policy` compares.")
@@ -125,7 +124,7 @@ def _allocators(
     for name, choose in {"greedy": RULES["greedy"], "knapsack": _knapsack, "pairs": estimated.choose}.items():
         yield dataclasses.replace(estimated, name=f"estimate, {name}", choose=choose)
     if _TABLE.value:
-        yield dataclasses.replace(by_table(Sensitivity.load(_TABLE.value)), name="exact knapsack")
+        yield dataclasses.replace(inference.find_allocator(_TABLE.value, levels=levels), name="exact knapsack")
     ours = {f"policy {Path(name).name}": found for name, found in policies.items()}
     for name, found in ours.items():
         whole = dataclasses.replace(found.allocator(levels), name=name, seconds=estimating)

@@ -68,8 +68,9 @@ class Saved(TypedDict):
     """What the file of an allocation holds: formats, folding as base64 of f32, how both were found, a summary.
 
     `weights` is the model's `sketch`, `allocator_sha256` that of the policy or table that chose, `predicted_kld` what
-    the estimate expects the file to lose in nats per token, `choices` what there was to choose among, by tensor and
-    format. `sha256` is that of all other fields but `seconds`, so that runs which find the same differ in nothing else.
+    the estimate expects the file to lose in nats per token, `levels` what whoever chose was offered, `choices` what
+    they meant by tensor and format. `sha256` is that of all other fields but `seconds`, so that runs which find the
+    same differ in nothing else.
     """
 
     model: NotRequired[schema.Name]
@@ -79,6 +80,7 @@ class Saved(TypedDict):
     allocator: NotRequired[schema.Name]
     allocator_sha256: NotRequired[schema.Sha256]
     fold_level: NotRequired[FoldLevel]
+    levels: NotRequired[tuple[float | str, ...]]
     refine_evals: NotRequired[Annotated[int, schema.within(0, 2**31 - 1)]]
     predicted_kld: NotRequired[schema.NotNegative]
     seconds: NotRequired[schema.NotNegative]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ from ramp_jax.sensitivity.table import Sensitivity
 
 Sees = Literal["sizes", "estimates", "embeddings"]
 """How much of a problem an allocator looks at, each more than the one before; nobody has to find out the rest."""
+
+MIX = "llama.cpp"
+"""Name of the allocator that takes the largest of llama.cpp's own mixes that fits (`halo/llama_quantize.py`)."""
 
 FOLD_LEVEL = 4.5
 """Level of Scale Folding for whom no training decided it."""
@@ -86,6 +90,11 @@ RULES: Mapping[str, Callable[[Problem, int], Actions]] = {
     "random": lambda problem, budget: random(*tables(problem), budget),
 }
 """Choices that need neither training nor evaluations, by name."""
+
+
+def has_own_levels(source: str | Path) -> bool:
+    """Whether who is named by `source` chooses among levels of its own: llama.cpp's mixes and measured tables."""
+    return source == MIX or Path(source).suffix == ".npz"
 
 
 def by_rule(name: str, levels: tuple[float | str, ...]) -> Allocator:

@@ -8,6 +8,7 @@ from absl import flags
 
 from ramp_jax.allocation import Costs, EncoderName, costs, worthwhile
 from ramp_jax.allocators import Allocator
+from ramp_jax.allocators.allocator import has_own_levels
 from ramp_jax.cli.budget import BUDGET_FLAGS, budget, check_budget_flags, define_budget
 from ramp_jax.cli.flags import TEXTS, define_dtype, refuse_flags
 from ramp_jax.cli.inputs import load
@@ -16,7 +17,7 @@ from ramp_jax.config import WindowsConfig
 from ramp_jax.data import parts_of
 from ramp_jax.formats import DEFAULT_LEVELS, LEVEL_NAMES, levels_of, unweighted
 from ramp_jax.models import Model
-from ramp_jax.policy.inference import POLICY_FILE, find_allocator, has_own_levels
+from ramp_jax.policy.inference import POLICY_FILE, find_allocator
 from ramp_jax.quantization import DEFAULT_ENCODER
 from ramp_jax.workflow import check_context, check_rounded
 
@@ -56,7 +57,7 @@ def define_choice() -> None:
         "levels",
         None,
         "Levels to choose among, or formats by name; a measured table's must be these. By default all that have "
-        "numbers, and IQ2 and IQ3 formats of at least half the budget's bits.",
+        "numbers, and IQ2 and IQ3 formats of at least half the budget's bits that the encoder can make.",
     )
     flags.register_validator(
         "levels",

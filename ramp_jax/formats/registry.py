@@ -300,7 +300,9 @@ def levels_of(names: Iterable[str]) -> tuple[float | str, ...]:
 
 
 def level_of(name: str) -> float | str:
-    """The level that is `written` so."""
+    """The level that is `written` so; raises `ValueError` that lists them for anything else."""
+    if name not in LEVEL_NAMES and name not in EXPORTABLE:
+        raise ValueError(f"{name!r} is no level; choose among {', '.join(LEVEL_NAMES)}.")
     return name if name in EXPORTABLE else float(name)
 
 
@@ -332,7 +334,7 @@ def format_for(level: float | str, n_in: int) -> Format | None:
 
 
 DEFAULT_LEVELS = ordered((*LEVELS, *(name for name, lattice in LATTICES.items() if not lattice.shared)))
-"""What is chosen among where nobody says otherwise: numbers, IQ2 and IQ3."""
+"""What scripts choose among where nobody says otherwise: numbers, IQ2 and IQ3 (`allocation.worthwhile`)."""
 
 
 def format_up_to(level: float, n_in: int) -> Format | None:

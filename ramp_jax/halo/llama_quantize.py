@@ -19,7 +19,7 @@ from jaxtyping import Int
 from ramp_jax import files
 from ramp_jax.allocation import Allocation, Costs, padded
 from ramp_jax.allocators import Actions, Allocator, Problem
-from ramp_jax.allocators.allocator import FOLD_LEVEL
+from ramp_jax.allocators.allocator import FOLD_LEVEL, MIX
 from ramp_jax.allocators.tables import Cost, total
 from ramp_jax.cores import cores
 from ramp_jax.formats import EXPORTABLE, Format, get_format
@@ -105,10 +105,6 @@ class Mixes(NamedTuple):
         path = path or self.source.with_name(f"{mix}.gguf")
         quantize(self.source, path, mix, self.importance)
         return path
-
-
-MIX = "llama.cpp"
-"""Name of the allocator that leaves the choice to llama.cpp."""
 
 
 def mix_allocator() -> Allocator:

@@ -15,6 +15,7 @@ from ramp_jax import schema
 from ramp_jax.allocation import Allocation, Choice, Costs, FoldLevel, Levels, check_budget, costs, from_actions
 from ramp_jax.allocators import Actions, Allocator, Problem
 from ramp_jax.allocators.allocator import (
+    MIX,
     RULES,
     Sees,
     by_evolution,
@@ -23,6 +24,7 @@ from ramp_jax.allocators.allocator import (
     changes,
     estimated_optimum,
     expected_loss,
+    has_own_levels,
     pairs_of,
     tables,
 )
@@ -73,10 +75,16 @@ class Policy:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
 
     def allocator(self, levels: tuple[float | str, ...] | None = None) -> Allocator:
-        """The policy as one way of choosing among others, by default among the levels that it was trained on."""
+        """The policy as one way of choosing among others, by default among the numbered levels of its training.
+
+        Formats by name are left to whoever knows how many bits there are, and that what rounds them has importance.
+        """
+        numbered = tuple(level for level in self.levels if not isinstance(level, str))
         name = f"policy trained on {' '.join(self.trained_on)}"
         chosen, drawn = functools.partial(choose, self), functools.partial(draw, self)
-        return Allocator(name, levels or self.levels, self.fold_level, chosen, draw=drawn, sha256=digest(self._plain()))
+        return Allocator(
+            name, levels or numbered or self.levels, self.fold_level, chosen, draw=drawn, sha256=digest(self._plain())
+        )
 
 
 class _Saved(TypedDict):
@@ -181,11 +189,11 @@ def find_allocator(
     `fisher`, `greedy`, `uniform` and `random` choose among `levels`, by default all that have numbers, and so does
     `evolution`, which spends the evaluations itself. `llama.cpp` takes the largest of llama.cpp's own mixes that fits.
     An `.npz` is a sensitivity table of the model, of which the knapsack is taken. All else is what `load_policy` finds,
-    which chooses among `levels`, by default those of its training. Raises `ValueError` for evolution without
-    evaluations, for llama.cpp with them or with levels, and where a table has other levels.
+    which chooses among `levels`, by default those with numbers of its training. Raises `ValueError` for evolution
+    without evaluations, for llama.cpp with them or with levels, and where a table has other levels.
     """
     chosen = LEVELS if levels is None else ordered(levels)
-    if source == llama_quantize.MIX:
+    if source == MIX:
         if levels is not None or evaluations:
             raise ValueError(
                 "llama.cpp's mixes choose among formats of their own; leave --levels and --refine_evals out."
@@ -206,11 +214,6 @@ def find_allocator(
     else:
         found = load_policy(source).allocator(None if levels is None else chosen)
     return refine(found, evaluations) if evaluations else found
-
-
-def has_own_levels(source: str | Path) -> bool:
-    """Whether what `source` names chooses among levels of its own: llama.cpp's mixes and measured tables."""
-    return source == llama_quantize.MIX or Path(source).suffix == ".npz"
 
 
 def allocate(

@@ -189,7 +189,8 @@ def _archive(content: bytes) -> dict[str, Any]:
                 raise ValueError(f"{name} is not stored as NumPy does")
             array = _array(archive.read(member))
             found[name] = array.tolist() if array.ndim == 0 or array.dtype.kind == "U" or name == "levels" else array
-    found["levels"] = [level_of(level) if isinstance(level, str) else level for level in found.get("levels", ())]
+    if isinstance(levels := found.get("levels"), list):
+        found["levels"] = [level_of(level) if isinstance(level, str) else level for level in levels]
     return found
 
 

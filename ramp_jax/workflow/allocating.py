@@ -10,7 +10,7 @@ from ramp_jax import data as texts
 from ramp_jax import hosts
 from ramp_jax.allocation import Allocation, Costs, costs, offered_levels, read_saved
 from ramp_jax.allocators import Actions, Allocator
-from ramp_jax.allocators.allocator import by_formats
+from ramp_jax.allocators.allocator import by_formats, has_own_levels
 from ramp_jax.checkpoint import digest
 from ramp_jax.config import WindowsConfig, as_dict
 from ramp_jax.halo.compare import Choose
@@ -85,6 +85,7 @@ def _made(allocator: Allocator, model: Model, ref: str, budget_bytes: int, encod
         **({"allocator_sha256": allocator.sha256} if allocator.sha256 else {}),
         **({} if allocator.fold_level is None else {"fold_level": allocator.fold_level}),
         "refine_evals": allocator.evaluations,
+        "levels": allocator.levels,
     }
 
 
@@ -101,6 +102,7 @@ def is_made(
     saved: Mapping[str, Any] = read_saved(path)
     wanted = _made(allocator, model, "", budget_bytes, encoder) | {"overrides": tuple(overrides) or None}
     found = {name: saved.get(name) for name in wanted} | {"model": ""}
+    found["levels"] = saved.get("levels", allocator.levels)  # files of version 0.2 do not say
     seen = as_dict(calibration) | {"tokens": digest(tokens(model, calibration, "calibration"))}
     alike = same(saved.get("weights", ()), wanted.pop("weights"))
     del found["weights"]
@@ -145,13 +147,14 @@ def chooser(source: str | Path, allocation: str | Path, model: Model) -> Choose:
     """
     saved = read_saved(allocation)
     overrides = saved.get("overrides", ())
-    levels = () if inference.has_own_levels(source) else offered_levels(saved)
+    levels = () if has_own_levels(source) else offered_levels(saved)
     allocator = inference.find_allocator(source, levels=levels or None, evaluations=saved.get("refine_evals", 0))
     made_by = saved.get("allocator")
     if (allocator.name, allocator.sha256) != (made_by, saved.get("allocator_sha256")):
+        same_name = " of other weights" if allocator.name == made_by else ""
         raise ValueError(
-            f"{allocation} was made by {made_by}, and {source} is {allocator.name}; name with --source_policy who made "
-            f"it, so that what is chosen at other budgets belongs to it."
+            f"{allocation} was made by {made_by}, and {source} is {allocator.name}{same_name}; name with "
+            f"--source_policy who made it, so that what is chosen at other budgets belongs to it."
         )
 
     def choose(folded: Model, stats: Stats, budgets: Sequence[int]) -> list[Allocation]:

@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ramp_jax.allocation import Saved, read_saved
-from ramp_jax.allocators.allocator import RULES
-from ramp_jax.halo import llama_quantize
+from ramp_jax.allocators.allocator import MIX, RULES
 from ramp_jax.halo.compare import COMPARISON, read_comparison
 from ramp_jax.halo.report import Facts, read_metrics
 from ramp_jax.policy import inference
@@ -44,7 +43,7 @@ def facts(allocation: Path, workdir: Path | None = None, gguf: str | None = None
 def _source(saved: Saved, workdir: Path | None) -> str:
     """The `--source_policy` with which an allocation was made, as far as its file and a folder tell."""
     name = saved.get("allocator", "").removesuffix(", refined")
-    if name in (*RULES, inference.EVOLUTION, llama_quantize.MIX):
+    if name in (*RULES, inference.EVOLUTION, MIX):
         return name
     held = [inference.PRETRAINED] + ([str(workdir)] if workdir and (workdir / inference.POLICY_FILE).is_file() else [])
     sha256 = saved.get("allocator_sha256")

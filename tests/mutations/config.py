@@ -11,12 +11,13 @@ from ramp_jax.config import RunConfig, as_dict, read_config
 
 _WINDOWS = {"data": "builtin", "context": 512, "count": 8}
 _SAC = {
-    **{"hidden": [128, 128], "learning_rate": 1e-3, "alpha_learning_rate": 3e-3, "initial_alpha": 0.1},
+    **{"hidden": [128, 32], "learning_rate": 1e-3, "alpha_learning_rate": 3e-3, "initial_alpha": 0.1},
     **{"entropy_share": 0.1, "discount": 1.0, "target_rate": 0.01, "max_grad_norm": 10.0, "batch_size": 512},
 }
 _TRAIN = {
     **{"iterations": 150, "episodes": 16, "updates": 32, "replay_iterations": 64, "seeds": 2, "log_every": 10},
-    **{"potential": True, "narrowed": 0.0, "shift": 0.0, "soft": False, "evaluator": "surrogate", "sac": _SAC},
+    **{"potential": True, "narrowed": 0.0, "thinned": 0.0, "shift": 0.0, "soft": False},
+    **{"evaluator": "surrogate", "sac": _SAC},
     "penalty": {"cliff": 1.0, "c_over": 10.0, "c_under": 0.1},
 }
 _DEFAULTS = {
@@ -29,7 +30,11 @@ _DEFAULTS = {
 
 def make(folder: Path) -> Path:
     """All defaults, with a second model."""
-    content = _DEFAULTS | {"models": ["tiny", "other"], "sensitivity": {"data": "builtin", "context": 64, "count": 2}}
+    content = _DEFAULTS | {
+        "models": ["tiny", "other"],
+        "levels": [2, "IQ3_S", 8],
+        "sensitivity": {"data": "builtin", "context": 64, "count": 2},
+    }
     (folder / "config.json").write_text(json.dumps(content, indent=1))
     return folder / "config.json"
 
@@ -65,12 +70,19 @@ def _sound(config: RunConfig) -> bool:
     train, sac = config.train, config.train.sac
     numbers = [train.iterations, train.episodes, train.updates, train.replay_iterations, train.seeds, train.log_every]
     numbers += [sac.batch_size, *sac.hidden, config.calibration.count, config.sensitivity.count]
-    reals = [train.narrowed, train.shift, config.fold_level, sac.learning_rate, sac.initial_alpha, sac.max_grad_norm]
+    reals = [
+        train.narrowed,
+        train.thinned,
+        train.shift,
+        config.fold_level,
+        sac.learning_rate,
+        sac.initial_alpha,
+        sac.max_grad_norm,
+    ]
     return (
         all(type(n) is int and n >= 1 for n in numbers)
         and all(np.isfinite(value) and value >= 0 for value in reals)
-        and list(config.levels) == sorted(set(config.levels))
-        and set(config.levels) <= {2, 3, 4, 4.5, 5, 6, 8}
+        and objects.in_order(config.levels)
         and len(config.models) > 0
         and all(isinstance(name, str) and name for name in config.models)
     )

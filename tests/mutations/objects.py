@@ -1,6 +1,7 @@
 """Mutations of JSON: keys removed, renamed, moved and repeated, values out of range, of another type, too deep."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,15 @@ _ODD = [
     _HUGE,
 ]
 
+_BITS = {2: 2.625, 3: 3.4375, "IQ3_S": 3.4376, 4: 4.25, 4.5: 4.5, 5: 5.5, 6: 6.5625, 8: 8.5}  # by level
+
 Place = tuple[Any, Any]  # a list or an object, and an index or a key of it
+
+
+def in_order(levels: Any) -> bool:
+    """Whether these are levels, each once, the smallest formats first."""
+    known = all(level in _BITS and not isinstance(level, bool) for level in levels)
+    return known and all(_BITS[a] < _BITS[b] for a, b in itertools.pairwise(levels))
 
 
 def of_file(name: str | None = None) -> dict[str, Mutation]:

@@ -1,7 +1,6 @@
 """Sensitivity tables: the archive, the headers of its arrays, and their values."""
 
 import io
-import itertools
 import json
 import pickle
 import zipfile
@@ -15,7 +14,7 @@ from mutations import Kind, Mutation, objects, raw
 from ramp_jax.sensitivity.table import Sensitivity
 
 _TENSORS = [f"blk.{i}.{name}.weight" for i in range(3) for name in ("attn_q", "ffn_up", "ffn_down")]
-_LEVELS = [4, 4.5, 8]
+_LEVELS = [2, "IQ3_S", 8]
 
 
 def make(folder: Path) -> Path:
@@ -37,11 +36,12 @@ def right(path: Path, result: Sensitivity) -> bool:
     """What `numpy.load` finds in it, and a finished table whose parts fit each other."""
     with np.load(path, allow_pickle=False) as saved:
         content = {name: saved[name] for name in saved.files}
-    kld, levels = content["kld"], content["levels"].tolist()
+    kld = content["kld"]
+    levels = [level if level == "IQ3_S" else float(level) for level in content["levels"].tolist()]
     return (
         list(result.tensors) == content["tensors"].tolist()
         and list(result.levels) == levels
-        and all(a < b for a, b in itertools.pairwise(levels))
+        and objects.in_order(levels)
         and np.array_equal(result.kld, kld)
         and np.array_equal(result.floor, content["floor"], equal_nan=True)
         and kld.shape == (len(result.tensors), len(levels))

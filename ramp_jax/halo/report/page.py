@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from ramp_jax.allocation import offered_levels
-from ramp_jax.allocators.allocator import RULES
+from ramp_jax.allocators.allocator import has_own_levels
 from ramp_jax.files import write_bytes
 from ramp_jax.formats import get_format, written
 from ramp_jax.halo.report.curves import curve, table, training
@@ -164,7 +164,7 @@ def _commands(facts: Facts) -> str:
     allocate = {
         "model": facts.model,
         "source_policy": facts.source,
-        "levels": ",".join(map(written, offered_levels(known))) if facts.source in RULES else None,
+        "levels": None if has_own_levels(facts.source) else ",".join(map(written, offered_levels(known))) or None,
         "budget_bytes": known.get("budget_bytes"),
         **({"data": how["data"], "context": how["context"], "count": how["count"]} if how else {}),
         **{
