@@ -79,7 +79,7 @@ def from_dict(values: Mapping[str, Any], cls: type = RunConfig) -> Any:
         return schema.read(cls, {**values, "levels": _levels(values["levels"])} if "levels" in values else values)
     except ValueError as error:
         raise ValueError(
-            f"the config does not serve: {error}; change it there or with --config.FIELD=VALUE."
+            f"the config does not serve: {schema.cause_of(error)}; change it there or with --config.FIELD=VALUE."
         ) from error
 
 
