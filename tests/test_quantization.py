@@ -1,6 +1,7 @@
 """Calibration against transformers' activations, Scale Folding, and fake-quantization against gguf-py."""
 
 import dataclasses
+import importlib
 import itertools
 
 import jax
@@ -365,3 +366,20 @@ def test_second_moments_equal_those_of_transformers(untied, windows):
             found = second_moment(at, x, tap)
             np.testing.assert_allclose(found, expected[tap][at.index], rtol=1e-3, atol=1e-4, err_msg=tap)
         x = sweep.advance(at, x)
+
+
+@pytest.mark.parametrize(("careful", "chosen"), [([1.0, 0.9], 2), ([1.0, 1.1], 0)])
+def test_whether_to_fold_at_all_is_decided_as_files_are_rounded(monkeypatch, careful, chosen):
+    """Coarse rounding prefers the third candidate; that it beats no folding must hold with `best` as well."""
+    module = importlib.import_module("ramp_jax.quantization.fold")
+    coarse = np.array([1.0, 0.8, 0.7, 0.9, 1.2])
+    asked = []
+
+    def errors(w, scales, square, sketch, fmt, effort="coarse"):
+        asked.append((effort, len(w)))
+        return np.asarray(careful) if effort == "best" else coarse[np.asarray(scales[:, 0], int)]
+
+    monkeypatch.setattr(module, "_errors", errors)
+    candidates = jnp.arange(5.0)[:, None] * jnp.ones((1, 32))
+    assert module._best(jnp.zeros((512, 32)), candidates, jnp.ones(32), None, "Q4_0") == chosen
+    assert asked == [("coarse", 64), ("coarse", 256), ("best", 128)]

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ramp_jax import sweep
 from ramp_jax.formats import Format, format_up_to, round_trip
+from ramp_jax.formats.registry import Effort
 from ramp_jax.journal import NOWHERE, Journal
 from ramp_jax.models import DecoderSpec, Model
 from ramp_jax.models.layout import (
@@ -49,6 +50,7 @@ _SMALLEST = 1e-4  # magnitude, of the group's largest; a dead channel keeps a fi
 _LARGEST_SCALE = 64.0
 _SKETCH = 256  # signed sums of tokens that stand for all of them
 _SEARCH_ROWS, _CHECK_ROWS, _CHECKED = 64, 256, 3  # of a group: on those rows the best few of these are decided among
+_LAST_ROWS = 128  # and on these the best one and no folding
 _LOG = logging.getLogger(__name__)
 
 
@@ -220,20 +222,31 @@ def _log(magnitude: Float[Array, " C"]) -> Float[Array, " C"]:
 
 
 def _best(w: jax.Array, scales: jax.Array, square: jax.Array, sketch: jax.Array | None, fmt: str) -> int:
-    """Of the first candidate and those of the least errors over a few evenly spaced rows the one that is best over
-    more."""
-    few, more = (w[:: -(-len(w) // count)] for count in (_SEARCH_ROWS, _CHECK_ROWS))
+    """Of the candidates of the least errors over a few evenly spaced rows the one that is best over more; the first
+    candidate, no folding, where rounding as carefully as files are rounded says so.
+
+    Coarse rounding does not see that weights lie on a format's grid, as long as nothing moves them.
+    """
+    few, more, last = (w[:: -(-len(w) // count)] for count in (_SEARCH_ROWS, _CHECK_ROWS, _LAST_ROWS))
     found = np.argsort(_errors(few, scales, square, sketch, fmt), kind="stable")[:_CHECKED]
-    finalists = np.asarray([0, *found])
-    return int(finalists[np.argmin(_errors(more, scales[finalists], square, sketch, fmt))])
+    folded = found[np.argmin(_errors(more, scales[found], square, sketch, fmt))]
+    if folded == 0:
+        return 0
+    two = np.asarray([0, folded])
+    return int(two[np.argmin(_errors(last, scales[two], square, sketch, fmt, "best"))])
 
 
 def _errors(
-    w: jax.Array, scales: jax.Array, square: jax.Array, sketch: jax.Array | None, fmt: str
+    w: jax.Array,
+    scales: jax.Array,
+    square: jax.Array,
+    sketch: jax.Array | None,
+    fmt: str,
+    effort: Effort = "coarse",
 ) -> Float[np.ndarray, " A"]:
     """Of each candidate, over all rows, which are rounded together."""
     wide, importance = _widened(w, scales, square)
-    return np.asarray(_output_errors(round_trip(wide, fmt, importance, "coarse"), w, scales, square, sketch))
+    return np.asarray(_output_errors(round_trip(wide, fmt, importance, effort), w, scales, square, sketch))
 
 
 @jax.jit
