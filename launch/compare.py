@@ -4,9 +4,10 @@
         [--budgets=88000000,102000000] [--source_policy=fisher] [--model=REF]
 
 Exports and scores every row, in JAX and in llama.cpp where llama-cpp-python is installed. With --budgets every method
-is also compared at other sizes, for which the allocation's maker chooses anew: the points of a curve. The rows go to
-`comparison.json` in the workdir, from which launch/report.py makes the page. The workdir is that of a training run,
-whose table gives the row of the knapsack, or any other folder for an allocation that needed no training.
+is also compared at other sizes, for which the allocation's maker chooses anew, among the levels that it was offered for
+this one: the points of a curve. The rows go to `comparison.json` in the workdir, from which launch/report.py makes the
+page. The workdir is that of a training run, whose table gives the row of the knapsack, or any other folder for an
+allocation that needed no training.
 """
 
 from pathlib import Path
