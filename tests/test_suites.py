@@ -279,7 +279,7 @@ def test_encoder_suite_scores_every_text(monkeypatch, untied_directory):
     for row in found["ratios"]:
         text, case = row["text"], row["case"]
         assert row["best"] == pytest.approx(rows[text, case, "best"] / rows[text, case, "llama-quantize"])
-        assert row["compensated, folded"] < 1
+    assert np.mean([row["compensated, folded"] for row in found["ratios"]]) < 0.95
     labels = [label.get_text() for label in drawn["encoder"].axes[0].get_xticklabels()]
     assert labels == ["4\nbuiltin", "4\ncode", "Q4_0\nbuiltin", "Q4_0\ncode"]
 

@@ -303,7 +303,7 @@ def level_of(name: str) -> float | str:
     """The level that is `written` so; raises `ValueError` that lists them for anything else."""
     if name not in LEVEL_NAMES and name not in EXPORTABLE:
         raise ValueError(f"{name!r} is no level; choose among {', '.join(LEVEL_NAMES)}.")
-    return name if name in EXPORTABLE else float(name)
+    return {f"{level:g}": level for level in LEVELS}.get(name, name)
 
 
 def ordered(levels: Iterable[float | str]) -> tuple[float | str, ...]:
