@@ -264,7 +264,7 @@ class Planted:
         ({"kld": np.full((2, 2), np.inf)}, "kld or floor hold infinite or negative numbers"),
         ({"kld": np.full((2, 2), -1.0)}, "kld or floor hold infinite or negative numbers"),
         ({"floor": np.full(2, -1.0)}, "kld or floor hold infinite or negative numbers"),
-        ({"levels": np.asarray([8, 4])}, r"levels is \[8, 4\], expected increasing levels"),
+        ({"levels": np.asarray([8, 4])}, r"levels is \[8, 4\], expected levels by increasing size"),
         ({"levels": np.asarray(4)}, "levels is 4, expected a list"),
         ({"tensors": np.asarray(["a", "a"])}, "expected different names, at least one"),
         ({"tensors": np.asarray([1, 2])}, "expected a list"),
