@@ -75,9 +75,8 @@ def test_llama_cpp_agrees_on_a_folded_mixture(model, stats, windows, tmp_path, r
 
 
 def test_folding_keeps_the_function(model, stats, windows):
-    folded = fold(model, stats, 4)
-    moved = [float(jnp.ptp(s)) > 0 for s in folded.folding.values()]
-    assert sum(moved) > len(moved) / 2  # some may be better off as they are
+    folded = fold(model, stats, 4, alphas=(0.3, 0.5), betas=(0.0,))  # without the candidate that leaves all as it is
+    assert all(float(jnp.ptp(s)) > 0 for s in folded.folding.values())
     np.testing.assert_allclose(folded.logits(windows), model.logits(windows), atol=1e-3, rtol=0)
 
 
