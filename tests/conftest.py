@@ -1,6 +1,7 @@
 """Strict JAX flags for every test, compiled programs kept on disk for the next run, tiny models that tests share."""
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,8 +20,8 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
-jax.config.update("jax_compilation_cache_max_size", 1 << 30)
+COMPILED, MOST_COMPILED = Path(__file__).parent.parent / ".jax_cache", 1 << 30
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
@@ -30,8 +31,13 @@ settings.load_profile("busy")
 
 
 def pytest_configure(config):
-    """A warning of our modules, or of what they call in the wrong way, is an error."""
+    """A warning of our modules, or of what they call in the wrong way, is an error.
+
+    What was compiled is kept small here, not by JAX, which would read the age of thousands of entries for each new one.
+    """
     config.addinivalue_line("filterwarnings", r"error:::ramp_jax(\..*)?")
+    if not hasattr(config, "workerinput") and sum(path.stat().st_size for path in COMPILED.glob("*")) > MOST_COMPILED:
+        shutil.rmtree(COMPILED)
 
 
 @pytest.fixture(scope="module", autouse=True)
