@@ -1,6 +1,7 @@
 """Error-compensated rounding: against GPTQ written out in NumPy, and never above what it starts from."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from ramp_jax.allocation import from_levels
 from ramp_jax.formats import decode, encode, get_format
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup
-from ramp_jax.models.decoder import embed
+from ramp_jax.models.decoder import embed, hidden_states
 from ramp_jax.quantization import calibrate, descent, fake_quantize, fold, make_encoder, refold
-from ramp_jax.quantization.compensate import SHRINKAGE, curvature, factor, in_chunks, loss, read_by
+from ramp_jax.quantization.compensate import SHRINKAGE, curvature, factor, in_chunks, losses, making_up, read_by
 from ramp_jax.quantization.compensate import compensated as one_look_ahead
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -121,8 +122,9 @@ def test_outputs_lose_less(rng, name):
     np.testing.assert_array_equal(decode(stored, name), decode(codes, name))
     new, old = (np.square(x @ (np.asarray(decode(c, name)) - w).T).sum() for c in (codes, plain))
     assert new < 0.8 * old
-    off, by_window = np.asarray(decode(codes, name)) - w, x.reshape(4, -1, channels).astype(np.float32)
-    np.testing.assert_allclose(loss(off, by_window).sum(), new / len(x), rtol=1e-3)
+    by_window, decoded = x.reshape(4, -1, channels).astype(np.float32), tuple(decode(c, name) for c in (codes, plain))
+    for found, lost in zip(losses(decoded, by_window, w, by_window), (new, old), strict=True):
+        np.testing.assert_allclose(found.sum(), lost / len(x), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["IQ4_NL", "Q5_1", "Q2_K", "Q3_K", "Q4_K"])
@@ -160,6 +162,37 @@ def test_descent_ends_where_no_number_can_do_better(rng, name, monkeypatch):
                     if ends is None and name.startswith("IQ4"):
                         continue  # whose values do not lie side by side
                 assert (lost(found._replace(**{field: moved})) >= least * (1 - 1e-4)).all(), (field, place, step)
+
+
+def test_target_is_what_least_squares_make_of_rounded_inputs(rng):
+    """Ridge regression of W x on x̂, whose ridge is what H is shrunk by and pulls towards W."""
+    exact, _ = inputs(rng, 64)
+    read = exact + 0.3 * inputs(rng, 64)[0]
+    w = rng.standard_normal((8, 64))
+    second, missed = (a.T @ read / len(read) for a in (read, exact - read))
+    ridge = np.diag(SHRINKAGE * np.sqrt(np.diag(second).mean() * np.diag(second)))
+    expected = np.linalg.solve(second + ridge, read.T @ exact @ w.T / len(read) + ridge @ w.T).T
+    found = making_up(*(a.astype(np.float32) for a in (w, w @ missed)), curvature(second.astype(np.float32)))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    off, off_before = (np.square(exact @ w.T - read @ np.asarray(a).T).sum() for a in (found, w))
+    assert off < 0.8 * off_before
+
+
+def test_what_earlier_blocks_lost_is_made_up_for(untied, windows, monkeypatch):
+    """The last hidden states are nearer to the model's own than where inputs count as exact."""
+    compensate = importlib.import_module("ramp_jax.quantization.compensate")
+    allocation, model = from_levels(untied, [4] * len(allocatable(untied.spec))), untied
+
+    def off():
+        params = fake_quantize(model, allocation, make_encoder("compensated", windows))
+        exact, rounded = (hidden_states(model.spec, p, windows) for p in (model.params, params))
+        return float(jnp.sum(jnp.square(exact - rounded)))
+
+    with_it, making_up = off(), compensate.making_up
+    monkeypatch.setattr(compensate, "making_up", lambda w, missed, loss_of: w)
+    assert with_it < 0.97 * off()
+    monkeypatch.setattr(compensate, "making_up", making_up)
+    assert with_it == off()
 
 
 def test_rows_do_not_depend_on_each_other(rng):
@@ -209,10 +242,11 @@ def test_first_layer_loses_less_and_no_row_more(untied, windows, allocation, com
     again = tiny.changed(untied, "token_embd.weight", lambda _: before["token_embd"]["weight"])
     x = embed(again.spec, again.params, windows)
     seen = read_by(next(sweep.forward(again.spec, again.params)), x, "attn_in")
+    x = embed(untied.spec, untied.params, windows)
+    exact = read_by(next(sweep.forward(untied.spec, untied.params)), x, "attn_in")
     for module in ("attn_q", "attn_k", "attn_v"):
         w = untied.params["blk"][0][module]["weight"]
-        new = loss(after["blk"][0][module]["weight"] - w, seen)
-        old = loss(before["blk"][0][module]["weight"] - w, seen)
+        new, old = losses(tuple(p["blk"][0][module]["weight"] for p in (after, before)), seen, w, exact)
         assert (np.asarray(new) <= np.asarray(old) * (1 + 1e-5)).all()
         assert new.sum() < 0.9 * old.sum()
 

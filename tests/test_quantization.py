@@ -20,7 +20,8 @@ from ramp_jax.models import allocatable, lookup, tensors
 from ramp_jax.models.decoder import embed
 from ramp_jax.models.layout import foldable
 from ramp_jax.quantization import calibrate, calibrate_and_fold, fake_quantize, fold, refold
-from ramp_jax.quantization.calibrate import Moments, second_moment
+from ramp_jax.quantization.calibrate import Moments
+from ramp_jax.quantization.compensate import inputs_of
 from ramp_jax.quantization.fold import ALPHAS, BETAS
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -363,8 +364,9 @@ def test_second_moments_equal_those_of_transformers(untied, windows):
     x = embed(untied.spec, untied.params, windows)
     for at in sweep.forward(untied.spec, untied.params):
         for tap in GROUPS:
-            found = second_moment(at, x, tap)
-            np.testing.assert_allclose(found, expected[tap][at.index], rtol=1e-3, atol=1e-4, err_msg=tap)
+            found = inputs_of(at, x, at, x, tap)
+            np.testing.assert_allclose(found.second, expected[tap][at.index], rtol=1e-3, atol=1e-4, err_msg=tap)
+            np.testing.assert_array_equal(found.missed, 0)
         x = sweep.advance(at, x)
 
 

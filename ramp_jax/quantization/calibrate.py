@@ -163,20 +163,3 @@ def _over_windows(sums: Moments, tokens: int, activation: str, where: str) -> Mo
         )
     square, fourth, mean = (jnp.sum(a, axis=0) / tokens for a in (sums.square, sums.fourth, sums.mean))
     return Moments(square, fourth, jnp.max(sums.abs_max, axis=0), mean)
-
-
-def second_moment(at: sweep.Place, x: Float[Array, "W T D"], name: str) -> Float[Array, "C C"]:
-    """E[x xᵀ] of an activation of a block, from the hidden states before that; one window at a time."""
-    (width,) = (a.width for a in at.block.activations if a.name == name)
-    total = jnp.zeros((width, width))
-    for window in x:
-        total = _with_second_moment(total, at.block, at.weights, jnp.asarray(window), name)
-    return total / (x.shape[0] * x.shape[1])
-
-
-@functools.partial(jax.jit, static_argnames=("block", "name"), donate_argnums=0)
-def _with_second_moment(
-    total: Float[Array, "C C"], block: Block, w: Params, window: Float[Array, "T D"], name: str
-) -> Float[Array, "C C"]:
-    _, found = block_taps(block, w, window[None], lambda a: a)
-    return total + jnp.einsum("btc,btd->cd", found[name], found[name])

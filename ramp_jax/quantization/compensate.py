@@ -7,6 +7,10 @@ takes w_k − e_j U_jk. A block's scales and minima are chosen when its turn com
 they are then, and its codes replaced column by column. Coordinate descent goes on from there (`descent`); the result is
 ordinary codes of the format.
 
+What is rounded is not W itself. Inputs x̂ come from matrices that are rounded already, outputs are wanted as the model
+has them of its own inputs x: E|W x − Ŵ x̂|² is least around W + W E[(x − x̂) x̂ᵀ] H⁻¹ with H = E[x̂ x̂ᵀ], so that each
+matrix also makes up for what those before it lost (asymmetric calibration, Li et al. 2025, GPTAQ).
+
 H is shrunk before: what a few thousand tokens say of correlations holds for other text in part only.
 """
 
@@ -29,7 +33,6 @@ from ramp_jax.formats.rounding import reciprocal
 from ramp_jax.models import Tensor
 from ramp_jax.models.decoder import Params, block_taps
 from ramp_jax.models.layout import Block, of_block, replace_in_block
-from ramp_jax.quantization.calibrate import second_moment
 from ramp_jax.quantization.descent import descended
 from ramp_jax.quantization.encoder import Encoder
 
@@ -44,12 +47,22 @@ _PANEL = 1024
 
 _LOG = logging.getLogger(__name__)
 
+_matmul = functools.partial(jnp.matmul, precision="highest")
+
 
 class Curvature(NamedTuple):
     """What outputs lose by errors of the columns that they are made of: H, and U with H⁻¹ = Uᵀ U."""
 
     second: Float[Array, "I I"]
     upper: Float[Array, "I I"]
+
+
+class Inputs(NamedTuple):
+    """Second moments of what matrices read, x̂ where blocks and matrices before them are rounded and x where nothing is:
+    H = E[x̂ x̂ᵀ], and E[(x − x̂) x̂ᵀ]."""
+
+    second: Float[Array, "I I"]
+    missed: Float[Array, "I I"]
 
 
 class Uncompensated:
@@ -75,43 +88,73 @@ def compensated_block(
     formats: Mapping[str, str],
     plain: Encoder,
     folding: Mapping[str, jax.Array],
-    x: Float[Array, "W T D"],
+    exact: Float[Array, "W T D"],
+    rounded: Float[Array, "W T D"],
     left_out: Uncompensated,
 ) -> tuple[Float[Array, "W T D"], dict[str, Any]]:
     """Hidden states after a block whose matrices were rounded, and their codes by name inside the block.
 
-    The block is folded by `folding`, as it is to be quantized; x comes from blocks that were rounded already. Matrices
-    go in order, so that inputs are those that already quantized ones make. A quarter of the windows is not fitted on
-    but decides, row by row, whether the outputs lose less than as `plain` rounds them. Tensors before which nothing was
-    seen, or whose second moments are singular, are rounded by `plain` and noted in `left_out`. What is known of one
-    activation exists at a time.
+    The block is folded by `folding`, as it is to be quantized; hidden states before it are `exact` where nothing is
+    rounded and `rounded` where the blocks before it are, which are given up. Matrices go in order, so that inputs are
+    those that already quantized ones make. A quarter of the windows is not fitted on but decides, row by row, whether
+    outputs are nearer to the model's own than as `plain` rounds them. Tensors before which nothing was seen, or whose
+    second moments are singular, are rounded by `plain` and noted in `left_out`. What is known of one activation exists
+    at a time.
     """
-    border, found = len(x) // 4, {}
+    border, original, found = len(rounded) // 4, at, {}
+    fit, check = slice(border, None), slice(border or None)
     for activation in at.block.activations:
-        readers = at.block.readers(activation.name)
-        gridded = [weight.name for weight in readers if get_format(formats[weight.name]).grid]
-        loss_of = curvature(second_moment(at, x[border:], activation.name)) if gridded else None
-        if loss_of is not None and not jnp.isfinite(loss_of.upper).all():
-            left_out.names += [at.full(name) for name in gridded]
-            loss_of = None
-        changed, fitted = {}, {}
-        for name in (weight.name for weight in readers):
-            value = of_block(at.weights, name)
-            found[name] = plain.encode_rows(members[name], value, formats[name], folding)
-            if loss_of is not None and name in gridded:
-                fitted[name] = in_chunks(value.astype(jnp.float32), loss_of, formats[name])
-        del loss_of
+        readers = [weight.name for weight in at.block.readers(activation.name)]
+        weights = {name: of_block(at.weights, name) for name in readers}
+        found |= {name: plain.encode_rows(members[name], w, formats[name], folding) for name, w in weights.items()}
+        gridded = {name: w.astype(jnp.float32) for name, w in weights.items() if get_format(formats[name]).grid}
+        fitted = {}
+        if gridded:
+            second, missed = inputs_of(at, rounded[fit], original, exact[fit], activation.name)
+            missed = {name: _matmul(w, missed) for name, w in gridded.items()}
+            loss_of = curvature(second)
+            if jnp.isfinite(loss_of.upper).all():
+                for name, w in gridded.items():
+                    fitted[name] = in_chunks(making_up(w, missed.pop(name), loss_of), loss_of, formats[name])
+            else:
+                left_out.names += [at.full(name) for name in gridded]
+            del loss_of
         if fitted:
-            check = read_by(at, x[:border] if border else x, activation.name)
+            inputs, outputs_of = (
+                read_by(place, x[check], activation.name) for place, x in ((at, rounded), (original, exact))
+            )
             for name, codes in fitted.items():
-                w = of_block(at.weights, name).astype(jnp.float32)
-                found[name] = _better(w, check, formats[name], codes, found[name])
-        for name in (weight.name for weight in readers):
-            found[name] = jax.tree.map(np.asarray, found[name])
-            value = of_block(at.weights, name)
-            changed[name] = decode(found[name], formats[name]).astype(value.dtype)
+                found[name] = _better(gridded[name], inputs, outputs_of, formats[name], codes, found[name])
+        found |= {name: jax.tree.map(np.asarray, found[name]) for name in readers}
+        changed = {name: decode(found[name], formats[name]).astype(w.dtype) for name, w in weights.items()}
         at = at._replace(weights=replace_in_block(at.weights, changed))
-    return sweep.advance(at, x), found
+    return sweep.advance(at, rounded), found
+
+
+def inputs_of(
+    at: sweep.Place, rounded: Float[Array, "W T D"], original: sweep.Place, exact: Float[Array, "W T D"], name: str
+) -> Inputs:
+    """Of an activation of a block, from the hidden states before that, as it is rounded so far and as it was; one
+    window at a time."""
+    (width,) = (a.width for a in at.block.activations if a.name == name)
+    total = Inputs(jnp.zeros((width, width)), jnp.zeros((width, width)))
+    for windows in zip(rounded, exact, strict=True):
+        total = _with_window(total, at.block, at.weights, original.weights, *map(jnp.asarray, windows), name)
+    return jax.tree.map(lambda sums: sums / (rounded.shape[0] * rounded.shape[1]), total)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "name"), donate_argnums=0)
+def _with_window(
+    total: Inputs,
+    block: Block,
+    w: Params,
+    original: Params,
+    rounded: Float[Array, "T D"],
+    exact: Float[Array, "T D"],
+    name: str,
+) -> Inputs:
+    read, wanted = (_read_by(block, p, x[None], name)[0] for p, x in ((w, rounded), (original, exact)))
+    return Inputs(total.second + read.T @ read, total.missed + (wanted - read).T @ read)
 
 
 def read_by(at: sweep.Place, x: Float[Array, "W T D"], name: str) -> Float[Array, "W T C"]:
@@ -141,10 +184,12 @@ def in_chunks(w: Float[Array, "O I"], loss_of: Curvature, fmt: str) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
-def _better(w: Float[Array, "O I"], inputs: Float[Array, "W T I"], fmt: str, new: Any, old: Any) -> Any:
+def _better(
+    w: Float[Array, "O I"], inputs: Float[Array, "W T I"], exact: Float[Array, "W T I"], fmt: str, new: Any, old: Any
+) -> Any:
     """Codes of each row from `new` where its outputs lose less than with `old`."""
-    known = get_format(fmt)
-    better = loss(known.decode(new) - w, inputs) < loss(known.decode(old) - w, inputs)
+    decoded = tuple(get_format(fmt).decode(codes) for codes in (new, old))
+    better = jnp.less(*losses(decoded, inputs, w, exact))
 
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b)
@@ -159,6 +204,12 @@ def curvature(second: Float[Array, "I I"]) -> Curvature:
     """
     shrunk = _shrunk(jnp.asarray(second))
     return Curvature(shrunk, factor(shrunk))
+
+
+@jax.jit
+def making_up(w: Float[Array, "O I"], missed: Float[Array, "O I"], loss_of: Curvature) -> Float[Array, "O I"]:
+    """The weights that outputs want of inputs x̂: W + E[W (x − x̂) x̂ᵀ] H⁻¹, of which `missed` is the expectation."""
+    return w + _matmul(_matmul(missed, loss_of.upper.T), loss_of.upper)
 
 
 @functools.partial(jax.jit, donate_argnames="second")
@@ -221,7 +272,7 @@ def _passed_on(
 ) -> Float[Array, "I O"]:
     """Columns that make up for a block's errors; those of the block itself and before it are done with."""
     rows = jax.lax.dynamic_slice_in_dim(upper, start, len(errors))  # [S, I]
-    return rest - jnp.matmul(rows.T, errors, precision="highest")
+    return rest - _matmul(rows.T, errors)
 
 
 @functools.partial(jax.jit, static_argnames="name")
@@ -268,10 +319,10 @@ def _by_groups(x: Float[Array, "S O"], upper: Float[Array, "S S"], state: State,
         wanted, by, old = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (x, step, before))
         rounded = grid.round(wanted * reciprocal(by), jnp.broadcast_to(weight[j][:, None], old.shape))
         code = jnp.where(by == 0, old, rounded)
-        error = jnp.matmul(solved[j], wanted - by * code, precision="highest")
+        error = _matmul(solved[j], wanted - by * code)
         rows = jax.lax.dynamic_slice_in_dim(upper, at, size)
         later = jnp.where(jnp.arange(len(x)) >= at + size, rows, 0)
-        x = x - jnp.matmul(later.T, error, precision="highest")
+        x = x - _matmul(later.T, error)
         put = jax.lax.dynamic_update_slice_in_dim
         return x, put(q, code, at, 0), put(errors, error, at, 0)
 
@@ -280,11 +331,19 @@ def _by_groups(x: Float[Array, "S O"], upper: Float[Array, "S S"], state: State,
 
 
 @jax.jit
-def loss(off: Float[Array, "O I"], inputs: Float[Array, "W T I"]) -> Float[Array, " O"]:
-    """What the output of every row of errors loses over all tokens, mean squared."""
+def losses(
+    rounded: tuple[Float[Array, "O I"], ...],
+    inputs: Float[Array, "W T I"],
+    w: Float[Array, "O I"],
+    exact: Float[Array, "W T I"],
+) -> tuple[Float[Array, " O"], ...]:
+    """What every row of each of `rounded` makes of its inputs, beside what w makes of the exact ones: squared
+    differences, their mean over all tokens."""
 
-    def add(total: Float[Array, " O"], window: Float[Array, "T I"]) -> tuple[Float[Array, " O"], None]:
-        return total + jnp.sum(jnp.square(jnp.matmul(off, window.T, precision="highest")), axis=1), None
+    def add(totals: Any, window: tuple[Float[Array, "T I"], Float[Array, "T I"]]) -> tuple[Any, None]:
+        wanted = _matmul(w, window[1].T)
+        off = [_matmul(one, window[0].T) - wanted for one in rounded]
+        return tuple(total + jnp.sum(jnp.square(o), axis=1) for total, o in zip(totals, off, strict=True)), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros(len(off)), inputs)
-    return total / (inputs.shape[0] * inputs.shape[1])
+    totals, _ = jax.lax.scan(add, tuple(jnp.zeros(len(w)) for _ in rounded), (inputs, exact))
+    return tuple(total / (inputs.shape[0] * inputs.shape[1]) for total in totals)

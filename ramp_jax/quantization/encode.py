@@ -34,11 +34,11 @@ def encoded(
 ) -> Iterator[tuple[Tensor, Codes]]:
     """Every tensor in the file's order with its codes, `model` folded as the allocation says whatever it was.
 
-    One sweep over the weights. Beside two blocks, memory holds the hidden states of the encoder's windows, twice where
-    it compensates, and the codes of one block. Tensors that were taken before `journal` last kept a block are left out.
-    Raises `ValueError` where a tensor cannot be encoded.
+    One sweep over the weights. Beside two blocks, memory holds the hidden states of the encoder's windows, three times
+    where it compensates, and the codes of one block. Tensors that were taken before `journal` last kept a block are
+    left out. Raises `ValueError` where a tensor cannot be encoded.
     """
-    spec, windows = model.spec, encoder.windows
+    spec, windows, observes = model.spec, encoder.windows, encoder.observes
     embedding, *ends = (tensor for tensor in tensors(spec) if tensor.layer is None)
     inside = {tensor.name: tensor for tensor in tensors(spec) if tensor.layer is not None}
     scales = scales_to(model, allocation.folding)
@@ -53,19 +53,22 @@ def encoded(
         seen, rounded = (None if x is None else sweep.held(x) for x in kept["states"])
     else:
         yield embedding, pieces(embedding)
-        seen = sweep.begin(spec, model.params, windows) if encoder.observes else None
+        seen = sweep.begin(spec, model.params, windows) if observes or encoder.compensated else None
         rounded = _rounded_start(model, allocation, encoder) if encoder.compensated else None
     left_out = Uncompensated()
     for at in sweep.forward(spec, model.params, doing, first=kept["blocks"] if kept else 0):
-        if seen is not None:
+        exact = None if rounded is None else sweep.held(seen)
+        if observes:
             seen, found = observe(at, seen, no_signs(windows))
             encoder = dataclasses.replace(encoder, importance=_importance(at, found, model))
+        elif seen is not None:
+            seen = sweep.advance(at, seen)
         at = at._replace(weights=folded_block(at.block, at.index, at.weights, scales))
         members = {weight.name: inside[at.full(weight.name)] for weight in at.block.weights}
         formats = {name: allocation.format_of(tensor) for name, tensor in members.items()}
         codes: dict[str, Any] = {}
         if rounded is not None:
-            rounded, codes = compensated_block(at, members, formats, encoder, folding, rounded, left_out)
+            rounded, codes = compensated_block(at, members, formats, encoder, folding, exact, rounded, left_out)
         for name, tensor in members.items():
             w, known = of_block(at.weights, name), codes.pop(name, None)
             yield tensor, iter([known]) if known is not None else _rows(encoder, tensor, w, formats[name], folding)
