@@ -1,7 +1,6 @@
 """Strict JAX flags for every test, compiled programs kept on disk for the next run, tiny models that tests share."""
 
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from absl import app, flags
 from hypothesis import HealthCheck, settings
 
 from ramp_jax import data
+from ramp_jax.cli.running import keep_small
 from ramp_jax.models import load_model
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -31,13 +31,10 @@ settings.load_profile("busy")
 
 
 def pytest_configure(config):
-    """A warning of our modules, or of what they call in the wrong way, is an error.
-
-    What was compiled is kept small here, not by JAX, which would read the age of thousands of entries for each new one.
-    """
+    """A warning of our modules, or of what they call in the wrong way, is an error."""
     config.addinivalue_line("filterwarnings", r"error:::ramp_jax(\..*)?")
-    if not hasattr(config, "workerinput") and sum(path.stat().st_size for path in COMPILED.glob("*")) > MOST_COMPILED:
-        shutil.rmtree(COMPILED)
+    if not hasattr(config, "workerinput"):
+        keep_small(COMPILED, MOST_COMPILED)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,5 +1,6 @@
 """What all scripts share: how they are stopped, and what their logs say."""
 
+import os
 import re
 import shlex
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ramp_jax import cli, files, progress
+from ramp_jax.cli.running import keep_small
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,3 +150,16 @@ def test_installed_commands_are_the_scripts():
     early = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=True)
     assert "--allocation=..." in said
     assert (early.stdout.strip(), early.stderr) == (said.splitlines()[0], "")
+
+
+def test_compiled_programs_are_kept_small(tmp_path):
+    """Nothing goes while they are few; then the oldest, until half of what is allowed is left."""
+    for age in range(10):
+        path = tmp_path / f"program-{(7 * age) % 10}"
+        path.write_bytes(b"x" * 100)
+        os.utime(path, (10 - age, 10 - age))
+    keep_small(tmp_path, 1000)
+    assert len(list(tmp_path.iterdir())) == 10
+    keep_small(tmp_path, 900)
+    assert {path.name for path in tmp_path.iterdir()} == {f"program-{(7 * age) % 10}" for age in range(4)}
+    keep_small(tmp_path / "none", 900)

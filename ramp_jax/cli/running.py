@@ -17,7 +17,7 @@ from ramp_jax import devices, hosts
 from ramp_jax.cli.flags import refuse_flags
 from ramp_jax.cli.parsing import fail, parse
 
-_MOST_COMPILED = 1 << 28  # bytes on disk; what was not used for longest goes first
+_MOST_COMPILED = 1 << 28  # bytes on disk
 _WORTH_KEEPING = 0.05  # seconds of compiling; JAX keeps what took one, and most of a short job are many small programs
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -79,10 +79,30 @@ def _keep_compiled() -> None:
     """
     if jax.config.jax_compilation_cache_dir is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-        jax.config.update("jax_compilation_cache_dir", str(caches / "ramp_jax" / platform.node()))
-        jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
+        own = caches / "ramp_jax" / platform.node()
+        keep_small(own, _MOST_COMPILED)
+        jax.config.update("jax_compilation_cache_dir", str(own))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
+
+
+def keep_small(folder: Path, most: int) -> None:
+    """Of compiled programs that take more than `most` bytes, keep as many of the newest as take half of that.
+
+    JAX's own limit reads the age of every entry whenever it adds one, which takes longer than most compilations.
+    """
+    found = []
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another script drops some as well
+            known = path.stat()
+            found.append((known.st_mtime, known.st_size, path))
+    left = sum(size for _, size, _ in found)
+    kept = most if left <= most else most // 2
+    for _, size, path in sorted(found):
+        if left <= kept:
+            break
+        path.unlink(missing_ok=True)
+        left -= size
 
 
 def _hosts() -> contextlib.AbstractContextManager[Any]:

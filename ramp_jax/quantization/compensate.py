@@ -154,7 +154,7 @@ def _with_window(
     name: str,
 ) -> Inputs:
     read, wanted = (_read_by(block, p, x[None], name)[0] for p, x in ((w, rounded), (original, exact)))
-    return Inputs(total.second + read.T @ read, total.missed + (wanted - read).T @ read)
+    return Inputs(total.second + _matmul(read.T, read), total.missed + _matmul((wanted - read).T, read))
 
 
 def read_by(at: sweep.Place, x: Float[Array, "W T D"], name: str) -> Float[Array, "W T C"]:
