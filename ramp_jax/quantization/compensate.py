@@ -107,24 +107,25 @@ def compensated_block(
         readers = [weight.name for weight in at.block.readers(activation.name)]
         weights = {name: of_block(at.weights, name) for name in readers}
         found |= {name: plain.encode_rows(members[name], w, formats[name], folding) for name, w in weights.items()}
-        gridded = {name: w.astype(jnp.float32) for name, w in weights.items() if get_format(formats[name]).grid}
+        gridded = [name for name in readers if get_format(formats[name]).grid]
         fitted = {}
         if gridded:
             second, missed = inputs_of(at, rounded[fit], original, exact[fit], activation.name)
-            missed = {name: _matmul(w, missed) for name, w in gridded.items()}
+            missed = {name: _matmul(weights[name].astype(jnp.float32), missed) for name in gridded}
             loss_of = curvature(second)
             if jnp.isfinite(loss_of.upper).all():
-                for name, w in gridded.items():
-                    fitted[name] = in_chunks(making_up(w, missed.pop(name), loss_of), loss_of, formats[name])
+                for name in gridded:
+                    wanted = making_up(weights[name].astype(jnp.float32), missed.pop(name), loss_of)
+                    fitted[name] = in_chunks(wanted, loss_of, formats[name])
             else:
                 left_out.names += [at.full(name) for name in gridded]
             del loss_of
         if fitted:
-            inputs, outputs_of = (
-                read_by(place, x[check], activation.name) for place, x in ((at, rounded), (original, exact))
-            )
+            inputs = read_by(at, rounded[check], activation.name)
+            exact_inputs = read_by(original, exact[check], activation.name)
             for name, codes in fitted.items():
-                found[name] = _better(gridded[name], inputs, outputs_of, formats[name], codes, found[name])
+                w = weights[name].astype(jnp.float32)
+                found[name] = _better(w, inputs, exact_inputs, formats[name], codes, found[name])
         found |= {name: jax.tree.map(np.asarray, found[name]) for name in readers}
         changed = {name: decode(found[name], formats[name]).astype(w.dtype) for name, w in weights.items()}
         at = at._replace(weights=replace_in_block(at.weights, changed))
