@@ -9,7 +9,8 @@ ordinary codes of the format.
 
 What is rounded is not W itself. Inputs x̂ come from matrices that are rounded already, outputs are wanted as the model
 has them of its own inputs x: E|W x − Ŵ x̂|² is least around W + W E[(x − x̂) x̂ᵀ] H⁻¹ with H = E[x̂ x̂ᵀ], so that each
-matrix also makes up for what those before it lost (asymmetric calibration, Li et al. 2025, GPTAQ).
+matrix also makes up for what those before it lost (asymmetric calibration, Li et al. 2025, GPTAQ). Half of that step is
+taken, since it shrinks what inputs full of errors say, and leaves the errors of the residual stream.
 
 H is shrunk before: what a few thousand tokens say of correlations holds for other text in part only.
 """
@@ -38,6 +39,9 @@ from ramp_jax.quantization.encoder import Encoder
 
 SHRINKAGE = 0.5
 """Of what is added to the diagonal of H: this much of the geometric mean of each entry and of all entries' mean."""
+
+MADE_UP = 0.5
+"""Of the step from a matrix to the one that makes up for all that was lost before it."""
 
 _ROWS = 96
 """That one core of a CPU rounds together."""
@@ -209,8 +213,9 @@ def curvature(second: Float[Array, "I I"]) -> Curvature:
 
 @jax.jit
 def making_up(w: Float[Array, "O I"], missed: Float[Array, "O I"], loss_of: Curvature) -> Float[Array, "O I"]:
-    """The weights that outputs want of inputs x̂: W + E[W (x − x̂) x̂ᵀ] H⁻¹, of which `missed` is the expectation."""
-    return w + _matmul(_matmul(missed, loss_of.upper.T), loss_of.upper)
+    """Weights on the way to those that outputs want of inputs x̂, W + E[W (x − x̂) x̂ᵀ] H⁻¹, of which `missed` is the
+    expectation."""
+    return w + MADE_UP * _matmul(_matmul(missed, loss_of.upper.T), loss_of.upper)
 
 
 @functools.partial(jax.jit, donate_argnames="second")
