@@ -77,13 +77,14 @@ def begin(spec: DecoderSpec, params: Params, windows: Int[np.ndarray, "W T"]) ->
 
 
 def held(x: Float[np.ndarray, "W T D"]) -> Float[Array, "W T D"]:
-    """Hidden states that were kept somewhere, where a sweep can go on with them."""
+    """Hidden states that were kept somewhere, where a sweep can go on with them and leave those as they are."""
     if x.nbytes <= scratch.LARGEST:
         return jnp.asarray(x)
     copy = scratch.empty(x.shape)
     for window, kept in zip(copy, x, strict=True):
         window[:] = kept
         scratch.release(copy)
+        scratch.release(x)
     return copy
 
 

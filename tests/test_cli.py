@@ -153,13 +153,17 @@ def test_installed_commands_are_the_scripts():
 
 
 def test_compiled_programs_are_kept_small(tmp_path):
-    """Nothing goes while they are few; then the oldest, until half of what is allowed is left."""
+    """Nothing goes while they are few; then what was used last before all others, until half of what is allowed is
+    left. What is not a program stays, and nothing of it is an error."""
     for age in range(10):
-        path = tmp_path / f"program-{(7 * age) % 10}"
-        path.write_bytes(b"x" * 100)
-        os.utime(path, (10 - age, 10 - age))
+        program = tmp_path / f"{(7 * age) % 10}-cache"
+        program.write_bytes(b"x" * 100)
+        program.with_name(f"{(7 * age) % 10}-atime").touch()
+        os.utime(program, (10 - age, 0))
+    (tmp_path / "autotuned").mkdir()
     keep_small(tmp_path, 1000)
-    assert len(list(tmp_path.iterdir())) == 10
+    assert len(list(tmp_path.iterdir())) == 21
     keep_small(tmp_path, 900)
-    assert {path.name for path in tmp_path.iterdir()} == {f"program-{(7 * age) % 10}" for age in range(4)}
+    kept = {f"{(7 * age) % 10}-{kind}" for age in range(4) for kind in ("cache", "atime")}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"autotuned"}
     keep_small(tmp_path / "none", 900)

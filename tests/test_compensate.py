@@ -1,7 +1,6 @@
 """Error-compensated rounding: against GPTQ written out in NumPy, and never above what it starts from."""
 
 import dataclasses
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +8,22 @@ import numpy as np
 import pytest
 import tiny
 
-from ramp_jax import sweep
+from ramp_jax import data, scratch, sweep
 from ramp_jax.allocation import from_levels
 from ramp_jax.formats import decode, encode, get_format
 from ramp_jax.halo.export import export_gguf
 from ramp_jax.models import allocatable, load_model, lookup
 from ramp_jax.models.decoder import embed, hidden_states
-from ramp_jax.quantization import calibrate, descent, fake_quantize, fold, make_encoder, refold
+from ramp_jax.quantization import (
+    calibrate,
+    compensate,
+    descent,
+    fake_quantize,
+    fold,
+    importance_of,
+    make_encoder,
+    refold,
+)
 from ramp_jax.quantization.compensate import (
     MADE_UP,
     SHRINKAGE,
@@ -190,19 +198,27 @@ def test_target_is_what_least_squares_make_of_rounded_inputs(rng):
 
 def test_what_earlier_blocks_lost_is_made_up_for(untied, windows, monkeypatch):
     """The last hidden states are nearer to the model's own than where inputs count as exact."""
-    compensate = importlib.import_module("ramp_jax.quantization.compensate")
-    allocation, model = from_levels(untied, [4] * len(allocatable(untied.spec))), untied
+    allocation = from_levels(untied, [4] * len(allocatable(untied.spec)))
 
     def off():
-        params = fake_quantize(model, allocation, make_encoder("compensated", windows))
-        exact, rounded = (hidden_states(model.spec, p, windows) for p in (model.params, params))
+        params = fake_quantize(untied, allocation, make_encoder("compensated", windows))
+        exact, rounded = (hidden_states(untied.spec, p, windows) for p in (untied.params, params))
         return float(jnp.sum(jnp.square(exact - rounded)))
 
-    with_it, making_up = off(), compensate.making_up
+    with_it = off()
     monkeypatch.setattr(compensate, "making_up", lambda w, missed, loss_of: w)
     assert with_it < 0.97 * off()
-    monkeypatch.setattr(compensate, "making_up", making_up)
-    assert with_it == off()
+
+
+def test_hidden_states_in_files_change_nothing(untied, allocation, monkeypatch):
+    """Nor does who finds importance; a quarter of five windows decides, the others are fitted on."""
+    windows = data.windows("builtin", untied.tokenizer, context=24, count=5)
+    importance = importance_of(untied.spec, calibrate(untied, windows))
+    found = fake_quantize(untied, allocation, make_encoder("compensated", windows))
+    monkeypatch.setattr(scratch, "LARGEST", 0)
+    for given in ({}, {"importance": importance}):
+        again = fake_quantize(untied, allocation, make_encoder("compensated", windows, **given))
+        jax.tree.map(np.testing.assert_array_equal, found, again)
 
 
 def test_rows_do_not_depend_on_each_other(rng):

@@ -21,7 +21,7 @@ from ramp_jax.models.decoder import embed
 from ramp_jax.models.layout import foldable
 from ramp_jax.quantization import calibrate, calibrate_and_fold, fake_quantize, fold, refold
 from ramp_jax.quantization.calibrate import Moments
-from ramp_jax.quantization.compensate import inputs_of
+from ramp_jax.quantization.compensate import inputs_of, read_by
 from ramp_jax.quantization.fold import ALPHAS, BETAS
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -359,7 +359,7 @@ def test_folding_of_another_shape(untied):
         refold(untied, {"blk.1.ffn_mid": np.ones(64)})
 
 
-def test_second_moments_equal_those_of_transformers(untied, windows):
+def test_second_moments_equal_those_of_transformers(untied, windows, rng):
     expected = second_moments(untied, windows)
     x = embed(untied.spec, untied.params, windows)
     for at in sweep.forward(untied.spec, untied.params):
@@ -367,6 +367,11 @@ def test_second_moments_equal_those_of_transformers(untied, windows):
             found = inputs_of(at, x, at, x, tap)
             np.testing.assert_allclose(found.second, expected[tap][at.index], rtol=1e-3, atol=1e-4, err_msg=tap)
             np.testing.assert_array_equal(found.missed, 0)
+            off = x + jnp.std(x) * rng.standard_normal(x.shape).astype(np.float32)
+            read, wanted = (np.asarray(read_by(at, states, tap)).reshape(-1, len(found.second)) for states in (off, x))
+            missed = inputs_of(at, off, at, x, tap).missed
+            np.testing.assert_allclose(missed, (wanted - read).T @ read / len(read), rtol=1e-3, atol=1e-4, err_msg=tap)
+            assert np.abs(missed - missed.T).max() > 0.01 * np.abs(missed).max()
         x = sweep.advance(at, x)
 
 

@@ -87,21 +87,24 @@ def _keep_compiled() -> None:
 
 
 def keep_small(folder: Path, most: int) -> None:
-    """Of compiled programs that take more than `most` bytes, keep as many of the newest as take half of that.
+    """Of compiled programs that take more than `most` bytes, keep as many of the last used as take half of that.
 
-    JAX's own limit reads the age of every entry whenever it adds one, which takes longer than most compilations.
+    JAX's own limit reads the age of every entry whenever it adds one, which takes longer than most compilations. When
+    a program was last used is known as well as the file system tells. What cannot be dropped stays.
     """
     found = []
-    for path in folder.glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # another script drops some as well
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):  # another script drops some as well
             known = path.stat()
-            found.append((known.st_mtime, known.st_size, path))
+            found.append((max(known.st_atime, known.st_mtime), known.st_size, path))
     left = sum(size for _, size, _ in found)
     kept = most if left <= most else most // 2
     for _, size, path in sorted(found):
         if left <= kept:
             break
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
+            path.with_name(path.name.removesuffix("-cache") + "-atime").unlink(missing_ok=True)  # of JAX's own limit
         left -= size
 
 

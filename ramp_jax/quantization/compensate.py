@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ramp_jax import sweep
+from ramp_jax import scratch, sweep
 from ramp_jax.cores import cores
 from ramp_jax.formats import decode, get_format
 from ramp_jax.formats.best import Grid, State, codes_of, improve, state_of
@@ -107,30 +107,35 @@ def compensated_block(
     """
     border, original, found = len(rounded) // 4, at, {}
     fit, check = slice(border, None), slice(border or None)
-    for activation in at.block.activations:
-        readers = [weight.name for weight in at.block.readers(activation.name)]
-        weights = {name: of_block(at.weights, name) for name in readers}
-        found |= {name: plain.encode_rows(members[name], w, formats[name], folding) for name, w in weights.items()}
-        gridded = [name for name in readers if get_format(formats[name]).grid]
+
+    def of_readers(at: sweep.Place, activation: str, weights: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Codes of the matrices that read an activation, of which nothing else is left."""
+        codes = {name: plain.encode_rows(members[name], w, formats[name], folding) for name, w in weights.items()}
+        gridded = [name for name in weights if get_format(formats[name]).grid]
+        if not gridded:
+            return codes
+        second, missed = inputs_of(at, rounded[fit], original, exact[fit], activation)
+        lost = {name: _matmul(weights[name].astype(jnp.float32), missed) for name in gridded}
+        del missed
+        loss_of = curvature(second)
+        if not all(jnp.isfinite(a).all() for a in (loss_of.upper, *lost.values())):
+            left_out.names += [at.full(name) for name in gridded]
+            return codes
         fitted = {}
-        if gridded:
-            second, missed = inputs_of(at, rounded[fit], original, exact[fit], activation.name)
-            missed = {name: _matmul(weights[name].astype(jnp.float32), missed) for name in gridded}
-            loss_of = curvature(second)
-            if jnp.isfinite(loss_of.upper).all():
-                for name in gridded:
-                    wanted = making_up(weights[name].astype(jnp.float32), missed.pop(name), loss_of)
-                    fitted[name] = in_chunks(wanted, loss_of, formats[name])
-            else:
-                left_out.names += [at.full(name) for name in gridded]
-            del loss_of
-        if fitted:
-            inputs = read_by(at, rounded[check], activation.name)
-            exact_inputs = read_by(original, exact[check], activation.name)
-            for name, codes in fitted.items():
-                w = weights[name].astype(jnp.float32)
-                found[name] = _better(w, inputs, exact_inputs, formats[name], codes, found[name])
-        found |= {name: jax.tree.map(np.asarray, found[name]) for name in readers}
+        for name in gridded:
+            wanted = making_up(weights[name].astype(jnp.float32), lost.pop(name), loss_of)
+            fitted[name] = in_chunks(wanted, loss_of, formats[name])
+        del loss_of
+        inputs = read_by(at, rounded[check], activation)
+        exact_inputs = read_by(original, exact[check], activation)
+        for name, new in fitted.items():
+            w = weights[name].astype(jnp.float32)
+            codes[name] = _better(w, inputs, exact_inputs, formats[name], new, codes[name])
+        return codes
+
+    for activation in at.block.activations:
+        weights = {weight.name: of_block(at.weights, weight.name) for weight in at.block.readers(activation.name)}
+        found |= jax.tree.map(np.asarray, of_readers(at, activation.name, weights))
         changed = {name: decode(found[name], formats[name]).astype(w.dtype) for name, w in weights.items()}
         at = at._replace(weights=replace_in_block(at.weights, changed))
     return sweep.advance(at, rounded), found
@@ -145,6 +150,8 @@ def inputs_of(
     total = Inputs(jnp.zeros((width, width)), jnp.zeros((width, width)))
     for windows in zip(rounded, exact, strict=True):
         total = _with_window(total, at.block, at.weights, original.weights, *map(jnp.asarray, windows), name)
+        scratch.release(rounded)
+        scratch.release(exact)
     return jax.tree.map(lambda sums: sums / (rounded.shape[0] * rounded.shape[1]), total)
 
 

@@ -34,9 +34,9 @@ def encoded(
 ) -> Iterator[tuple[Tensor, Codes]]:
     """Every tensor in the file's order with its codes, `model` folded as the allocation says whatever it was.
 
-    One sweep over the weights. Beside two blocks, memory holds the hidden states of the encoder's windows, three times
-    where it compensates, and the codes of one block. Tensors that were taken before `journal` last kept a block are
-    left out. Raises `ValueError` where a tensor cannot be encoded.
+    One sweep over the weights. Beside two blocks, memory holds the hidden states of the encoder's windows, up to four
+    times where it compensates, and the codes of one block. Tensors that were taken before `journal` last kept a block
+    are left out. Raises `ValueError` where a tensor cannot be encoded.
     """
     spec, windows, observes = model.spec, encoder.windows, encoder.observes
     embedding, *ends = (tensor for tensor in tensors(spec) if tensor.layer is None)
@@ -69,6 +69,7 @@ def encoded(
         codes: dict[str, Any] = {}
         if rounded is not None:
             rounded, codes = compensated_block(at, members, formats, encoder, folding, exact, rounded, left_out)
+        del exact
         for name, tensor in members.items():
             w, known = of_block(at.weights, name), codes.pop(name, None)
             yield tensor, iter([known]) if known is not None else _rows(encoder, tensor, w, formats[name], folding)
