@@ -98,9 +98,10 @@ def keep_small(folder: Path, most: int) -> None:
             known = path.stat()
             found.append((max(known.st_atime, known.st_mtime), known.st_size, path))
     left = sum(size for _, size, _ in found)
-    kept = most if left <= most else most // 2
+    if left <= most:
+        return
     for _, size, path in sorted(found):
-        if left <= kept:
+        if left <= most // 2:
             break
         with contextlib.suppress(OSError):
             path.unlink()

@@ -34,7 +34,7 @@ from ramp_jax.formats.rounding import reciprocal
 from ramp_jax.models import Tensor
 from ramp_jax.models.decoder import Params, block_taps
 from ramp_jax.models.layout import Block, of_block, replace_in_block
-from ramp_jax.quantization.descent import descended
+from ramp_jax.quantization.descent import descended, matmul
 from ramp_jax.quantization.encoder import Encoder
 
 SHRINKAGE = 0.5
@@ -50,8 +50,6 @@ _PANEL = 1024
 """Columns that are inverted at a time."""
 
 _LOG = logging.getLogger(__name__)
-
-_matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 class Curvature(NamedTuple):
@@ -115,7 +113,7 @@ def compensated_block(
         if not gridded:
             return codes
         second, missed = inputs_of(at, rounded[fit], original, exact[fit], activation)
-        lost = {name: _matmul(weights[name].astype(jnp.float32), missed) for name in gridded}
+        lost = {name: matmul(weights[name].astype(jnp.float32), missed) for name in gridded}
         del missed
         loss_of = curvature(second)
         if not all(jnp.isfinite(a).all() for a in (loss_of.upper, *lost.values())):
@@ -166,7 +164,7 @@ def _with_window(
     name: str,
 ) -> Inputs:
     read, wanted = (_read_by(block, p, x[None], name)[0] for p, x in ((w, rounded), (original, exact)))
-    return Inputs(total.second + _matmul(read.T, read), total.missed + _matmul((wanted - read).T, read))
+    return Inputs(total.second + matmul(read.T, read), total.missed + matmul((wanted - read).T, read))
 
 
 def read_by(at: sweep.Place, x: Float[Array, "W T D"], name: str) -> Float[Array, "W T C"]:
@@ -222,7 +220,7 @@ def curvature(second: Float[Array, "I I"]) -> Curvature:
 def making_up(w: Float[Array, "O I"], missed: Float[Array, "O I"], loss_of: Curvature) -> Float[Array, "O I"]:
     """Weights on the way to those that outputs want of inputs x̂, W + E[W (x − x̂) x̂ᵀ] H⁻¹, of which `missed` is the
     expectation."""
-    return w + MADE_UP * _matmul(_matmul(missed, loss_of.upper.T), loss_of.upper)
+    return w + MADE_UP * matmul(matmul(missed, loss_of.upper.T), loss_of.upper)
 
 
 @functools.partial(jax.jit, donate_argnames="second")
@@ -285,7 +283,7 @@ def _passed_on(
 ) -> Float[Array, "I O"]:
     """Columns that make up for a block's errors; those of the block itself and before it are done with."""
     rows = jax.lax.dynamic_slice_in_dim(upper, start, len(errors))  # [S, I]
-    return rest - _matmul(rows.T, errors)
+    return rest - matmul(rows.T, errors)
 
 
 @functools.partial(jax.jit, static_argnames="name")
@@ -332,10 +330,10 @@ def _by_groups(x: Float[Array, "S O"], upper: Float[Array, "S S"], state: State,
         wanted, by, old = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (x, step, before))
         rounded = grid.round(wanted * reciprocal(by), jnp.broadcast_to(weight[j][:, None], old.shape))
         code = jnp.where(by == 0, old, rounded)
-        error = _matmul(solved[j], wanted - by * code)
+        error = matmul(solved[j], wanted - by * code)
         rows = jax.lax.dynamic_slice_in_dim(upper, at, size)
         later = jnp.where(jnp.arange(len(x)) >= at + size, rows, 0)
-        x = x - _matmul(later.T, error)
+        x = x - matmul(later.T, error)
         put = jax.lax.dynamic_update_slice_in_dim
         return x, put(q, code, at, 0), put(errors, error, at, 0)
 
@@ -354,8 +352,8 @@ def losses(
     differences, their mean over all tokens."""
 
     def add(totals: Any, window: tuple[Float[Array, "T I"], Float[Array, "T I"]]) -> tuple[Any, None]:
-        wanted = _matmul(w, window[1].T)
-        off = [_matmul(one, window[0].T) - wanted for one in rounded]
+        wanted = matmul(w, window[1].T)
+        off = [matmul(one, window[0].T) - wanted for one in rounded]
         return tuple(total + jnp.sum(jnp.square(o), axis=1) for total, o in zip(totals, off, strict=True)), None
 
     totals, _ = jax.lax.scan(add, tuple(jnp.zeros(len(w)) for _ in rounded), (inputs, exact))

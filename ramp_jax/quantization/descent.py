@@ -21,7 +21,8 @@ from ramp_jax.formats.rounding import reciprocal, rounded_to_f16
 PASSES = 2
 """Over all columns; a third gains a hundredth."""
 
-_matmul = functools.partial(jnp.matmul, precision="highest")
+matmul = functools.partial(jnp.matmul, precision="highest")
+"""Whose f32 is not cut short on accelerators."""
 
 
 def descended(w: Float[Array, "O I"], codes: Any, second: Float[Array, "I I"], name: str) -> Any:
@@ -37,7 +38,7 @@ def descended(w: Float[Array, "O I"], codes: Any, second: Float[Array, "I I"], n
 
 @functools.partial(jax.jit, static_argnames="name")
 def _pull(w: Float[Array, "O I"], codes: Any, second: Float[Array, "I I"], name: str) -> Float[Array, "I O"]:
-    return _matmul(second, (decode(codes, name) - w).T)
+    return matmul(second, (decode(codes, name) - w).T)
 
 
 @functools.partial(jax.jit, static_argnames="name", donate_argnames="pull")
@@ -57,7 +58,7 @@ def _descend(
         state, slope = _sub_scales(state, slope, h, grid)
     if grid.searched:
         state = _superscales(state, slope, h, grid)
-    return pull + _matmul(rows.T, state.weights - before.weights), codes_of(state, codes)
+    return pull + matmul(rows.T, state.weights - before.weights), codes_of(state, codes)
 
 
 def _codes(
@@ -91,9 +92,9 @@ def _groups(
         q, slope = carry
         at = j * size
         old, pulled, by = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (q, slope, step))
-        wanted = old - _matmul(inverse[j], pulled) * reciprocal(by)
+        wanted = old - matmul(inverse[j], pulled) * reciprocal(by)
         off = by * (grid.round(wanted, jnp.broadcast_to(curve[j][:, None], old.shape)) - old)
-        moved = _matmul(jax.lax.dynamic_slice_in_dim(h, at, size, axis=1), off)
+        moved = matmul(jax.lax.dynamic_slice_in_dim(h, at, size, axis=1), off)
         lost = jnp.sum(off * (2 * pulled + jax.lax.dynamic_slice_in_dim(moved, at, size)), axis=0)
         better = lost < 0
         codes = jnp.where(better[None] & (by != 0), old + off * reciprocal(by), old)
@@ -115,7 +116,7 @@ def _sub_scales(
         value: Float[Array, " N"], ends: tuple[float, float], at: jax.Array, slope: jax.Array, unit: Float[Array, "E N"]
     ) -> tuple[Float[Array, " N"], Float[Array, "B N"]]:
         """The best number for what the weights of a sub-block hold `unit` times."""
-        pulled = _matmul(jax.lax.dynamic_slice_in_dim(h, at, size, axis=1), unit)
+        pulled = matmul(jax.lax.dynamic_slice_in_dim(h, at, size, axis=1), unit)
         curve = jnp.sum(unit * jax.lax.dynamic_slice_in_dim(pulled, at, size), axis=0)
         gradient = jnp.sum(unit * jax.lax.dynamic_slice_in_dim(slope, at, size), axis=0)
         best = grid.nearest_scale(value - gradient / jnp.where(curve > 0, curve, 1), ends)
@@ -139,7 +140,7 @@ def _sub_scales(
 def _superscales(state: State, slope: Float[Array, "B N"], h: Float[Array, "B B"], grid: Grid) -> State:
     """Least squares under H for the integers at hand, rounded to f16; kept where that loses less."""
     a = state._replace(d=jnp.ones_like(state.d), dmin=jnp.zeros_like(state.d)).weights
-    pulled = _matmul(h, a)
+    pulled = matmul(h, a)
     aa, ar = jnp.sum(a * pulled, axis=0), jnp.sum(a * slope, axis=0)
     alone = -ar / jnp.where(aa > 0, aa, jnp.inf)
     if grid.mins == (0, 0):
@@ -147,7 +148,7 @@ def _superscales(state: State, slope: Float[Array, "B N"], h: Float[Array, "B B"
         better = _change((d - state.d)[0], ar, aa) < 0
         return state._replace(d=jnp.where(better[None] & jnp.isfinite(d), d, state.d))
     b = state._replace(d=jnp.zeros_like(state.d), dmin=jnp.ones_like(state.d)).weights
-    ab, bb, br = jnp.sum(b * pulled, axis=0), jnp.sum(b * _matmul(h, b), axis=0), jnp.sum(b * slope, axis=0)
+    ab, bb, br = jnp.sum(b * pulled, axis=0), jnp.sum(b * matmul(h, b), axis=0), jnp.sum(b * slope, axis=0)
     det = aa * bb - ab * ab
     sound = det > 1e-6 * aa * bb
     safe = jnp.where(sound, det, 1)
